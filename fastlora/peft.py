@@ -1,0 +1,215 @@
+"""Swap fastlora into a PEFT model: in place, reversible, and exact.
+
+A patched layer keeps its parameters, buffers and submodules; only its class changes, to a subclass that overrides
+forward. State-dict keys, saving, set_adapter, disable_adapter, merging and isinstance checks are untouched. Whatever
+is not plain LoRA at the moment of a call runs PEFT's own forward.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+
+from fastlora.functional import adapted_forward, add_lora_output, base_kind
+
+try:
+    from peft.tuners.lora import Linear4bit as PeftLinear4bit
+except ImportError:  # bitsandbytes is not installed
+    PeftLinear4bit = None  # type: ignore[assignment, misc]
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did: ``patched`` layer names, and ``skipped`` names with the reason each is left to PEFT."""
+
+    patched: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.patched and not self.skipped:
+            return "fastlora: nothing to patch: the model has no PEFT LoRA layers"
+        lines = [f"fastlora: {len(self.patched)} LoRA layers patched, {len(self.skipped)} left to PEFT"]
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped.items()])
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Make the LoRA layers of a PEFT model compute with fastlora, in place.
+
+    Equivalent: nothing changes but speed, memory and rounding. Call it again at any time (after adding an adapter, say):
+    patched layers stay patched, and the report is made anew.
+
+    Returns a `PatchReport`. A layer can be patched and named in ``skipped`` too: it then runs PEFT's own forward until
+    the reason goes away (its adapters are merged or disabled, or the active one is DoRA, say).
+
+    Raises TypeError if model is not a module. Patch after anything that wraps forward methods (accelerate's hooks).
+    """
+    report = PatchReport()
+    for name, layer in _lora_layers(model):
+        reason = _cannot_swap(layer)
+        if reason is None:
+            layer.__class__ = _OURS.get(type(layer), type(layer))
+            report.patched.append(name)
+            reason = why_peft(layer)
+        if reason is not None:
+            report.skipped[name] = reason
+    return report
+
+
+def unpatch(model: nn.Module) -> list[str]:
+    """Undo `patch`: give every patched layer its PEFT class back. Returns the names of those layers."""
+    names = []
+    for name, layer in _lora_layers(model):
+        if type(layer) in _THEIRS:
+            layer.__class__ = _THEIRS[type(layer)]
+            names.append(name)
+    return names
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+
+
+def _cannot_swap(layer: LoraLayer) -> str | None:
+    if type(layer) not in _OURS and type(layer) not in _THEIRS:
+        return f"{type(layer).__module__}.{type(layer).__name__} is not a layer type that fastlora replaces"
+    if "forward" in layer.__dict__:
+        return "its forward was already wrapped on the instance (accelerate hooks?): patch before that"
+    return None
+
+
+def why_peft(layer: LoraLayer) -> str | None:
+    """Why this layer runs PEFT's own forward now, or None if it runs fastlora's."""
+    modules = layer.__dict__["_modules"]
+    base = modules["base_layer"]
+    if layer._disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged_adapters:
+        return "its adapters are merged"
+    if not layer.cast_input_dtype_enabled:
+        return "input dtype casting is disabled"
+    if (reason := _base_reason(base)) is not None:
+        return reason
+    lora_A, lora_B, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    for name in layer.active_adapters:
+        if name not in lora_A:
+            continue
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is not plain LoRA ({type(layer.lora_variant[name]).__name__})"
+        for part, module in (("lora_A", lora_A[name]), ("lora_B", lora_B[name])):
+            if type(module) is not nn.Linear:
+                return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
+            if _is_hooked(module):
+                return f"{part} of adapter {name!r} has hooks, which only run when it is called"
+            if _is_sharded(module.weight):
+                return f"{part} of adapter {name!r} is sharded"
+        dropout = dropouts[name]
+        if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
+            return f"dropout of adapter {name!r} is {dropout}"
+    return None
+
+
+def _base_reason(base: nn.Module) -> str | None:
+    if _is_hooked(base):
+        return "its base layer has hooks, which only run when it is called"
+    weight = base.__dict__["_parameters"].get("weight")
+    if weight is None:
+        return None  # computes itself: the opaque plan
+    if weight.requires_grad:
+        return "its base weight requires grad: PEFT's forward trains it"
+    if _is_sharded(weight):
+        return "its base weight is offloaded or sharded"
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "_hf_hook" in d
+        or "forward" in d
+    )
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    """On meta (offloaded), emptied by ZeRO-3, or a distributed tensor."""
+    return weight.device.type == "meta" or hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")
+
+
+def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
+    """The adapted layer, through fastlora: the first active adapter fused with the base, or all of them as one."""
+    modules = layer.__dict__["_modules"]
+    base = modules["base_layer"]
+    lora_A = modules["lora_A"]._modules
+    adapters = [_adapter(layer, name) for name in layer.active_adapters if name in lora_A]
+    if not adapters:
+        return base(x)
+    if len(adapters) > 1 and all(p == 0.0 for *_, p, _ in adapters):
+        adapters = [_stack(adapters)]
+    a, b, scaling, p, bias = adapters[0]
+    y = adapted_forward(base, x, a, b, scaling, p, bias)
+    for a, b, scaling, p, bias in adapters[1:]:  # each has a dropout mask of its own
+        y = add_lora_output(y, x, a, b, scaling, p)
+        if bias is not None:
+            y = y + (scaling * bias).to(y.dtype)
+    return y
+
+
+def _adapter(layer: LoraLayer, name: str):
+    """a, b, scaling, p, bias of one adapter. The rank is that of the weights: hotswapping may have padded them."""
+    modules = layer.__dict__["_modules"]
+    a, b = modules["lora_A"]._modules[name]._parameters, modules["lora_B"]._modules[name]._parameters
+    dropout = modules["lora_dropout"]._modules[name]
+    p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+    return a["weight"], b["weight"], layer.scaling[name], p, b["bias"]
+
+
+def _stack(adapters):
+    """Several adapters without dropout are one of the summed rank: stack the a's and the s·b's."""
+    a = torch.cat([a for a, *_ in adapters])
+    b = torch.cat([b * scaling for _, b, scaling, *_ in adapters], dim=1)
+    biases = [scaling * bias for _, _, scaling, _, bias in adapters if bias is not None]
+    return a, b, 1.0, 0.0, sum(biases) if biases else None
+
+
+def _can_run(layer: LoraLayer, x: Tensor) -> bool:
+    """Whether x is something fastlora's ops take on this base; otherwise PEFT's forward decides, or complains."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or hasattr(x, "device_mesh"):
+        return False
+    base = layer.__dict__["_modules"]["base_layer"]
+    if base_kind(base) != "dense" or torch.is_autocast_enabled(x.device.type):
+        return True
+    return x.dtype == base._parameters["weight"].dtype
+
+
+def _forward_or_peft(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
+    if args or kwargs or why_peft(layer) is not None or not _can_run(layer, x):
+        return _THEIRS[type(layer)].forward(layer, x, *args, **kwargs)
+    return _forward(layer, x)
+
+
+class FastLinear(PeftLinear):
+    """`peft.tuners.lora.Linear` computed by fastlora."""
+
+    forward = _forward_or_peft
+
+
+_OURS: dict[type, type] = {PeftLinear: FastLinear}
+
+if PeftLinear4bit is not None:
+
+    class FastLinear4bit(PeftLinear4bit):
+        """`peft.tuners.lora.Linear4bit` computed by fastlora."""
+
+        forward = _forward_or_peft
+
+    _OURS[PeftLinear4bit] = FastLinear4bit
+
+_THEIRS: dict[type, type] = {ours: theirs for theirs, ours in _OURS.items()}
