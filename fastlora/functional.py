@@ -1,7 +1,6 @@
 """The adapted linear layer as a function of tensors, and of a base layer and an adapter."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,11 +94,11 @@ def adapted_forward(
     if kind == "opaque":
         y = add_lora_output(base_layer(x), x, a, b, scaling, p)
         return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
-    bias = base_layer.bias
+    weight, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
     if lora_bias is not None:
         bias = scaling * lora_bias if bias is None else bias + scaling * lora_bias
     if kind == "dense":
-        return _apply(x, base_layer.weight, a, b, scaling, bias, p)
+        return _apply(x, weight, a, b, scaling, bias, p)
     dtype = x.dtype
     y = _apply(x.to(_compute_dtype_4bit(base_layer, x)), _weight_of(base_layer), a, b, scaling, bias, p)
     return y.to(dtype)
@@ -110,7 +109,7 @@ def base_kind(base_layer: nn.Module) -> str:
 
     A subclass counts as what it inherits its forward from, so a layer that redefines forward is left alone.
     """
-    forward: Callable = type(base_layer).forward
+    forward = type(base_layer).forward
     if forward is nn.Linear.forward:
         return "dense"
     if forward.__qualname__ == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):

@@ -53,8 +53,12 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, inplace: bool = False) -> Te
 
 
 def _scaled_mm(x: Tensor, a: Tensor, s: float) -> Tensor:
-    """``s * x @ a`` with s applied to the fp32 accumulator."""
-    return torch.mm(x, a) if s == 1.0 else torch.addmm(x.new_empty(()), x, a, beta=0, alpha=s)
+    """``s * x @ a``, rounded once."""
+    if s == 1.0:
+        return torch.mm(x, a)
+    if math.frexp(s)[0] == 0.5:  # a power of two: exact, and a plain product is faster than one with alpha
+        return torch.mm(x, a).mul_(s)
+    return torch.addmm(x.new_empty(()), x, a, beta=0, alpha=s)
 
 
 @_op(

@@ -140,11 +140,11 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _is_sharded(weight: Tensor) -> bool:
     """On meta (offloaded), emptied by ZeRO-3, or a distributed tensor."""
-    return weight.device.type == "meta" or hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")
+    return weight.is_meta or "ds_id" in weight.__dict__ or type(weight).__name__ == "DTensor"
 
 
 def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
-    """The adapted layer, through fastlora: the first active adapter fused with the base, or all of them as one."""
+    """The adapted layer through fastlora: the active adapters as one, fused with the base."""
     modules = layer.__dict__["_modules"]
     base = modules["base_layer"]
     lora_A = modules["lora_A"]._modules
@@ -153,9 +153,8 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
         return base(x)
     if len(adapters) > 1 and all(p == 0.0 for *_, p, _ in adapters):
         adapters = [_stack(adapters)]
-    a, b, scaling, p, bias = adapters[0]
-    y = adapted_forward(base, x, a, b, scaling, p, bias)
-    for a, b, scaling, p, bias in adapters[1:]:  # each has a dropout mask of its own
+    y = adapted_forward(base, x, *adapters[0])
+    for a, b, scaling, p, bias in adapters[1:]:  # each with a dropout mask of its own
         y = add_lora_output(y, x, a, b, scaling, p)
         if bias is not None:
             y = y + (scaling * bias).to(y.dtype)
@@ -181,12 +180,12 @@ def _stack(adapters):
 
 def _can_run(layer: LoraLayer, x: Tensor) -> bool:
     """Whether x is something fastlora's ops take on this base; otherwise PEFT's forward decides, or complains."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or hasattr(x, "device_mesh"):
+    if type(x) is not Tensor or not x.is_floating_point():
         return False
     base = layer.__dict__["_modules"]["base_layer"]
-    if base_kind(base) != "dense" or torch.is_autocast_enabled(x.device.type):
+    if base_kind(base) != "dense":
         return True
-    return x.dtype == base._parameters["weight"].dtype
+    return x.dtype == base._parameters["weight"].dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def _forward_or_peft(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
