@@ -1,0 +1,41 @@
+"""Fused LoRA and QLoRA layers: an adapted layer that costs almost nothing over the frozen one.
+
+report = fastlora.patch(peft_model)          # a PEFT model, in place
+fastlora.add_lora(model, r=16)               # or without PEFT
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastlora.adapter_files import load_adapter, save_adapter
+from fastlora.functional import lora_linear
+from fastlora.model import add_lora, merge, unmerge
+from fastlora.nn import LoRALinear
+from fastlora.version import __version__
+
+if TYPE_CHECKING:
+    from fastlora.peft import PatchReport, patch, unpatch
+
+__all__ = [
+    "LoRALinear",
+    "PatchReport",
+    "__version__",
+    "add_lora",
+    "load_adapter",
+    "lora_linear",
+    "merge",
+    "patch",
+    "save_adapter",
+    "unmerge",
+    "unpatch",
+]
+
+_FROM_PEFT = ("PatchReport", "patch", "unpatch")
+
+
+def __getattr__(name: str) -> Any:
+    """Import PEFT, which takes seconds and is optional, only when something of it is asked for."""
+    if name in _FROM_PEFT:
+        from fastlora import peft
+
+        return getattr(peft, name)
+    raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

@@ -56,7 +56,8 @@ def _scaled_mm(x: Tensor, a: Tensor, s: float) -> Tensor:
     """``s * x @ a``, rounded once."""
     if s == 1.0:
         return torch.mm(x, a)
-    if math.frexp(s)[0] == 0.5:  # a power of two: exact, and a plain product is faster than one with alpha
+    # A power of two is exact (but for fp16's subnormals), and a plain product is faster than one with alpha.
+    if math.frexp(s)[0] == 0.5 and x.dtype != torch.float16:
         return torch.mm(x, a).mul_(s)
     return torch.addmm(x.new_empty(()), x, a, beta=0, alpha=s)
 
@@ -154,21 +155,25 @@ def decode_4bit(
     ``packed`` is uint8; ``code2, absmax2, offset, blocksize2`` are the nested statistics' (None, None, None, 0 if
     there are none). The decoding itself is bitsandbytes'.
     """
-    bnb = torch.ops.bitsandbytes
     if code2 is not None:
-        absmax = bnb.dequantize_blockwise(absmax, absmax2, code2, blocksize2, torch.float32) + offset
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, absmax2, code2, blocksize2, torch.float32) + offset
     absmax = absmax.float()
     if a is None or b is None:
-        return bnb.dequantize_4bit(packed, absmax, blocksize, quant_type, [N, K], dtype)
+        return _dequantize(packed, absmax, blocksize, quant_type, N, K, dtype)
 
     a, b = a.float(), b.float()
     out = packed.new_empty(N, K, dtype=dtype)
     for rows, bytes_, blocks in _row_slices(N, K, blocksize):
-        w = bnb.dequantize_4bit(
-            packed.view(-1)[bytes_], absmax[blocks], blocksize, quant_type, [rows.stop - rows.start, K], torch.float32
-        )
+        n = rows.stop - rows.start
+        w = _dequantize(packed.view(-1)[bytes_], absmax[blocks], blocksize, quant_type, n, K, torch.float32)
         out[rows] = w.addmm_(b[rows], a, alpha=s)
     return out
+
+
+def _dequantize(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, N: int, K: int, dtype: torch.dtype):
+    """bitsandbytes' decoding, asked for one block a row: its CPU kernel takes the wrong absmax where blocks cross rows."""
+    shape = [N * K // blocksize, blocksize] if N * K % blocksize == 0 else [N * K]
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype).view(N, K)
 
 
 def _row_slices(N: int, K: int, blocksize: int):

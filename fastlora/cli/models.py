@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-BASES = ("bf16", "fp16", "fp32", "nf4", "fp4")
-_DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMOLLM2_SHAPE = dict(
     vocab_size=49152,
     hidden_size=576,
@@ -43,7 +42,11 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
         if gguf is not None:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            for attribute in ("is_quantized", "quantization_method", "hf_quantizer"):  # the file was; the model is dense
+            for attribute in (
+                "is_quantized",
+                "quantization_method",
+                "hf_quantizer",
+            ):  # the file was; the model is dense
                 if hasattr(model, attribute):
                     delattr(model, attribute)
             return LoadedModel(model, "SmolLM2-135M-Instruct", tokenizer)
@@ -57,7 +60,7 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
-    return LoadedModel(model, folder.name, tokenizer)
+    return LoadedModel(model, folder.resolve().name, tokenizer)
 
 
 def _smollm2_file() -> Path | None:
@@ -69,13 +72,13 @@ def _smollm2_file() -> Path | None:
 
 
 def to_base(model: nn.Module, base: str) -> nn.Module:
-    """Freeze the model and put its weights, in place, in the form of ``base`` (one of BASES).
+    """Freeze the model and put its weights, in place, in the form of ``base`` (one of BASES of arguments.py).
 
     4-bit bases quantise every linear layer but the output head with bitsandbytes, nested statistics, bf16 compute.
     """
     model.requires_grad_(False)
-    if base in _DENSE:
-        return model.to(_DENSE[base])
+    if base in DENSE:
+        return model.to(DENSE[base])
     import bitsandbytes as bnb
 
     head = model.get_output_embeddings()

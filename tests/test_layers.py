@@ -1,0 +1,69 @@
+"""The layers of the program import in one direction only: reference, ops, autograd, nn, model, peft, cli."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fastlora
+
+PACKAGE = Path(fastlora.__file__).parent
+LAYERS = [  # each may import what stands before it
+    {"version", "files"},
+    {"kernels"},
+    {"reference"},
+    {"ops"},
+    {"fourbit"},
+    {"autograd"},
+    {"functional"},
+    {"nn"},
+    {"model"},
+    {"adapter_files"},
+    {"peft"},
+    {""},  # fastlora/__init__.py itself
+    {"cli"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def layer_of(file: Path) -> str:
+    top = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "" if top == "__init__" else top
+
+
+def imported_layers(file: Path) -> set[str]:
+    """The layers of fastlora that a file imports, at its top or inside functions."""
+    layers = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "fastlora":
+            names = [f"fastlora.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "fastlora":
+                part = (name.split(".") + [""])[1]
+                layers.add(part if part in RANK else "")
+    return layers
+
+
+SOURCES = sorted(file for file in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_one_way(file):
+    own = layer_of(file)
+    assert own in RANK, f"{own} has no place in LAYERS"
+    lazily_loaded = {"peft"} if own == "" else set()  # fastlora.patch and the like
+    wrong = {layer for layer in imported_layers(file) - lazily_loaded if RANK[layer] > RANK[own]}
+    assert not wrong, f"{own or '__init__'} may not import {wrong}"
+
+
+def test_kernels_know_nothing_above_them():
+    folder = PACKAGE / "kernels"
+    assert folder.is_symlink() and folder.resolve() == PACKAGE.parent / "kernels"
+    assert not (folder / "__init__.py").exists(), "it would shadow the package that others import as kernels"
