@@ -61,7 +61,7 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder = Path(folder)
     replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(folder / CONFIG, lambda path: path.write_text(text) and None)
+    replace_file(folder / CONFIG, lambda path: path.write_text(text))
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter_dtype: torch.dtype | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` on a temporary path beside ``path``, sync it to disk, and rename it into place.
 
     Whatever goes wrong before the rename leaves an existing file as it was.

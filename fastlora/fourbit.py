@@ -48,9 +48,13 @@ def weight_4bit(weight: Any) -> Weight4bit:
             "this 4-bit weight was repacked in place by bitsandbytes for CPU inference (a forward of its Linear4bit in "
             "eval mode without gradients); calling state_dict() on that layer restores the standard format"
         )
+    if state.absmax.dim() == 2:  # bitsandbytes' way back from its CPU format leaves flat statistics transposed, in bf16
+        state.absmax = state.absmax.t().flatten().float()
+    with torch._C.DisableTorchFunctionSubclass():  # a plain tensor; unlike .data it shares the version counter
+        packed = weight.detach().view(torch.uint8)
     nested = state.nested
     return Weight4bit(
-        packed=weight.data.view(torch.uint8),
+        packed=packed,
         absmax=state.absmax,
         code2=state.state2.code if nested else None,
         absmax2=state.state2.absmax if nested else None,

@@ -1,6 +1,7 @@
 """The adapted linear layer as a function of tensors, and of a base layer and an adapter."""
 
 import math
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def lora_linear(
         lora_A, lora_B: ``[r, K]`` and ``[N, r]``, of any floating dtype: master weights in fp32 are converted, x is not.
         scaling: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rank-stabilised LoRA.
         bias: ``[N]`` or None.
-        dropout_p: probability of zeroing an element of x on the adapter's path, in [0, 1), resolved to 1/65536.
+        dropout_p: probability of zeroing an element of x on the adapter's path, in [0, 1), resolved to 1/32768.
 
     Returns:
         ``[..., N]`` in x's dtype (the autocast dtype for a dense weight under autocast).
@@ -107,8 +108,11 @@ def adapted_forward(
 def base_kind(base_layer: nn.Module) -> str:
     """``"dense"``, ``"4bit"`` or ``"opaque"``: how `adapted_forward` treats this base layer.
 
-    A subclass counts as what it inherits its forward from, so a layer that redefines forward is left alone.
+    A subclass counts as what it inherits its forward from, so a layer that redefines forward is left alone. So is one
+    whose weight is not a parameter but computed (``torch.nn.utils.parametrize``).
     """
+    if base_layer._parameters.get("weight") is None:
+        return "opaque"
     forward = type(base_layer).forward
     if forward is nn.Linear.forward:
         return "dense"
@@ -138,8 +142,11 @@ def _compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
 
 
 def _weight_of(layer: Any) -> Weight4bit:
-    """The weight of a Linear4bit. One that bitsandbytes repacked for CPU inference is first put back."""
+    """The weight of a Linear4bit, which is first repaired as the layer's own forward does: given back the quant_state
+    that sharding lost, and put back if bitsandbytes repacked it for CPU inference."""
     state = getattr(layer.weight, "quant_state", None)
+    if state is None and layer.quant_state is not None:
+        import_module("bitsandbytes.nn.modules").fix_4bit_weight_quant_state_from_module(layer)
     if getattr(state, "packing_format_for_cpu", False):
         layer.state_dict()  # bitsandbytes' own way back: it saves the standard format only
     return weight_4bit(layer.weight)

@@ -22,7 +22,7 @@ class LoRALinear(nn.Module):
     requires_grad. Takes ``[..., in_features]``, gives ``[..., out_features]``.
 
     Args:
-        in_features, out_features, bias, device, dtype: of the frozen ``nn.Linear`` made here; `from_linear` takes yours.
+        in_features, out_features, bias, device, dtype: of the frozen ``nn.Linear`` made here; see also `from_linear`.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in PEFT's ``LoraConfig``.
         adapter_dtype: of lora_A and lora_B; by default fp32 on a half-precision or quantised base, else the base's.
 
@@ -33,6 +33,7 @@ class LoRALinear(nn.Module):
     Source: arXiv:2106.09685 (LoRA), arXiv:2312.03732 (rank-stabilised scaling), arXiv:2305.14314 (QLoRA).
     """
 
+    base_layer: Any
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -91,7 +92,8 @@ class LoRALinear(nn.Module):
         if init_lora_weights not in (True, "kaiming", "gaussian"):
             raise ValueError(f'init_lora_weights must be True, "kaiming" or "gaussian", got {init_lora_weights!r}')
         if r > min(N, K):
-            warnings.warn(f"r={r} exceeds min(in_features, out_features)={min(N, K)}: the adapter is overcomplete")
+            message = f"r={r} exceeds min(in_features, out_features)={min(N, K)}: the adapter is overcomplete"
+            warnings.warn(message, stacklevel=3)
         weight = getattr(base_layer, "weight", None)
         if isinstance(weight, nn.Parameter):
             if not is_4bit(weight) and base_kind(base_layer) == "dense" and not weight.is_floating_point():

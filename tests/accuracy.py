@@ -251,3 +251,14 @@ def check(c: Problem) -> None:
     failed = [name for name, (ours, theirs, floor) in judged.items() if ours > FACTOR * theirs + floor]
     table = ", ".join(f"{k}: ours {o:.2e} PEFT {t:.2e} floor {f:.2e}" for k, (o, t, f) in judged.items())
     assert not failed, f"less accurate than PEFT in {failed}: {table}"
+
+
+def check_model(ours: Results, theirs: Results, truth: Results, longest: int) -> None:
+    """The same bar for the results of a whole model, its floor being that of one element."""
+    assert ours.keys() == theirs.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert (ours[name].shape, ours[name].dtype) == (theirs[name].shape, theirs[name].dtype), name
+        norm = expected.norm().item() or 1.0
+        error, bar = ((t.double() - expected).norm().item() / norm for t in (ours[name], theirs[name]))
+        floor = 2 * torch.finfo(theirs[name].dtype).eps + math.sqrt(longest) * torch.finfo(torch.float32).eps
+        assert error <= FACTOR * bar + floor, f"{name}: ours {error:.2e} PEFT {bar:.2e} floor {floor:.2e}"

@@ -46,7 +46,7 @@ def imported_layers(file: Path) -> set[str]:
             continue
         for name in names:
             if name.split(".")[0] == "fastlora":
-                part = (name.split(".") + [""])[1]
+                part = [*name.split("."), ""][1]
                 layers.add(part if part in RANK else "")
     return layers
 

@@ -165,7 +165,7 @@ def test_adapters_are_added_once():
 
     with pytest.raises(ValueError, match="already"):
         fastlora.add_lora(fastlora.add_lora(tiny_llama(), r=2), r=2)
-    with pytest.raises(ValueError, match="fastlora.patch"):
+    with pytest.raises(ValueError, match=r"fastlora\.patch"):
         fastlora.add_lora(peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])), r=2)
 
 

@@ -133,7 +133,7 @@ def test_merge_is_the_same_layer_and_unmerge_is_exact(kind, dtype):
     layer.merge()
     layer.merge()  # harmless
     assert layer.merged and not torch.equal(layer.base_layer.weight.data, before)
-    # Requantising moves every weight by up to half a step of the 4-bit grid, so only agreement in the large is expected.
+    # Requantising moves every weight by up to half a step of the 4-bit grid: only agreement in the large is expected.
     bound = {"dense": 4 * torch.finfo(dtype).eps, "nf4": 0.2, "fp4": 0.35}[kind]
     assert (layer(x) - y).norm() <= bound * y.norm()
     layer.unmerge()

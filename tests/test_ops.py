@@ -1,0 +1,246 @@
+import bitsandbytes as bnb
+import pytest
+import torch
+from dispatch import RecordOps
+from torch.library import opcheck
+
+from fastlora import fourbit, ops, reference
+
+M, K, N, r = 12, 32, 24, 4
+SEED = torch.tensor(5, dtype=torch.int64)
+op = torch.ops.fastlora
+
+pytestmark = pytest.mark.usefixtures("nan_in_empty", "bitsandbytes_eager")
+
+
+def tensors(dtype=torch.float32, adapter_dtype=None, M=M, K=K, N=N, r=r):
+    """x, w, a, b, bias, dy, xa"""
+    shapes = (M, K), (N, K), (r, K), (N, r), (N,), (M, N), (M, r)
+    x, w, a, b, bias, dy, xa = (torch.randn(shape).to(dtype) for shape in shapes)
+    return x, w, a.to(adapter_dtype or dtype), b.to(adapter_dtype or dtype), bias, dy, xa
+
+
+def weight_4bit(N=N, K=K, blocksize=64, quant_type="nf4", nested=True, storage=torch.uint8, dtype=torch.float32):
+    """A quantised weight and its decoding by `reference`."""
+    packed, state = bnb.functional.quantize_4bit(
+        torch.randn(N, K).to(dtype),
+        blocksize=blocksize,
+        compress_statistics=nested,
+        quant_type=quant_type,
+        quant_storage=storage,
+    )
+    weight = fourbit.weight_4bit(bnb.nn.Params4bit(packed, quant_state=state, bnb_quantized=True))
+    absmax = weight.absmax
+    if nested:
+        absmax = reference.decode_absmax(absmax, weight.code2, weight.absmax2, weight.blocksize2, weight.offset)
+    return weight, reference.decode_4bit(packed, absmax, state.code, blocksize, N, K)
+
+
+def calls(dtype, adapter_dtype):
+    """Every op with arguments for each of its forms."""
+    x, w, a, b, bias, dy, xa = tensors(dtype, adapter_dtype)
+    flat, nested = weight_4bit(nested=False)[0], weight_4bit()[0]
+    return {
+        "shrink": (op.shrink, (x, a, 0.3)),
+        "shrink, power of two": (op.shrink, (x, a, 2.0)),
+        "shrink, dropout": (op.shrink, (x, a, 0.3, 0.2, SEED)),
+        "lora_matmul": (op.lora_matmul, (x, w, xa, b)),
+        "lora_matmul, bias": (op.lora_matmul, (x, w, xa, b, bias)),
+        "lora_matmul, dx with dropout": (op.lora_matmul, (dy, w.t(), xa, a.t(), None, 0.2, SEED)),
+        "lora_grad": (op.lora_grad, (dy, x, b, xa, 0.3)),
+        "lora_grad, dropout": (op.lora_grad, (dy, x, b, xa, 0.3, 0.2, SEED)),
+        "lora_grad, no da": (op.lora_grad, (dy, None, b, xa, 0.3)),
+        "lora_grad, no db": (op.lora_grad, (dy, x, b, None, 0.3)),
+        "decode_4bit": (op.decode_4bit, (*flat, dtype, None, None, 1.0)),
+        "decode_4bit, nested": (op.decode_4bit, (*nested, dtype, None, None, 1.0)),
+        "decode_4bit, merged": (op.decode_4bit, (*nested, dtype, a, b, 0.3)),
+    }
+
+
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32 adapters on bf16": (torch.bfloat16, torch.float32),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("call", calls(torch.float32, torch.float32))
+def test_opcheck(call, dtypes):
+    function, args = calls(*dtypes)[call]
+    opcheck(function.default, args)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("call", calls(torch.float32, torch.float32))
+def test_fake_has_the_layout_of_the_result(call, dtypes):
+    function, args = calls(*dtypes)[call]
+    mode = torch._subclasses.FakeTensorMode()
+    fake_args = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args]
+    with mode:
+        fakes = function(*fake_args)
+    results = function(*args)
+    as_tuple = (results,) if isinstance(results, torch.Tensor) else results
+    for real, fake in zip(as_tuple, (fakes,) if isinstance(fakes, torch.Tensor) else fakes, strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("s", [1.0, 4.0, 0.0, -0.7])
+def test_products_are_those_of_the_reference(s, dtype, p):
+    x, w, a, b, bias, dy, xa = tensors(dtype)
+    seed = SEED if p else None
+    pairs = [
+        (op.shrink(x, a, s, p, seed), reference.shrink(x, a, s, p, seed)),
+        (op.lora_matmul(x, w, xa, b, bias), reference.lora_matmul(x, w, xa, b, bias)),
+        (op.lora_matmul(x, w, xa, b), reference.lora_matmul(x, w, xa, b)),
+        (
+            op.lora_matmul(dy, w.t(), xa, a.t(), None, p, seed),
+            reference.lora_matmul(dy, w.t(), xa, a.t(), None, p, seed),
+        ),
+        *zip(op.lora_grad(dy, x, b, xa, s, p, seed), reference.lora_grad(dy, x, b, xa, s, p, seed), strict=True),
+    ]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+
+
+SHAPES = [
+    (24, 32, 64),  # two rows a block
+    (24, 96, 64),  # blocks cross rows
+    (33, 48, 64),  # and the last one is short
+    (5, 7, 64),  # odd: a byte holds weights of two rows
+    (1, 1, 64),
+    (40, 64, 256),  # four rows a block
+    (9, 513, 128),
+    (16, 576, 4096),
+]
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]} by {s[2]}")
+class TestDecode4bit:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_is_that_of_the_reference_rounded_once(self, shape, quant_type, nested, dtype):
+        weight, w = weight_4bit(*shape, quant_type, nested)
+        assert torch.equal(weight.decode(dtype), w.to(dtype))
+
+    @pytest.mark.parametrize("merge_elements", [1, 300, 1 << 20])
+    def test_merge_by_rows_is_that_of_the_reference(self, shape, quant_type, nested, merge_elements, monkeypatch):
+        monkeypatch.setattr(ops, "MERGE_ELEMENTS", merge_elements)
+        N, K, _ = shape
+        weight, w = weight_4bit(*shape, quant_type, nested)
+        a, b = torch.randn(r, K), torch.randn(N, r)
+        torch.testing.assert_close(weight.decode_merged(torch.float32, a, b, 0.3), reference.merge(w, a, b, 0.3))
+
+
+@pytest.mark.parametrize("merge_elements", [1, 300, 2000])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]} by {s[2]}")
+def test_merge_slices_are_whole_rows_bytes_and_blocks(shape, merge_elements, monkeypatch):
+    monkeypatch.setattr(ops, "MERGE_ELEMENTS", merge_elements)
+    N, K, blocksize = shape
+    slices = list(ops._row_slices(N, K, blocksize))
+    assert [row for rows, *_ in slices for row in range(rows.start, rows.stop)] == list(range(N))
+    for rows, bytes_, blocks in slices:
+        assert bytes_.start * 2 == blocks.start * blocksize == rows.start * K
+        assert bytes_.stop == -(-rows.stop * K // 2)
+        assert blocks.stop == -(-rows.stop * K // blocksize)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_decode_reads_any_quant_storage(storage):
+    weight, w = weight_4bit(storage=storage)
+    assert torch.equal(weight.decode(torch.float32), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_one_mask_in_forward_and_backward(p, dtype):
+    """shrink, lora_grad and lora_matmul drop the same elements of x, those that the reference drops."""
+    expected = reference.dropout_mask(M, K, p, SEED) != 0
+    ones, identity = torch.ones(M, K, dtype=dtype), torch.eye(K, dtype=dtype)
+    in_shrink = op.shrink(ones, identity, 1.0, p, SEED)
+    da = op.lora_grad(torch.eye(M, dtype=dtype), ones, torch.eye(M, dtype=dtype), None, 1.0, p, SEED)[1]
+    dx = op.lora_matmul(torch.zeros(M, 1, dtype=dtype), torch.zeros(K, 1, dtype=dtype), ones, identity, None, p, SEED)
+    for dropped in (in_shrink, da, dx):
+        assert torch.equal(dropped != 0, expected)
+        scale = torch.tensor(reference.dropout_scale(p), dtype=dtype)
+        assert torch.equal(dropped, expected * scale)
+
+
+def test_dropout_does_not_change_its_input():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w, a, b, _, dy, xa = tensors(dtype)
+        before = [t.clone() for t in (x, w, a, b, dy, xa)]
+        op.shrink(x, a, 0.3, 0.5, SEED)
+        op.lora_grad(dy, x, b, xa, 0.3, 0.5, SEED)
+        op.lora_matmul(dy, w.t(), xa, a.t(), None, 0.5, SEED)
+        assert all(torch.equal(t, old) for t, old in zip((x, w, a, b, dy, xa), before, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_lora_matmul_allocates_one_output_and_nothing_as_large(dtypes, with_bias, p):
+    dtype, adapter_dtype = dtypes
+    x, w, _, b, bias, _, xa = tensors(dtype, adapter_dtype, M=64, K=48, N=40)
+    with RecordOps() as record:
+        y = ops.lora_matmul(x, w, xa, b, bias if with_bias else None)
+    large = [t for t in record.allocated if t.numel() >= min(x.numel(), y.numel())]
+    assert len(large) == 1
+    assert large[0].data_ptr() == y.data_ptr()
+    if p:  # dx: the dropout mask is drawn, and the only float of that size is dx
+        with RecordOps() as record:
+            ops.lora_matmul(x, w, xa, b, None, p, SEED)
+        large = [t for t in record.allocated if t.numel() >= y.numel() and t.is_floating_point()]
+        assert len(large) == 1
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_fp32_adapters_convert_nothing_as_large_as_x(p):
+    x, w, a, b, bias, dy, xa = tensors(torch.bfloat16, torch.float32, M=64, K=48, N=40)
+    with RecordOps() as record:
+        ops.shrink(x, a, 0.3, p, SEED)
+        ops.lora_matmul(x, w, xa, b, bias, p, SEED)
+        ops.lora_grad(dy, x, b, xa, 0.3, p, SEED)
+    converted = [t.numel() for name, t in record.outputs if name == "aten::_to_copy"]
+    assert converted, "the adapters are converted"
+    assert max(converted) < dy.numel()
+
+
+@pytest.mark.parametrize("s", [2.0, 0.5, 0.3])
+def test_scaling_is_rounded_once(s):
+    """Also in fp16's subnormals, where even a power of two is not exact if the product was rounded before."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, a = torch.full((8, 4), 3e-4).to(dtype), torch.full((2, 4), 1.7e-3).to(dtype)
+        exact = s * (x.double() @ a.double().t())
+        assert torch.equal(op.shrink(x, a, s), exact.to(dtype))
+
+
+def test_not_needed_gradients_come_back_empty():
+    x, _, _, b, _, dy, xa = tensors()
+    with RecordOps() as record:
+        dxa, da, db = ops.lora_grad(dy, None, b, None, 0.3)
+    assert dxa.shape == (M, r)
+    assert da.numel() == db.numel() == 0
+    assert record.count("aten::mm", "aten::addmm") == 1
+
+
+def test_autocast_changes_nothing_inside():
+    x, w, a, b, bias, dy, xa = tensors()
+    weight = weight_4bit()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        results = (
+            op.shrink(x, a, 0.3),
+            op.lora_matmul(x, w, xa, b, bias),
+            *op.lora_grad(dy, x, b, xa, 0.3),
+            weight.decode_merged(torch.float32, a, b, 0.3),
+        )
+    expected = (
+        op.shrink(x, a, 0.3),
+        op.lora_matmul(x, w, xa, b, bias),
+        *op.lora_grad(dy, x, b, xa, 0.3),
+        weight.decode_merged(torch.float32, a, b, 0.3),
+    )
+    assert all(torch.equal(t, e) for t, e in zip(results, expected, strict=True))
