@@ -1,4 +1,4 @@
-"""The autograd Functions: one per shape of work. They save x, the adapters and xa; never a mask, a cast or decoded copy.
+"""The autograd Functions: one per shape of work. They save x, the adapters, xa; never a mask, a cast or decoded copy.
 
 Every Function takes x of any rank and computes on its 2-D view. ``a, b, s, p, seed`` are as in `fastlora.reference`.
 Gradients are once-differentiable.
@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 
 from fastlora import ops as _ops  # noqa: F401  (defines torch.ops.fastlora)
 from fastlora.fourbit import Weight4bit
-from fastlora.reference import dropout
 
 shrink = torch.ops.fastlora.shrink.default
 lora_matmul = torch.ops.fastlora.lora_matmul.default
@@ -21,7 +20,14 @@ lora_grad = torch.ops.fastlora.lora_grad.default
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """``function.apply(*args)``; eager calls skip its binding of default arguments, which costs 25 µs a call."""
+    """``function.apply(*args)`` without autocast: x, the first argument, has the dtype to compute in.
+
+    Eager calls skip its binding of default arguments, which costs 25 µs a call.
+    """
+    device = args[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return apply(function, *args)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if not torch.is_grad_enabled():
@@ -55,11 +61,11 @@ def _save(ctx: Any, x: Tensor, a: Tensor, b: Tensor, xa: Tensor | None, seed: Te
 
 def _adapter_grads(ctx: Any, dy: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, xa: Tensor | None, seed):
     """dxa, da, db for 2-D dy, obeying needs_input_grad; those not needed come back as None."""
-    need_dx, need_da, need_db = ctx.needs_input_grad[:3]
+    _, need_da, need_db = ctx.needs_input_grad[:3]
     x = None if x is None else _rows(x)
     if need_db and xa is None:
         xa = shrink(x, a, ctx.s, ctx.p, seed)
-    if b is None:  # only db is needed
+    if b is None:  # neither da nor dxa is needed
         return None, None, (dy.t() @ xa).to(ctx.b_dtype) if need_db else None
     dxa, da, db = lora_grad(dy, x if need_da else None, b, xa, ctx.s, ctx.p, seed)
     return dxa, da.to(ctx.a_dtype) if need_da else None, db if need_db else None
@@ -138,7 +144,8 @@ class LoRALinear4bit(Function):
             return (None,) * 17
         x, a, b, xa, seed, *tensors = ctx.saved_tensors
         dy = _rows(dy)
-        dxa, da, db = _adapter_grads(ctx, dy, x, a, b, xa, seed)
+        need_dxa = ctx.p > 0.0 or ctx.needs_input_grad[1]  # dx is of the merged weight
+        dxa, da, db = _adapter_grads(ctx, dy, x, a, b if need_dxa else None, xa, seed)
         dx = None
         if ctx.needs_input_grad[0]:
             weight = Weight4bit(*tensors, *ctx.numbers)
@@ -178,5 +185,6 @@ class AddLoRA(Function):
         dxa, da, db = _adapter_grads(ctx, rows, x, a, b, xa, seed)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _like_rows_of(ctx.x_shape, dropout(dxa @ a.to(dxa.dtype), ctx.p, seed))
+            no_base = rows.new_empty(a.shape[1], 0)  # only dropout(dxa @ a) is left of the product
+            dx = _like_rows_of(ctx.x_shape, lora_matmul(rows[:, :0], no_base, dxa, a.t(), None, ctx.p, seed))
         return dx, da, db, dy if ctx.needs_input_grad[3] else None, None, None, None

@@ -31,13 +31,13 @@ def lora_linear(
         x: ``[..., K]``, floating point. Under autocast it is cast as ``F.linear`` would.
         weight: frozen; a dense ``[N, K]`` tensor of x's dtype, or a bitsandbytes 4-bit weight (``Params4bit``,
             NF4 or FP4) of logical shape ``[N, K]``, which is decoded to x's dtype.
-        lora_A, lora_B: ``[r, K]`` and ``[N, r]``, of any floating dtype: master weights in fp32 are converted, x is not.
+        lora_A, lora_B: ``[r, K]`` and ``[N, r]``, of any floating dtype: fp32 master weights are converted, x is not.
         scaling: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rank-stabilised LoRA.
         bias: ``[N]`` or None.
         dropout_p: probability of zeroing an element of x on the adapter's path, in [0, 1), resolved to 1/32768.
 
     Returns:
-        ``[..., N]`` in x's dtype (the autocast dtype for a dense weight under autocast).
+        ``[..., N]`` in x's dtype, under autocast in the autocast dtype.
 
     Raises:
         TypeError, ValueError: a dtype, shape or value is not as above, or weight requires grad.
@@ -61,11 +61,11 @@ def _apply(
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     seed = _seed(x, p)
+    dtype = autocast_dtype(x) or x.dtype
+    x = x.to(dtype)
     if isinstance(weight, Weight4bit):
         return autograd.apply(autograd.LoRALinear4bit, x, a, b, bias, scaling, p, seed, *weight)[0]
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
+    weight = weight.to(dtype)
     return autograd.apply(autograd.LoRALinear, x, a, b, bias, weight, scaling, p, seed)[0]
 
 
@@ -116,7 +116,8 @@ def base_kind(base_layer: nn.Module) -> str:
     forward = type(base_layer).forward
     if forward is nn.Linear.forward:
         return "dense"
-    if forward.__qualname__ == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
+    code = getattr(forward, "__code__", None)  # torch.compile gets comparisons with forward.__qualname__ wrong
+    if code is not None and code.co_qualname == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
         return "4bit"
     return "opaque"
 

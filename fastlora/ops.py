@@ -171,7 +171,7 @@ def decode_4bit(
 
 
 def _dequantize(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, N: int, K: int, dtype: torch.dtype):
-    """bitsandbytes' decoding, asked for one block a row: its CPU kernel takes the wrong absmax where blocks cross rows."""
+    """bitsandbytes' decoding, asked for one block a row: its CPU kernel misreads absmax where blocks cross rows."""
     shape = [N * K // blocksize, blocksize] if N * K % blocksize == 0 else [N * K]
     return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype).view(N, K)
 

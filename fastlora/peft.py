@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fastlora.functional import adapted_forward, add_lora_output, base_kind
@@ -38,7 +38,7 @@ class PatchReport:
 def patch(model: nn.Module) -> PatchReport:
     """Make the LoRA layers of a PEFT model compute with fastlora, in place.
 
-    Equivalent: nothing changes but speed, memory and rounding. Call it again at any time (after adding an adapter, say):
+    Equivalent: nothing changes but speed, memory and rounding. Call it again at any time (after adding an adapter):
     patched layers stay patched, and the report is made anew.
 
     Returns a `PatchReport`. A layer can be patched and named in ``skipped`` too: it then runs PEFT's own forward until
@@ -110,6 +110,8 @@ def why_peft(layer: LoraLayer) -> str | None:
         dropout = dropouts[name]
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
             return f"dropout of adapter {name!r} is {dropout}"
+        if _is_hooked(dropout):
+            return f"dropout of adapter {name!r} has hooks, which only run when it is called"
     return None
 
 
@@ -140,7 +142,7 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _is_sharded(weight: Tensor) -> bool:
     """On meta (offloaded), emptied by ZeRO-3, or a distributed tensor."""
-    return weight.is_meta or "ds_id" in weight.__dict__ or type(weight).__name__ == "DTensor"
+    return weight.is_meta or hasattr(weight, "ds_id") or type(weight).__name__ == "DTensor"
 
 
 def _forward(layer: LoraLayer, x: Tensor) -> Tensor:

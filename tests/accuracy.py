@@ -10,8 +10,8 @@ sums of at most L terms in fp32, L = max(M, K, N, r), whose errors walk randomly
 
     floor = (2 eps(compute dtype) + sqrt(L) eps(fp32)) / sqrt(n) · scale / ‖truth‖
 
-with n the distinct elements of the smallest tensor on the way, and scale the root of the sum of the squares of all terms
-that are added up (what independent errors amount to when the terms cancel), but no less than ‖truth‖.
+with n the distinct elements of the smallest tensor on the way, and scale the root of the sum of the squares of all
+terms that are added up (what independent errors amount to when the terms cancel), but no less than ‖truth‖.
 """
 
 import math
@@ -192,12 +192,26 @@ def law(x, w, a, b, s, bias, dy, D) -> Results:
 
 
 def truth_and_scale(c: Problem, D: Tensor) -> tuple[Results, Results]:
-    """The truth, and for every element the root of the sum of squares of the terms it adds up (at least its size)."""
+    """The truth, and for every element the root of the sum of squares of the terms it adds up (at least its size).
+
+    No intermediate counts as smaller than the smallest normal number, below which rounding errors no longer shrink.
+    """
     bias = torch.zeros((), dtype=torch.float64) if c.bias is None else c.bias.double()
     tensors = c.x.reshape(c.M, c.K).double(), decoded(c.base), c.a.double(), c.b.double()
     dy = c.dy.reshape(c.M, c.N).double()
     truth = law(*tensors, c.s, bias, dy, D)
-    squares = law(*(t.square() for t in tensors), c.s**2, bias.square(), dy.square(), D.square())
+
+    least = torch.finfo(c.x.dtype).smallest_normal ** 2
+    x, w, a, b = (t.square() for t in tensors)
+    s, dy, D = c.s**2, dy.square(), D.square()
+    xa, dxa = (s * (D * x) @ a.T).clamp_min(least), (s * dy @ b).clamp_min(least)
+    squares = {
+        "y": x @ w.T + bias.square() + xa @ b.T,
+        "dx": dy @ w + D * (dxa @ a),
+        "da": dxa.T @ (D * x),
+        "db": dy.T @ xa,
+        "dbias": dy.sum(0),
+    }
     return truth, {name: torch.maximum(t.square(), squares[name]).sqrt() for name, t in truth.items()}
 
 
@@ -253,12 +267,12 @@ def check(c: Problem) -> None:
     assert not failed, f"less accurate than PEFT in {failed}: {table}"
 
 
-def check_model(ours: Results, theirs: Results, truth: Results, longest: int) -> None:
+def check_model(ours: Results, theirs: Results, truth: Results, longest: int, compute_dtype: torch.dtype) -> None:
     """The same bar for the results of a whole model, its floor being that of one element."""
+    floor = 2 * torch.finfo(compute_dtype).eps + math.sqrt(longest) * torch.finfo(torch.float32).eps
     assert ours.keys() == theirs.keys() == truth.keys()
     for name, expected in truth.items():
         assert (ours[name].shape, ours[name].dtype) == (theirs[name].shape, theirs[name].dtype), name
         norm = expected.norm().item() or 1.0
         error, bar = ((t.double() - expected).norm().item() / norm for t in (ours[name], theirs[name]))
-        floor = 2 * torch.finfo(theirs[name].dtype).eps + math.sqrt(longest) * torch.finfo(torch.float32).eps
         assert error <= FACTOR * bar + floor, f"{name}: ours {error:.2e} PEFT {bar:.2e} floor {floor:.2e}"

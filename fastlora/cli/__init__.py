@@ -25,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastlora.cli.compare import run
         return run(args)
     except UsageError as error:
-        args.parser.error(str(error))
+        return args.parser.error(str(error))
     except ModuleNotFoundError as error:
-        print(f"{args.parser.prog}: needs {error.name}, which is not installed", file=sys.stderr)
+        print(f"{args.parser.prog}: needs {error.name}: pip install 'fastlora-kernels[cli]'", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -39,7 +39,6 @@ def _quieten() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     for library in ("transformers", "bitsandbytes", "peft", "torch.profiler"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,10 +1,13 @@
 """``fastlora compare``: the same fine-tuning with PEFT and with PEFT + fastlora, step by step in turn."""
 
+import contextlib
 import gc
 import importlib.util
+import io
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -35,7 +38,7 @@ def run(args: Namespace) -> int:
     _make_folder(args.out)
 
     training.keep_freed_memory()
-    report = {
+    report: dict[str, Any] = {
         "version": VERSION,
         "complete": False,
         "environment": environment(device),
@@ -43,7 +46,7 @@ def run(args: Namespace) -> int:
         "model": None,
         "cases": [],
     }
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(file=sys.stderr, highlight=False)
     interrupted = False
     try:
         with _progress(notes) as progress:
@@ -59,7 +62,7 @@ def run(args: Namespace) -> int:
         print(to_json(report))
     else:
         console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-        for case in report["cases"]:
+        for case in filter(lambda case: case["providers"], report["cases"]):
             console.print(table(report, case), "")
     if interrupted:
         notes.print(f"Interrupted. What was measured so far is in {args.out / 'report.json'}", soft_wrap=True)
@@ -77,9 +80,8 @@ def _measure(args: Namespace, device: torch.device, text: str | None, report: di
         model, data, label = _load(args, base, text, device)
         if report["model"] is None:
             report["model"] = label
-            (args.out / "compare.png").unlink(
-                missing_ok=True
-            )  # another run's picture must not stand beside this report
+            picture = args.out / "compare.png"
+            picture.unlink(missing_ok=True)  # one of another run must not stand beside this report
             if label.startswith("RANDOM"):
                 progress.console.print(f"No trained weights: {label}", style="bold red")
         for dropout in args.dropout:
@@ -117,7 +119,8 @@ def _run_case(
 def _load(args: Namespace, base: str, text: str | None, device: torch.device) -> tuple[nn.Module, list[Tensor], str]:
     """The model in the form of the base, the batches to train on, and the model's label."""
     try:
-        loaded = models.load_model(args.model, models.DENSE.get(base, torch.bfloat16))
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bar
+            loaded = models.load_model(args.model, models.DENSE.get(base, torch.bfloat16))
         data = models.batches(loaded, text, args.batch, args.tokens, args.steps)
     except ValueError as error:
         raise UsageError(str(error)) from error

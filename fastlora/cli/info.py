@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastlora import ops
+from fastlora import __version__, ops
 
 _LIBRARIES = ("torch", "triton", "bitsandbytes", "peft", "transformers")
 
@@ -24,7 +24,11 @@ def run(args: Namespace) -> int:
 
 def versions() -> dict[str, str]:
     libraries = {name: _version(name, "missing") for name in _LIBRARIES}
-    return {"fastlora": _version("fastlora-kernels", "not installed"), "python": platform.python_version(), **libraries}
+    return {
+        "fastlora": _version("fastlora-kernels", f"{__version__}, not installed"),
+        "python": platform.python_version(),
+        **libraries,
+    }
 
 
 def devices() -> dict:
@@ -120,9 +124,9 @@ def _as_text(found: dict) -> str:
         (f"cuda:{i}", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
         for i, gpu in enumerate(gpus)
     ] or [("cuda", "no device")]
-    for device, ops in found["implementations"].items():
-        for implementation in sorted(set(ops.values())):
-            names = ", ".join(op for op, used in ops.items() if used == implementation)
+    for device, used in found["implementations"].items():
+        for implementation in sorted(set(used.values())):
+            names = ", ".join(op for op, runs in used.items() if runs == implementation)
             rows.append((f"ops on {device}", f"{implementation}: {names}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

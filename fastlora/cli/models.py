@@ -4,12 +4,13 @@ import importlib.util
 import pydoc_data.topics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SMOLLM2_SHAPE = dict(
+SMOLLM2_SHAPE: dict[str, Any] = dict(
     vocab_size=49152,
     hidden_size=576,
     intermediate_size=1536,
@@ -24,9 +25,9 @@ SMOLLM2_SHAPE = dict(
 
 @dataclass
 class LoadedModel:
-    model: nn.Module
+    model: Any  # a transformers.PreTrainedModel
     label: str  # names the model wherever results are shown
-    tokenizer: object | None  # None: bytes of the text stand for tokens
+    tokenizer: Any  # None: bytes of the text stand for tokens
 
 
 def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
@@ -51,16 +52,19 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
                     delattr(model, attribute)
             return LoadedModel(model, "SmolLM2-135M-Instruct", tokenizer)
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE)).to(dtype)
-        return LoadedModel(model, "RANDOM weights in the shape of SmolLM2-135M", None)
+        random: nn.Module = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE))
+        return LoadedModel(random.to(dtype), "RANDOM weights in the shape of SmolLM2-135M", None)
 
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model must be smollm2, smollm2-random or a folder with a config.json, got {name!r}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
-    return LoadedModel(model, folder.resolve().name, tokenizer)
+    return LoadedModel(
+        model,
+        folder.resolve().name,
+        AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None,
+    )
 
 
 def _smollm2_file() -> Path | None:
@@ -71,7 +75,7 @@ def _smollm2_file() -> Path | None:
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-def to_base(model: nn.Module, base: str) -> nn.Module:
+def to_base(model: Any, base: str) -> nn.Module:
     """Freeze the model and put its weights, in place, in the form of ``base`` (one of BASES of arguments.py).
 
     4-bit bases quantise every linear layer but the output head with bitsandbytes, nested statistics, bf16 compute.
@@ -103,17 +107,20 @@ def to_base(model: nn.Module, base: str) -> nn.Module:
 def batches(loaded: LoadedModel, text: str | None, batch: int, tokens: int, steps: int) -> list[Tensor]:
     """``steps`` tensors ``int64[batch, tokens]`` of consecutive text, from its start again when it ends.
 
-    Raises ValueError if the text is too short for one batch.
+    Raises ValueError if the text is too short for one batch, or the model has neither tokenizer nor 256 embeddings.
     """
     if text is None:
         text = "\n\n".join(pydoc_data.topics.topics.values())  # English that every Python installation has
     if loaded.tokenizer is None:
+        vocabulary = loaded.model.get_input_embeddings().num_embeddings
+        if vocabulary < 256:
+            raise ValueError(f"--model has no tokenizer, and {vocabulary} embeddings are too few for bytes as tokens")
         ids = torch.tensor(list(text.encode()), dtype=torch.long)
     else:
         words = max(1, batch * tokens * steps)
-        ids = loaded.tokenizer(text[: 12 * words], return_tensors="pt", verbose=False).input_ids[0]  # type: ignore[operator]
+        ids = loaded.tokenizer(text[: 12 * words], return_tensors="pt", verbose=False).input_ids[0]
     size = batch * tokens
     available = ids.numel() // size
     if available == 0:
-        raise ValueError(f"the text has {ids.numel()} tokens, fewer than one batch of {batch} x {tokens}")
+        raise ValueError(f"--batch {batch} x --tokens {tokens} is more than the text has: {ids.numel()} tokens")
     return [ids[(i % available) * size :][:size].view(batch, tokens) for i in range(steps)]

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-PROVIDERS = ("frozen", "peft", "fastlora")
 
 
 @dataclass
@@ -55,7 +54,12 @@ class Trainer:
         self.results.losses.append(loss)
 
     def measure_memory(self, ids: Tensor) -> None:
-        """Fill in saved_bytes and peak_bytes from forward and backward, without an optimizer step."""
+        """Fill in saved_bytes and peak_bytes from forward and backward, without an optimizer step.
+
+        A first pass compiles, and lets libraries allocate the workspaces that they keep.
+        """
+        self.forward(ids).backward()
+        self.model.zero_grad(set_to_none=True)
         self.results.saved_bytes = saved_bytes(self.model, lambda: self.forward(ids))
         self.results.peak_bytes = peak_bytes(self.device, lambda: self.forward(ids).backward())
         self.model.zero_grad(set_to_none=True)
@@ -77,8 +81,8 @@ def make_trainers(
         r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     frozen = _copy_sharing_frozen(base)
-    reference = peft.get_peft_model(_copy_sharing_frozen(base), config)
-    models = {"frozen": frozen, "peft": reference, "fastlora": _copy_sharing_frozen(reference)}
+    reference: Any = peft.get_peft_model(_copy_sharing_frozen(base), config)
+    models: dict[str, Any] = {"frozen": frozen, "peft": reference, "fastlora": _copy_sharing_frozen(reference)}
     if compiled:
         models["peft+compile"] = _copy_sharing_frozen(reference)
         models["fastlora+compile"] = _copy_sharing_frozen(reference)
