@@ -32,7 +32,7 @@ def apply(function: type[Function], *args: Any) -> Any:
         return function.apply(*args)
     if not torch.is_grad_enabled():
         return function.forward(*args)
-    return super(Function, function).apply(*args)
+    return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _save(ctx: Any, x: Tensor, a: Tensor, b: Tensor, xa: Tensor | None, seed: Te
     ctx.set_materialize_grads(False)
 
 
-def _adapter_grads(ctx: Any, dy: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, xa: Tensor | None, seed):
+def _adapter_grads(ctx: Any, dy: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, xa: Any, seed: Any):
     """dxa, da, db for 2-D dy, obeying needs_input_grad; those not needed come back as None."""
     _, need_da, need_db = ctx.needs_input_grad[:3]
     x = None if x is None else _rows(x)

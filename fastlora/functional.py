@@ -78,7 +78,7 @@ def add_lora_output(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float |
 
 
 def adapted_forward(
-    base_layer: nn.Module,
+    base_layer: Any,
     x: Tensor,
     a: Tensor,
     b: Tensor,

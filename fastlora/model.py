@@ -75,7 +75,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
 
     The sum is made in fp32 and rounded once; 4-bit weights are decoded, summed and quantised again (lossy, as with
     PEFT). The old weights are kept so that `unmerge` is exact, which costs their memory; ``unload=True`` drops them and
-    the adapters and leaves the plain layers, as PEFT's ``merge_and_unload``. A merged model does not train its adapters.
+    the adapters and leaves the plain layers, as PEFT's ``merge_and_unload``. A merged model trains no adapters.
 
     Returns the model. Raises ValueError if it has no adapters of `add_lora` or one is not finite, TypeError if a base
     layer cannot be merged into; the model is then as it was.

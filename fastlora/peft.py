@@ -7,6 +7,7 @@ is not plain LoRA at the moment of a call runs PEFT's own forward.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
@@ -213,4 +214,4 @@ if PeftLinear4bit is not None:
 
     _OURS[PeftLinear4bit] = FastLinear4bit
 
-_THEIRS: dict[type, type] = {ours: theirs for theirs, ours in _OURS.items()}
+_THEIRS: dict[type, Any] = {ours: theirs for theirs, ours in _OURS.items()}

@@ -48,7 +48,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0.0:
         return x
     assert seed is not None
-    return x * (dropout_mask(*x.shape, p, seed).to(x.dtype) * -dropout_scale(p))
+    return x * (dropout_mask(x.shape[0], x.shape[1], p, seed).to(x.dtype) * -dropout_scale(p))
 
 
 def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
