@@ -45,6 +45,7 @@ def _drop(x: Tensor, p: float, seed: Tensor | None, inplace: bool = False) -> Te
     """x with dropped elements zeroed, without the 1/(1-p), which callers fold into their scaling."""
     if p == 0.0:
         return x
+    assert seed is not None
     keep = dropout_mask(x.shape[0], x.shape[1], p, seed)
     if x.element_size() == 2:
         bits = x.view(torch.int16)
