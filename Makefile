@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 8
+	$(BIN)/fastlora compare --base bf16,nf4 --steps 8
 
 test: setup
 	$(BIN)/python -m pytest
