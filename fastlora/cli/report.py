@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from rich.table import Table
 
 from fastlora.cli.training import Measurements, speedup
+from fastlora.files import replace_file
 
 VERSION = 1
 WARMUP = 1  # rounds that are not timed
@@ -76,17 +75,7 @@ def _without_nan(value: Any) -> Any:
 
 def write_report(report: dict, path: Path) -> None:
     """Replace the file at once: whatever happens meanwhile, it holds either the old report or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_json(report) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, lambda temporary: temporary.write_text(to_json(report) + "\n", encoding="utf-8"))
 
 
 def case_name(case: dict) -> str:
