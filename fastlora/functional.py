@@ -34,7 +34,7 @@ def lora_linear(
         lora_A, lora_B: ``[r, K]`` and ``[N, r]``, of any floating dtype: fp32 master weights are converted, x is not.
         scaling: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rank-stabilised LoRA.
         bias: ``[N]`` or None.
-        dropout_p: probability of zeroing an element of x on the adapter's path, in [0, 1), resolved to 1/32768.
+        dropout_p: probability of zeroing an element of x on the adapter's path, in [0, 1), resolved to 1/65536.
 
     Returns:
         ``[..., N]`` in x's dtype, under autocast in the autocast dtype.

@@ -4,7 +4,8 @@ Dispatch is PyTorch's own. The composition of torch ops below serves every devic
 a kernel registered for a device's key takes its place there. `fastlora.reference` says what each op computes, in the
 same signatures; this file says how, without any [M, N] or [M, K] temporary that the maths does not need.
 
-Adapters may have another dtype than x: they are converted (they are small), x never is.
+Adapters may have another dtype than x: they are converted (they are small), x never is. xa and dxa have the
+adapters' dtype.
 """
 
 import math
@@ -14,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastlora import extension
 from fastlora.reference import dropout_mask, dropout_scale
 
 _library = torch.library.Library("fastlora", "DEF")
@@ -65,12 +67,13 @@ def _scaled_mm(x: Tensor, a: Tensor, s: float) -> Tensor:
 
 @_op(
     "shrink(Tensor x, Tensor a, float s, float p=0.0, Tensor? seed=None) -> Tensor",
-    fake=lambda x, a, s, p=0.0, seed=None: x.new_empty(x.shape[0], a.shape[0]),
+    fake=lambda x, a, s, p=0.0, seed=None: a.new_empty(x.shape[0], a.shape[0]),
 )
 def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """``s * dropout(x, p) @ a.T``: [M, K], [r, K] -> [M, r] in x's dtype."""
-    a = a.to(x.dtype).t()
-    return _scaled_mm(x, a, s) if p == 0.0 else _scaled_mm(_drop(x, p, seed), a, s * dropout_scale(p))
+    """``s * dropout(x, p) @ a.T``: [M, K], [r, K] -> [M, r] in a's dtype."""
+    at = a.to(x.dtype).t()
+    xa = _scaled_mm(x, at, s) if p == 0.0 else _scaled_mm(_drop(x, p, seed), at, s * dropout_scale(p))
+    return xa.to(a.dtype)
 
 
 @_op(
@@ -86,6 +89,7 @@ def lora_matmul(
     updates survive, and no temporary. dx is the same call with w, b transposed: ``lora_matmul(dy, w.T, dxa, a.T)``.
     """
     b = b.to(x.dtype).t()
+    xa = xa.to(x.dtype)
     if p != 0.0:
         xa = xa * dropout_scale(p)
     y = torch.mm(xa, b) if bias is None else torch.addmm(bias.to(x.dtype), xa, b)
@@ -95,31 +99,45 @@ def lora_matmul(
 
 
 def _lora_grad_fake(dy, x, b, xa, s, p=0.0, seed=None):
-    da = b.new_empty(0) if x is None else b.new_empty(b.shape[1], x.shape[1])
-    db = b.new_empty(0) if xa is None else b.new_empty(b.shape)
-    return dy.new_empty(dy.shape[0], b.shape[1]), da, db
+    like = xa if b is None else b
+    r = like.shape[1]
+    dxa = like.new_empty(0 if b is None else dy.shape[0], r)
+    da = like.new_empty(0) if x is None or b is None else b.new_empty(r, x.shape[1])
+    db = like.new_empty(0) if xa is None else xa.new_empty(dy.shape[1], r)
+    return dxa, da, db
 
 
 @_op(
-    "lora_grad(Tensor dy, Tensor? x, Tensor b, Tensor? xa, float s, float p=0.0, Tensor? seed=None) "
+    "lora_grad(Tensor dy, Tensor? x, Tensor? b, Tensor? xa, float s, float p=0.0, Tensor? seed=None) "
     "-> (Tensor dxa, Tensor da, Tensor db)",
     fake=_lora_grad_fake,
 )
 def lora_grad(
-    dy: Tensor, x: Tensor | None, b: Tensor, xa: Tensor | None, s: float, p: float = 0.0, seed: Tensor | None = None
+    dy: Tensor,
+    x: Tensor | None,
+    b: Tensor | None,
+    xa: Tensor | None,
+    s: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dxa = s * dy @ b`` [M, r], ``da = dxa.T @ dropout(x, p)`` [r, K], ``db = dy.T @ xa`` [N, r].
 
-    da and db come in b's dtype. Without x there is no da, without xa no db: they come back empty.
+    dxa and da come in b's dtype, db in xa's. Without b there is no dxa and no da, without x no da, without xa no db:
+    they come back empty. One of b and xa is given.
     """
-    dxa = _scaled_mm(dy, b.to(dy.dtype), s)
-    if x is None:
-        da = b.new_empty(0)
-    elif p == 0.0:
-        da = torch.mm(dxa.t(), x).to(b.dtype)
-    else:
-        da = torch.mm(dxa.mul(dropout_scale(p)).t(), _drop(x, p, seed)).to(b.dtype)
-    db = b.new_empty(0) if xa is None else torch.mm(dy.t(), xa).to(b.dtype)
+    like = b if b is not None else xa
+    assert like is not None
+    dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
+    if xa is not None:
+        db = torch.mm(dy.t(), xa.to(dy.dtype)).to(xa.dtype)
+    if b is not None:
+        product = _scaled_mm(dy, b.to(dy.dtype), s)
+        dxa = product.to(b.dtype)
+        if x is not None:
+            if p != 0.0:
+                product = product * dropout_scale(p)
+            da = torch.mm(product.t(), _drop(x, p, seed)).to(b.dtype)
     return dxa, da, db
 
 
@@ -185,3 +203,6 @@ def _row_slices(N: int, K: int, blocksize: int):
         stop = min(N, start + step)
         first, last = start * K, stop * K
         yield slice(start, stop), slice(first // 2, (last + 1) // 2), slice(first // blocksize, -(-last // blocksize))
+
+
+NO_CPU_KERNELS = extension.load()  # why the CPU runs the compositions above, None if it runs kernels/cpu

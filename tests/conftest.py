@@ -17,6 +17,16 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--no-cpu-kernels", action="store_true", help="test torch's ops, as if nothing had been compiled")
+
+
+def pytest_configure(config):
+    if config.getoption("--no-cpu-kernels"):
+
+        def refuse(path):
+            raise OSError("switched off by --no-cpu-kernels")
+
+        torch.ops.load_library = refuse  # before fastlora is imported
 
 
 def pytest_collection_modifyitems(config, items):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from matplotlib.image import imread
 
+from fastlora import ops
 from fastlora.cli import main, training
 from fastlora.cli.report import provider_records, to_json, write_report
 from fastlora.cli.training import Measurements
@@ -200,9 +201,13 @@ def test_info(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["torch"] == torch.__version__
     assert found["devices"]["cpu"]["cores"] >= 1
-    assert found["implementations"]["cpu"]["lora_matmul"] == "torch composition"
+    implementation = "kernel" if ops.NO_CPU_KERNELS is None else "torch composition"
+    assert set(found["implementations"]["cpu"].values()) == {implementation}
+    assert found["implementations"]["cuda"]["lora_matmul"] == "torch composition"
+    assert found["cpu_kernels"] == (ops.NO_CPU_KERNELS or "loaded")
     assert main(["info"]) == 0
-    assert torch.__version__ in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and found["cpu_kernels"] in out
 
 
 def test_statistics():

@@ -1,4 +1,4 @@
-"""The layers of the program import in one direction only: reference, ops, autograd, nn, model, peft, cli."""
+"""The layers of the program import in one direction only: extension, reference, ops, autograd, nn, model, peft, cli."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ import fastlora
 
 PACKAGE = Path(fastlora.__file__).parent
 LAYERS = [  # each may import what stands before it
-    {"version", "files"},
+    {"version", "files", "extension"},
     {"kernels"},
     {"reference"},
     {"ops"},

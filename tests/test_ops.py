@@ -204,7 +204,7 @@ def test_fp32_adapters_convert_nothing_as_large_as_x(p):
         ops.shrink(x, a, 0.3, p, SEED)
         ops.lora_matmul(x, w, xa, b, bias, p, SEED)
         ops.lora_grad(dy, x, b, xa, 0.3, p, SEED)
-    converted = [t.numel() for name, t in record.outputs if name == "aten::_to_copy"]
+    converted = [t.numel() for name, t in record.outputs if name == "aten::_to_copy" and t.is_floating_point()]
     assert converted, "the adapters are converted"
     assert max(converted) < dy.numel()
 

@@ -17,7 +17,12 @@ _LIBRARIES = ("torch", "triton", "bitsandbytes", "peft", "transformers")
 
 
 def run(args: Namespace) -> int:
-    found = {"versions": versions(), "devices": devices(), "implementations": implementations()}
+    found = {
+        "versions": versions(),
+        "devices": devices(),
+        "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
+        "implementations": implementations(),
+    }
     print(json.dumps(found, indent=2) if args.json else _as_text(found))
     return 0
 
@@ -75,6 +80,7 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         **versions(),
+        "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
         "commit": _commit(),
     }
 
@@ -124,6 +130,7 @@ def _as_text(found: dict) -> str:
         (f"cuda:{i}", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
         for i, gpu in enumerate(gpus)
     ] or [("cuda", "no device")]
+    rows.append(("cpu kernels", found["cpu_kernels"]))
     for device, used in found["implementations"].items():
         for implementation in sorted(set(used.values())):
             names = ", ".join(op for op, runs in used.items() if runs == implementation)

@@ -1,0 +1,241 @@
+// The products of tile.h for bf16 tensors, by the matrix instructions that oneDNN's brgemm finds (AMX, AVX512-BF16).
+//
+// Products of bf16 numbers are exact in fp32, and fp32 adapters keep their precision: wherever they enter, their low
+// part is one more block of rows or columns of the product.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include "pack.h"
+
+namespace fastlora::bf16 {
+
+namespace cpublas = at::native::cpublas;
+
+constexpr int64_t BLOCK_M = 32;   // rows of a product: two AMX tiles
+constexpr int64_t BLOCK_N = 256;  // columns of an expanded tile
+constexpr int64_t TAIL_M = 128;   // rows of a tile that the base product is in too,
+constexpr int64_t TAIL_N = 96;    // and its columns
+constexpr int64_t BLOCK_C = 128;  // columns of an outer product, four cache lines
+constexpr int64_t BLOCK_L = 128;  // its depth
+
+inline bool available() {
+  return cpublas::could_pack(at::kBFloat16);
+}
+
+inline Tile<float> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& dropout) {
+  const int64_t M = x.size(0), K = x.size(1), ldx = x.stride(0), r = b.size(1), R = round_up(r, PAD);
+  const int64_t parts = parts_of(b), cols = parts * R, even = round_up(K, 2);
+  const Buffer<uint32_t> packed(even / 2, cols);
+  pack(b, packed.row(0), parts == 2 ? packed.row(0) + R : nullptr, cols);
+  Tile<float> out(M, r);
+  const BFloat16* from = x.const_data_ptr<BFloat16>();
+  at::parallel_for(0, (M + BLOCK_M - 1) / BLOCK_M, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<BFloat16> copy(BLOCK_M, even);
+    const Buffer<float> sum(BLOCK_M, cols);
+    for (int64_t m0 = begin * BLOCK_M; m0 < std::min(M, end * BLOCK_M); m0 += BLOCK_M) {
+      const int64_t rows = std::min(BLOCK_M, M - m0);
+      const BFloat16* block = from + m0 * ldx;
+      const bool direct = rows == BLOCK_M && even == K && !dropout.active();
+      if (!direct) {
+        std::fill(copy.row(0), copy.row(BLOCK_M), BFloat16(0));
+        for (int64_t i = 0; i < rows; ++i) {
+          std::copy(block + i * ldx, block + i * ldx + K, copy.row(i));
+          dropout.apply(copy.row(i), m0 + i, 0, K);
+        }
+        block = copy.row(0);
+      }
+      cpublas::brgemm(
+          BLOCK_M, cols, even, direct ? ldx : even, cols, cols, false, block, as_bf16(packed.row(0)), sum.row(0));
+      for (int64_t i = 0; i < rows; ++i) {
+        const float *h = sum.row(i), *l = h + R;
+        float *to = out.row(m0 + i), factor = static_cast<float>(s);
+        for (int64_t j = 0; j < R; ++j) to[j] = factor * (parts == 2 ? h[j] + l[j] : h[j]);
+      }
+    }
+    cpublas::brgemm_release();
+  });
+  return out;
+}
+
+// The adapter's product p[M, r] @ b[r, N] as one of depth L: (high + low)(high + low) less its smallest term, which is
+// p's high | low | high parts against b's high | high | low.
+class AdapterProduct {
+ public:
+  // p_parts is 1 if p is exact in bf16.
+  AdapterProduct(const Tile<float>& p, int64_t p_parts, const Tensor& b)
+      : rows_(p.rows),
+        even_(round_up(p.cols, 2)),
+        p_parts_(p_parts),
+        b_parts_(parts_of(b)),
+        L_(round_up(even_ * (p_parts_ + b_parts_ - 1), 32)),
+        stride_(round_up(b.size(1), PAD)),
+        left_(left_rows(), L_),
+        right_(L_ / 2, stride_) {
+    const int64_t pairs = even_ / 2;
+    pack(b, right_.row(0), b_parts_ == 2 ? right_.row(pairs * p_parts_) : nullptr, stride_);
+    if (p_parts_ == 2) std::copy(right_.row(0), right_.row(pairs), right_.row(pairs));
+    std::fill(right_.row(pairs * (p_parts_ + b_parts_ - 1)), right_.row(L_ / 2), 0u);
+    at::parallel_for(0, left_rows(), 512, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) split_row(p, m);
+    });
+  }
+
+  // tile[rows, cols] (+)= rows m0 and columns n0 on, for a multiple of PAD columns
+  void onto(float* tile, int64_t ld, bool add, int64_t m0, int64_t rows, int64_t n0, int64_t cols) const {
+    if (L_ > 0) {
+      cpublas::brgemm(
+          rows, cols, L_, L_, stride_, ld, add, reinterpret_cast<const BFloat16*>(left_.row(m0)),
+          as_bf16(right_.row(0) + n0), tile);
+    } else if (!add) {
+      for (int64_t i = 0; i < rows; ++i) std::fill_n(tile + i * ld, cols, 0.0f);
+    }
+  }
+
+ private:
+  int64_t left_rows() const {
+    return round_up(rows_, TAIL_M);
+  }
+
+  void split_row(const Tile<float>& p, int64_t m) {
+    uint16_t* to = left_.row(m);
+    std::fill(to, to + L_, uint16_t(0));
+    for (int64_t j = 0; m < p.rows && j < p.cols; j += 16) {
+      alignas(64) uint16_t high[16], low[16];
+      split_16(p.row(m) + j, high, low);
+      const int64_t n = std::min<int64_t>(16, p.cols - j);
+      const auto put = [&](const uint16_t* part, uint16_t* at) {
+        n == 16 ? std::memcpy(at, part, 32) : std::memcpy(at, part, 2 * n);  // a constant size is one instruction
+      };
+      put(high, to + j);
+      if (p_parts_ == 2) put(low, to + even_ + j);
+      if (b_parts_ == 2) put(high, to + p_parts_ * even_ + j);
+    }
+  }
+
+  int64_t rows_, even_, p_parts_, b_parts_, L_, stride_;
+  Buffer<uint16_t> left_;
+  Buffer<uint32_t> right_;
+};
+
+template <typename Init>
+void expand(
+    const Tile<float>& p, int64_t p_parts, const Tensor& b, const Init& init, const Dropout& dropout, BFloat16* y,
+    int64_t N) {
+  constexpr bool starts = !std::is_same_v<Init, std::nullptr_t>;
+  const int64_t M = p.rows;
+  const AdapterProduct adapter(p, p_parts, b);
+  at::parallel_for(0, (M + BLOCK_M - 1) / BLOCK_M, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<float> tile(BLOCK_M, BLOCK_N);
+    for (int64_t m0 = begin * BLOCK_M; m0 < std::min(M, end * BLOCK_M); m0 += BLOCK_M) {
+      const int64_t rows = std::min(BLOCK_M, M - m0);
+      for (int64_t n0 = 0; n0 < N; n0 += BLOCK_N) {
+        const int64_t cols = std::min(BLOCK_N, N - n0), padded = round_up(cols, PAD);
+        for (int64_t i = 0; starts && i < rows; ++i) start_row(init, m0 + i, n0, cols, padded, tile.row(i));
+        adapter.onto(tile.row(0), BLOCK_N, starts, m0, BLOCK_M, n0, padded);
+        for (int64_t i = 0; i < rows; ++i) {
+          dropout.apply(tile.row(i), m0 + i, n0, cols);
+          round_to(tile.row(i), cols, y + (m0 + i) * N + n0);
+        }
+      }
+    }
+    cpublas::brgemm_release();
+  });
+}
+
+// Whether `tail` takes these tensors and, as measured on Sapphire Rapids, is faster than `expand` and then oneDNN.
+inline bool prefers_tail(const Tensor& x, const Tensor& w) {
+  const int64_t M = x.size(0), N = w.size(0), K = x.size(1);
+  const bool rows = w.stride(1) == 1 && w.stride(0) % 2 == 0, columns = w.stride(0) == 1;
+  return K > 0 && K % 2 == 0 && x.stride(1) == 1 && (rows || columns) && M * N * K <= int64_t{1} << 33;
+}
+
+// y[M, N] = x[M, K] @ w[N, K]^T + bias + drop(p[M, r] @ b[r, N]): the adapter's product and the base product accumulate
+// in one fp32 tile, which is rounded once. A panel of w is packed and kept in the second-level cache for all rows.
+inline void tail(
+    const Tensor& x, const Tensor& w, const Tile<float>& p, int64_t p_parts, const Tensor& b, const float* bias,
+    const Dropout& dropout, BFloat16* y) {
+  const int64_t M = x.size(0), K = x.size(1), N = w.size(0), ldx = x.stride(0), threads = at::get_num_threads();
+  const int64_t panels = (N + TAIL_N - 1) / TAIL_N, blocks = (M + TAIL_M - 1) / TAIL_M;
+  const int64_t groups = std::min(blocks, (threads + panels - 1) / panels);  // few panels: threads share a panel's rows
+  const AdapterProduct adapter(p, p_parts, b);
+  const BFloat16 *from = x.const_data_ptr<BFloat16>(), *weight = w.const_data_ptr<BFloat16>();
+  at::parallel_for(0, panels * groups, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<uint32_t> panel(K / 2, TAIL_N);
+    const Buffer<float> tile(TAIL_M, TAIL_N);
+    const Buffer<BFloat16> copy(TAIL_M, K);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t n0 = task / groups * TAIL_N, cols = std::min(TAIL_N, N - n0), padded = round_up(cols, PAD);
+      const int64_t group = task % groups, first = blocks * group / groups, last = blocks * (group + 1) / groups;
+      pack_panel(weight, w.stride(0), w.stride(1), n0, cols, K, panel.row(0), TAIL_N);
+      for (int64_t m0 = first * TAIL_M; m0 < std::min(M, last * TAIL_M); m0 += TAIL_M) {
+        const int64_t rows = std::min(TAIL_M, M - m0);
+        const BFloat16* block = from + m0 * ldx;
+        if (rows < TAIL_M) {
+          std::fill(copy.row(rows), copy.row(TAIL_M), BFloat16(0));
+          for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * ldx, K, copy.row(i));
+          block = copy.row(0);
+        }
+        for (int64_t i = 0; bias != nullptr && i < rows; ++i) std::copy_n(bias + n0, padded, tile.row(i));
+        adapter.onto(tile.row(0), TAIL_N, bias != nullptr, m0, TAIL_M, n0, padded);
+        for (int64_t i = 0; i < rows; ++i) dropout.apply(tile.row(i), m0 + i, n0, cols);
+        cpublas::brgemm(
+            TAIL_M, padded, K, rows < TAIL_M ? K : ldx, TAIL_N, TAIL_N, true, block, as_bf16(panel.row(0)),
+            tile.row(0));
+        for (int64_t i = 0; i < rows; ++i) round_to(tile.row(i), cols, y + (m0 + i) * N + n0);
+      }
+    }
+    cpublas::brgemm_release();
+  });
+}
+
+inline void outer(
+    const Tile<float>& p, int64_t p_parts, const Tensor& q, const Dropout& dropout, const Tensor& out,
+    bool transposed) {
+  const int64_t M = p.rows, r = p.cols, C = q.size(1), ldq = q.stride(0);
+  const int64_t padded_M = round_up(std::max<int64_t>(M, 1), BLOCK_L), left_rows = p_parts * r;
+  const Buffer<uint16_t> left = pack_transposed(p, p_parts, padded_M);
+  const uint16_t* from = reinterpret_cast<const uint16_t*>(q.const_data_ptr<BFloat16>());
+  FASTLORA_DISPATCH(out.scalar_type(), [&] {
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, (C + STEP - 1) / STEP, 1, [&](int64_t begin, int64_t end) {
+      const Buffer<uint32_t> pairs(BLOCK_L / 2, BLOCK_C);
+      const Buffer<uint16_t> copy(2, BLOCK_C);
+      const Buffer<float> sum(left_rows, BLOCK_C);
+      const int64_t stop = std::min(C, end * STEP);
+      for (int64_t c0 = begin * STEP; c0 < stop; c0 += BLOCK_C) {
+        const int64_t cols = std::min(BLOCK_C, stop - c0), padded = round_up(cols, PAD);
+        for (int64_t m0 = 0; m0 < padded_M; m0 += BLOCK_L) {
+          for (int64_t i = 0; i < BLOCK_L; i += 2) {
+            const int64_t m = m0 + i;
+            uint32_t* to_pair = pairs.row(i / 2);
+            const uint16_t *even = from + m * ldq + c0, *odd = even + ldq;
+            if (dropout.active() || m + 1 >= M) {
+              for (int64_t k = 0; k < 2; ++k) {
+                if (m + k < M) {
+                  std::copy(from + (m + k) * ldq + c0, from + (m + k) * ldq + c0 + cols, copy.row(k));
+                  dropout.apply(copy.row(k), m + k, c0, cols);
+                } else {
+                  std::fill(copy.row(k), copy.row(k) + cols, uint16_t(0));
+                }
+              }
+              even = copy.row(0), odd = copy.row(1);
+            }
+            for (int64_t c = 0; c < cols; ++c) to_pair[c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
+            std::fill(to_pair + cols, to_pair + padded, 0u);
+          }
+          cpublas::brgemm(
+              left_rows, padded, BLOCK_L, padded_M, BLOCK_C, BLOCK_C, m0 > 0,
+              reinterpret_cast<const BFloat16*>(left.row(0) + m0), as_bf16(pairs.row(0)), sum.row(0));
+        }
+        if (p_parts == 2)
+          for (int64_t j = 0; j < r; ++j)
+            for (int64_t c = 0; c < cols; ++c) sum.row(j)[c] += sum.row(r + j)[c];
+        write_columns(sum.row(0), sum.stride, r, c0, cols, to, C, transposed);
+      }
+      cpublas::brgemm_release();
+    });
+  });
+}
+
+}  // namespace fastlora::bf16

@@ -1,0 +1,261 @@
+// Tiles of fp32 (fp64 for fp64 tensors), and the three adapter products on them by vector instructions.
+//
+// Tensors of any floating dtype are read into a tile, with dropout, and written from one; in between there is a single
+// inner loop, `accumulate`. Work is cut by output elements only, so results do not depend on the number of threads.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "dropout.h"
+
+#define FASTLORA_DISPATCH(DTYPE, ...) \
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, DTYPE, "fastlora", __VA_ARGS__)
+
+namespace fastlora {
+
+using at::Tensor;
+
+// What a dtype is computed in.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+inline int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
+
+// Uninitialised memory for `rows` rows of `stride` elements.
+template <typename T>
+struct Buffer {
+  Buffer(int64_t rows, int64_t stride)
+      : stride(stride), data(static_cast<T*>(std::aligned_alloc(64, round_up(rows * stride * sizeof(T) + 1, 64)))) {
+    if (!data) throw std::bad_alloc();
+  }
+  T* row(int64_t i) const {
+    return data.get() + i * stride;
+  }
+  struct Free {
+    void operator()(T* p) const {
+      std::free(p);
+    }
+  };
+  int64_t stride;
+  std::unique_ptr<T[], Free> data;
+};
+
+constexpr int64_t PAD = 16;  // tiles have whole vectors of any instruction set a row, so no inner loop has a tail
+
+// An fp32 or fp64 matrix with padded rows.
+template <typename A>
+struct Tile : Buffer<A> {
+  Tile(int64_t rows, int64_t cols) : Buffer<A>(rows, round_up(cols, PAD)), rows(rows), cols(cols) {
+  }
+  int64_t rows, cols;
+};
+
+// ---- from tensors to tiles and back
+
+template <typename A>
+Tile<A> to_tile(const Tensor& t) {
+  const int64_t rows = t.size(0), cols = t.size(1), si = t.stride(0), sj = t.stride(1);
+  Tile<A> tile(rows, cols);
+  FASTLORA_DISPATCH(t.scalar_type(), [&] {
+    const scalar_t* from = t.const_data_ptr<scalar_t>();
+    at::parallel_for(
+        0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            if (sj == 1) {
+              at::vec::convert(from + i * si, tile.row(i), cols);
+            } else {
+              for (int64_t j = 0; j < cols; ++j) tile.row(i)[j] = static_cast<A>(from[i * si + j * sj]);
+            }
+            std::fill(tile.row(i) + cols, tile.row(i) + tile.stride, A(0));
+          }
+        });
+  });
+  return tile;
+}
+
+// `to`, contiguous, takes the tile's values.
+template <typename A>
+void to_tensor(const Tile<A>& tile, const Tensor& to) {
+  FASTLORA_DISPATCH(to.scalar_type(), [&] {
+    scalar_t* out = to.mutable_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < tile.rows; ++i) at::vec::convert(tile.row(i), out + i * tile.cols, tile.cols);
+  });
+}
+
+template <typename A>
+void scale(Tile<A>& tile, double by) {
+  if (by != 1.0)
+    for (A* v = tile.row(0); v != tile.row(tile.rows); ++v) *v *= static_cast<A>(by);
+}
+
+// Columns c0 to c0 + cols of a product [r, C] go to `out`, which is [r, C], or [C, r] if transposed; both contiguous.
+template <typename A, typename T>
+void write_columns(
+    const A* from, int64_t stride, int64_t r, int64_t c0, int64_t cols, T* out, int64_t C, bool transposed) {
+  if (transposed) {
+    for (int64_t c = 0; c < cols; ++c)
+      for (int64_t j = 0; j < r; ++j) out[(c0 + c) * r + j] = static_cast<T>(from[j * stride + c]);
+  } else {
+    for (int64_t j = 0; j < r; ++j) at::vec::convert(from + j * stride, out + j * C + c0, cols);
+  }
+}
+
+// ---- the inner loop
+
+constexpr int64_t RUN = 128;  // terms that are summed up before they join the rest: long sums stay as exact as a GEMM's
+
+// c[i, :] += sum_l a[i, l] * b[l, :] for I rows and V vectors of columns, held in registers over a run of l.
+template <int I, int V, typename A>
+inline void accumulate_block(
+    A* c, int64_t ldc, const A* a, int64_t a_i, int64_t a_l, const A* b, int64_t ldb, int64_t L) {
+  using Vec = at::vec::Vectorized<A>;
+  constexpr int64_t W = Vec::size();
+  for (int64_t l = 0; l < L;) {
+    Vec sum[I][V];
+    for (int i = 0; i < I; ++i)
+      for (int v = 0; v < V; ++v) sum[i][v] = Vec(A(0));
+    for (const int64_t end = std::min(L, l + RUN); l < end; ++l) {
+      Vec row[V];
+      for (int v = 0; v < V; ++v) row[v] = Vec::loadu(b + l * ldb + v * W);
+      for (int i = 0; i < I; ++i) {
+        const Vec factor(a[i * a_i + l * a_l]);
+        for (int v = 0; v < V; ++v) sum[i][v] = at::vec::fmadd(factor, row[v], sum[i][v]);
+      }
+    }
+    for (int i = 0; i < I; ++i)
+      for (int v = 0; v < V; ++v) {
+        A* to = c + i * ldc + v * W;
+        (Vec::loadu(to) + sum[i][v]).store(to);
+      }
+  }
+}
+
+template <int I, typename A>
+inline void accumulate_rows(
+    A* c, int64_t ldc, const A* a, int64_t a_i, int64_t a_l, const A* b, int64_t ldb, int64_t L, int64_t cols) {
+  constexpr int64_t W = at::vec::Vectorized<A>::size();
+  int64_t n = 0;
+  for (; n + 2 * W <= cols; n += 2 * W) accumulate_block<I, 2>(c + n, ldc, a, a_i, a_l, b + n, ldb, L);
+  for (; n < cols; n += W) accumulate_block<I, 1>(c + n, ldc, a, a_i, a_l, b + n, ldb, L);
+}
+
+constexpr int64_t ROWS = sizeof(at::vec::Vectorized<float>) == 32 ? 4 : 8;  // AVX2 has 16 registers, others 32
+
+// c[rows, cols] += a[rows, L] @ b[L, cols]. a has strides (a_i, a_l); cols is a multiple of PAD.
+template <typename A>
+inline void accumulate(
+    A* c, int64_t ldc, const A* a, int64_t a_i, int64_t a_l, const A* b, int64_t ldb, int64_t rows, int64_t L,
+    int64_t cols) {
+  int64_t i = 0;
+  for (; i + ROWS <= rows; i += ROWS) accumulate_rows<ROWS>(c + i * ldc, ldc, a + i * a_i, a_i, a_l, b, ldb, L, cols);
+  for (; i < rows; ++i) accumulate_rows<1>(c + i * ldc, ldc, a + i * a_i, a_i, a_l, b, ldb, L, cols);
+}
+
+// Elements k0 to k0 + n of row m, dropped ones as zero, then zeros up to a multiple of PAD.
+template <typename T, typename A>
+inline void read(const T* from, int64_t n, A* to, const Dropout& dropout, int64_t m, int64_t k0) {
+  at::vec::convert(from, to, n);
+  dropout.apply(to, m, k0, n);
+  std::fill(to + n, to + round_up(n, PAD), A(0));
+}
+
+constexpr int64_t STEP = 32;  // columns that threads share out: a cache line of bf16, whole lanes of dropout
+
+// Columns n0 to n0 + cols of row m by `init`, then zeros up to `padded`.
+template <typename A, typename Init>
+void start_row(const Init& init, int64_t m, int64_t n0, int64_t cols, int64_t padded, A* row) {
+  if constexpr (std::is_same_v<Init, std::nullptr_t>) {
+    std::fill(row, row + padded, A(0));
+  } else {
+    init(m, n0, cols, row);
+    std::fill(row + cols, row + padded, A(0));
+  }
+}
+
+// ---- the products by vector instructions
+
+namespace vector {
+
+constexpr int64_t COLUMNS = 512;  // of a tile: 8 rows of 512 floats stay in the first-level cache
+constexpr int64_t DEPTH = 64;     // rows of a tile that are summed up at a time
+template <typename T>
+Tile<Wide<T>> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& dropout) {
+  using A = Wide<T>;
+  const int64_t M = x.size(0), K = x.size(1), ldx = x.stride(0);
+  const Tile<A> packed = to_tile<A>(b);
+  Tile<A> out(M, b.size(1));
+  const T* from = x.const_data_ptr<T>();
+  at::parallel_for(0, (M + ROWS - 1) / ROWS, 4, [&](int64_t begin, int64_t end) {
+    const Tile<A> tile(ROWS, K);
+    for (int64_t m0 = begin * ROWS; m0 < std::min(M, end * ROWS); m0 += ROWS) {
+      const int64_t rows = std::min(ROWS, M - m0);
+      for (int64_t i = 0; i < rows; ++i) read(from + (m0 + i) * ldx, K, tile.row(i), dropout, m0 + i, 0);
+      std::fill(out.row(m0), out.row(m0 + rows), A(0));
+      accumulate(
+          out.row(m0), out.stride, tile.row(0), tile.stride, 1, packed.row(0), packed.stride, rows, K, out.stride);
+    }
+  });
+  scale(out, s);
+  return out;
+}
+
+template <typename T, typename Init>
+void expand(const Tile<Wide<T>>& p, const Tensor& b, const Init& init, const Dropout& dropout, T* y, int64_t N) {
+  using A = Wide<T>;
+  const int64_t M = p.rows, r = p.cols;
+  const Tile<A> packed = to_tile<A>(b);
+  at::parallel_for(0, (M + ROWS - 1) / ROWS, 4, [&](int64_t begin, int64_t end) {
+    const Tile<A> tile(ROWS, COLUMNS);
+    for (int64_t m0 = begin * ROWS; m0 < std::min(M, end * ROWS); m0 += ROWS) {
+      const int64_t rows = std::min(ROWS, M - m0);
+      for (int64_t n0 = 0; n0 < N; n0 += COLUMNS) {
+        const int64_t cols = std::min(COLUMNS, N - n0), padded = round_up(cols, PAD);
+        for (int64_t i = 0; i < rows; ++i) start_row(init, m0 + i, n0, cols, padded, tile.row(i));
+        accumulate(
+            tile.row(0), tile.stride, p.row(m0), p.stride, 1, packed.row(0) + n0, packed.stride, rows, r, padded);
+        for (int64_t i = 0; i < rows; ++i) {
+          dropout.apply(tile.row(i), m0 + i, n0, cols);
+          at::vec::convert(tile.row(i), y + (m0 + i) * N + n0, cols);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void outer(const Tile<Wide<T>>& p, const Tensor& q, const Dropout& dropout, const Tensor& out, bool transposed) {
+  using A = Wide<T>;
+  const int64_t M = p.rows, r = p.cols, C = q.size(1), ldq = q.stride(0);
+  const T* from = q.const_data_ptr<T>();
+  FASTLORA_DISPATCH(out.scalar_type(), [&] {
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, (C + STEP - 1) / STEP, 1, [&](int64_t begin, int64_t end) {
+      const Tile<A> tile(DEPTH, COLUMNS), sum(r, COLUMNS);
+      const int64_t stop = std::min(C, end * STEP);
+      for (int64_t c0 = begin * STEP; c0 < stop; c0 += COLUMNS) {
+        const int64_t cols = std::min(COLUMNS, stop - c0), padded = round_up(cols, PAD);
+        std::fill(sum.row(0), sum.row(r), A(0));
+        for (int64_t m0 = 0; m0 < M; m0 += DEPTH) {
+          const int64_t depth = std::min(DEPTH, M - m0);
+          for (int64_t i = 0; i < depth; ++i) read(from + (m0 + i) * ldq + c0, cols, tile.row(i), dropout, m0 + i, c0);
+          accumulate(sum.row(0), sum.stride, p.row(m0), 1, p.stride, tile.row(0), tile.stride, r, depth, padded);
+        }
+        write_columns(sum.row(0), sum.stride, r, c0, cols, to, C, transposed);
+      }
+    });
+  });
+}
+
+}  // namespace vector
+}  // namespace fastlora
