@@ -34,10 +34,11 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 	$(BIN)/mypy
 
-# The measurements behind the README's table and picture: about half an hour on two cores.
+# The measurements behind the README's table and picture: under ten minutes on two cores.
 bench: setup
 	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 21 --out benchmarks/results/cpu
 	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out benchmarks/results/cpu/checkpointing
+	$(BIN)/python benchmarks/host_overhead.py --json > benchmarks/results/cpu/host_overhead.json
 
 # On a machine with a GPU, with whatever torch it has and without installing: correctness first, then the comparison.
 gpu:
