@@ -1,0 +1,89 @@
+"""Which tile a kernel runs with: one short table, a row per kernel and architecture.
+
+The rows are starting points from compiled code (registers, spills, shared memory: ``fastlora inspect``), for a user's
+table to override once measured. An architecture that has no row gets that of the least capable relative, so nothing
+here decides whether a GPU may run, only how well.
+"""
+
+import functools
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from triton.runtime import driver
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes (those that a kernel has), warps and pipeline stages of one compiled variant."""
+
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    GROUP_M: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def kwargs(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+def tile(kernel: str, R: int = 16) -> Tile:
+    """The row of this kernel on the current device, for a padded rank R (the first row whose bound holds it)."""
+    rows = TILES[kernel]
+    by_rank = rows.get(family()) or rows["default"]
+    return next(row for bound, row in by_rank.items() if bound >= R)
+
+
+_forced_family: str | None = None
+
+
+def family() -> str:
+    """The architecture whose rows serve the current device."""
+    if _forced_family is not None:
+        return _forced_family
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return _family_of_device(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+@functools.cache
+def _family_of_device(index: int | None) -> str:
+    target = driver.active.get_current_target()
+    return family_of(target.backend, target.arch)
+
+
+def family_of(backend: str, arch: int | str) -> str:
+    if backend == "hip":
+        return "gfx942"
+    if backend != "cuda" or not isinstance(arch, int):
+        return "default"
+    if 100 <= arch < 110:
+        return "sm_100"
+    return {80: "sm_80", 90: "sm_90"}.get(arch, "default")  # consumer parts have 99 KB of shared memory
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs fill the device once."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if triton.knobs.runtime.interpret else 132
+
+
+def padded_rank(r: int) -> int:
+    """The rank as the tensor core takes it: a power of two, at least 16. Padding is zeros in registers, not memory."""
+    return max(16, triton.next_power_of_2(r))
+
+
+ANY = 1 << 30  # a bound that every rank is under
+
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "shrink": {
+        "default": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_stages=3),
+            ANY: Tile(BLOCK_M=64, BLOCK_K=64, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
+    },
+}

@@ -1,0 +1,162 @@
+"""Every kernel in Triton's interpreter against fp64 truth, judged as `accuracy` judges layers:
+
+    our error <= 1.5 · error of the same product in eager torch + floor
+
+with the error relative to the truth in the Frobenius norm, and the floor for what eager's error misses by luck.
+"""
+
+import math
+
+import interpreter
+import pytest
+import torch
+
+from fastlora import reference
+from fastlora.kernels import dropout
+from fastlora.kernels.shrink import shrink
+
+interpreter.repair_bf16()
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
+
+FACTOR = 1.5
+SEED = torch.tensor(-1234567890123456789, dtype=torch.int64)  # both words matter, and the sign
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32 adapters on bf16": (torch.bfloat16, torch.float32),
+    "bf16 adapters on fp32": (torch.float32, torch.bfloat16),
+}
+RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 64, 96, 128, 256, 512]
+SHAPES = [  # M, K, N
+    (1, 1, 1),
+    (3, 17, 65),  # smaller than any tile, and odd
+    (17, 64, 32),  # K and N whole tiles, M not
+    (65, 127, 17),
+    (33, 252, 96),  # many steps of K
+    (127, 35, 252),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(nan_in_empty):
+    pass
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(dtype)
+
+
+def strided(t, how):
+    """The same values in another layout."""
+    if how == "transposed":
+        return t.t().contiguous().t()
+    if how == "strided":
+        wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), float("nan"), dtype=t.dtype)
+        wide[::2, ::3] = t
+        return wide[::2, ::3]
+    return t
+
+
+def check(ours, eager, truth, longest):
+    """Assert that ours is as accurate as eager torch; ``longest`` is how many terms its longest sum adds up."""
+    assert ours.shape == truth.shape, f"{list(ours.shape)}, expected {list(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    assert ours.isfinite().all()
+    norm = truth.norm().item() or 1.0
+    error, bar = ((t.to(ours.dtype).double() - truth).norm().item() / norm for t in (ours, eager))
+    eps = max(torch.finfo(ours.dtype).eps, torch.finfo(eager.dtype).eps)
+    floor = (2 * eps + math.sqrt(longest) * 2**-23) / math.sqrt(truth.numel())
+    assert error <= FACTOR * bar + floor, f"ours {error:.2e}, eager {bar:.2e}, floor {floor:.2e}"
+
+
+def philox(seed, K, M):
+    """Philox4x32-7 in plain torch for counter (k // 8, m, 0, 0): the four words, each int64[M, K]."""
+
+    def mulhilo(a, b):
+        low, high = a * (b & 0xFFFF), a * (b >> 16)
+        low = low + ((high & 0xFFFF) << 16)
+        return (high >> 16) + (low >> 32), low & 0xFFFFFFFF
+
+    zero = torch.zeros(M, K, dtype=torch.int64)
+    c0, c1, c2, c3 = zero + torch.arange(K) // 8, zero + torch.arange(M)[:, None], zero, zero
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(7):
+        (h0, l0), (h1, l1) = mulhilo(c0, 0xD2511F53), mulhilo(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def mask(M, K, p, seed=SEED):
+    """The scaled dropout mask in fp64, from nothing but its definition."""
+    words = torch.stack(philox(int(seed), K, M), dim=-1)
+    k = torch.arange(K)
+    word = words.gather(-1, (k % 8 // 2).expand(M, K)[..., None]).squeeze(-1)
+    lane = torch.where(k % 2 == 0, word & 0xFFFF, word >> 16)
+    dropped = min(round(p * 65536), 65535)
+    return (lane >= dropped).double() * 65536 / (65536 - dropped)
+
+
+class TestDropout:
+    def test_keep_rate_and_independence(self):
+        M, K = 256, 512
+        for p in (0.01, 0.1, 0.5, 0.9):
+            keep = (mask(M, K, p) != 0).double()
+            spread = math.sqrt(p * (1 - p) / (M * K))
+            assert abs(keep.mean().item() - (1 - p)) < 5 * spread
+            centred = keep - (1 - p)
+            for other in (centred.roll(1, 1), centred.roll(2, 1), centred.roll(8, 1), centred.roll(1, 0)):
+                assert abs((centred * other).mean().item()) < 5 * p * (1 - p) / math.sqrt(M * K)
+
+    @pytest.mark.parametrize("seed", [0, 1, -1, 1 << 32, (1 << 63) - 1, -(1 << 63)])
+    def test_kernel_draws_the_mask_of_its_definition(self, seed):
+        M, K, p = 35, 72, 0.3
+        seed = torch.tensor(seed, dtype=torch.int64)
+        dropped = shrink(torch.ones(M, K), torch.eye(K), 1.0, p, seed)
+        assert torch.equal(dropped, mask(M, K, p, seed).float())
+
+    def test_scale_is_that_of_the_mask(self):
+        for p in (1e-9, 0.1, 0.5, 1 - 1e-9):
+            expected = 65536 / (65536 - min(round(p * 65536), 65535))
+            assert dropout.dropout_scale(p) == expected
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestShrink:
+    def test_is_that_of_the_reference(self, shape, dtypes, p):
+        (M, K, _), (dtype, adapter_dtype) = shape, dtypes
+        check_shrink(normal(M, K, dtype=dtype), normal(5, K, dtype=adapter_dtype), 0.7, p)
+
+
+def check_shrink(x, a, s, p):
+    D = mask(*x.shape, p) if p else torch.ones(x.shape, dtype=torch.float64)
+    xa = shrink(x, a, s, p, SEED if p else None)
+    assert xa.dtype == a.dtype
+    eager = reference.shrink(x * D.to(x.dtype), a, s)
+    check(xa, eager, reference.shrink(x.double() * D, a.double(), s), x.shape[1])
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_shrink_takes_any_rank(r):
+    check_shrink(normal(19, 40), normal(r, 40), 2.0, 0.2)
+
+
+@pytest.mark.parametrize("how", ["transposed", "strided"])
+def test_shrink_takes_any_strides(how):
+    check_shrink(strided(normal(37, 72), how), strided(normal(6, 72), how), 2.0, 0.2)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)], ids=["no tokens", "no features"])
+def test_shrink_of_nothing(shape):
+    check_shrink(normal(*shape), normal(3, shape[1]), 2.0, 0.0)
+
+
+def test_shrink_split_along_k_adds_in_a_fixed_order():
+    x, a = normal(8, 1024), normal(4, 1024)  # few tokens: K is cut so that every multiprocessor has work
+    check_shrink(x, a, 1.0, 0.2)
+    assert torch.equal(shrink(x, a, 1.0), shrink(x, a, 1.0))
