@@ -26,12 +26,12 @@ def dropout_scale(p: float) -> float:
 
 @triton.jit
 def keep_mask(seed, offs_m, start_k, dropped, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """``keep[offs_m, start_k : start_k + BLOCK_K]``, a boolean tile; start_k is a multiple of 8."""
+    """``keep[offs_m, start_k : start_k + BLOCK_K]``, a boolean tile; start_k and BLOCK_K are multiples of 8."""
     group = start_k // 8 + tl.arange(0, BLOCK_K // 8)
     c0 = tl.broadcast_to(group[None, :], BLOCK_M, BLOCK_K // 8).to(tl.uint32)
     c1 = tl.broadcast_to(offs_m[:, None], BLOCK_M, BLOCK_K // 8).to(tl.uint32)
     zero = tl.zeros_like(c0)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero, n_rounds=7)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two axes count 0, 1, 2, 3
-    lanes = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(lanes, BLOCK_M, BLOCK_K) >= dropped
+    keep = tl.join((words & 0xFFFF) >= dropped, (words >> 16) >= dropped)
+    return tl.reshape(keep, BLOCK_M, BLOCK_K)

@@ -29,11 +29,11 @@ class Tile:
         return {name: value for name, value in asdict(self).items() if value}
 
 
-def tile(kernel: str, R: int = 16) -> Tile:
-    """The row of this kernel on the current device, for a padded rank R (the first row whose bound holds it)."""
+def tile(kernel: str, size: int) -> Tile:
+    """The row of this kernel on the current device for a problem of this size (the first row whose bound holds it)."""
     rows = TILES[kernel]
-    by_rank = rows.get(family()) or rows["default"]
-    return next(row for bound, row in by_rank.items() if bound >= R)
+    by_size = rows.get(family()) or rows["default"]
+    return next(row for bound, row in by_size.items() if bound >= size)
 
 
 _forced_family: str | None = None
@@ -64,6 +64,11 @@ def family_of(backend: str, arch: int | str) -> str:
     return {80: "sm_80", 90: "sm_90"}.get(arch, "default")  # consumer parts have 99 KB of shared memory
 
 
+def has_tma() -> bool:
+    """Whether the current device copies tiles in hardware (tensor descriptors)."""
+    return family() in ("sm_90", "sm_100")
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many programs fill the device once."""
     if device.type == "cuda":
@@ -76,14 +81,40 @@ def padded_rank(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-ANY = 1 << 30  # a bound that every rank is under
+ANY = 1 << 30  # a bound that every size is under
 
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "shrink": {
+    "shrink": {  # by padded rank
         "default": {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_stages=3),
             ANY: Tile(BLOCK_M=64, BLOCK_K=64, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
+    },
+    "lora_matmul": {  # by M
+        "default": {
+            16: Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=1, num_warps=4, num_stages=4),
+            64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=4),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_matmul fp32": {
+        "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2)},
+    },
+    "lora_matmul tma": {
+        "default": {
+            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_matmul tma dropout": {  # the mask takes the registers of half an accumulator
+        "default": {
+            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
     },
 }

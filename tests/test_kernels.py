@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fastlora import reference
-from fastlora.kernels import dropout
+from fastlora.kernels import dropout, tiles
+from fastlora.kernels.lora_matmul import lora_matmul
 from fastlora.kernels.shrink import shrink
 
 interpreter.repair_bf16()
@@ -160,3 +161,52 @@ def test_shrink_split_along_k_adds_in_a_fixed_order():
     x, a = normal(8, 1024), normal(4, 1024)  # few tokens: K is cut so that every multiprocessor has work
     check_shrink(x, a, 1.0, 0.2)
     assert torch.equal(shrink(x, a, 1.0), shrink(x, a, 1.0))
+
+
+def check_lora_matmul(x, w, xa, b, bias=None, p=0.0):
+    D = mask(x.shape[0], w.shape[0], p) if p else torch.ones(x.shape[0], w.shape[0], dtype=torch.float64)
+    y = lora_matmul(x, w, xa, b, bias, p, SEED if p else None)
+    assert y.dtype == x.dtype
+    adapter = D.to(x.dtype) * (xa.to(x.dtype) @ b.to(x.dtype).T)
+    eager = x @ w.T + adapter + (0 if bias is None else bias.to(x.dtype))
+    truth = x.double() @ w.double().T + D * (xa.double() @ b.double().T) + (0 if bias is None else bias.double())
+    check(y, eager, truth, x.shape[1] + b.shape[1])
+
+
+@pytest.fixture(params=["pointers", "tensor descriptors"])
+def copies(request, monkeypatch):
+    """Both ways to copy tiles; descriptors, where a shape allows them."""
+    monkeypatch.setattr(tiles, "has_tma", lambda: request.param == "tensor descriptors")
+
+
+@pytest.mark.usefixtures("copies")
+class TestLoRAMatmul:
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_is_that_of_the_reference(self, shape, dtypes, p):
+        (M, K, N), (dtype, adapter_dtype) = shape, dtypes
+        x, w, xa, b = normal(M, K), normal(N, K), normal(M, 5, dtype=adapter_dtype), normal(N, 5, dtype=adapter_dtype)
+        check_lora_matmul(x.to(dtype), w.to(dtype), xa, b, None if p else normal(N, dtype=adapter_dtype), p)
+
+    @pytest.mark.parametrize("r", RANKS)
+    def test_any_rank(self, r):
+        check_lora_matmul(normal(40, 48).half(), normal(72, 48).half(), normal(40, r), normal(72, r))
+
+    @pytest.mark.parametrize("how", ["transposed", "strided"])
+    def test_any_strides(self, how):
+        operands = (normal(40, 72).half(), normal(96, 72).half(), normal(40, 6), normal(96, 6))
+        check_lora_matmul(*(strided(t, how) for t in operands), normal(96), 0.2)
+
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    def test_dx_is_the_same_call_with_transposed_strides(self, p):
+        dy, w, dxa, a = normal(40, 96).half(), normal(96, 72).half(), normal(40, 6), normal(6, 72)
+        check_lora_matmul(dy, w.t(), dxa, a.t(), None, p)
+
+    def test_more_tiles_than_programs(self):
+        check_lora_matmul(normal(120, 40).half(), normal(200, 40).half(), normal(120, 4), normal(200, 4))
+
+    @pytest.mark.parametrize("shape", [(0, 8, 8), (8, 8, 0), (8, 0, 16)], ids=["no tokens", "no columns", "no base"])
+    def test_of_nothing(self, shape):
+        M, K, N = shape
+        check_lora_matmul(normal(M, K).half(), normal(N, K).half(), normal(M, 3), normal(N, 3), normal(N), 0.2)
