@@ -117,4 +117,15 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
     },
+    "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
+        "default": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
+    },
+    "lora_grad fp32": {
+        "default": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=3)},
+        "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
+    },
 }

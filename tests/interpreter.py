@@ -1,7 +1,7 @@
 """Triton's interpreter for the tests: kernels run on a CPU, and their bf16 arithmetic is that of a GPU.
 
-The interpreter holds bf16 as raw uint16. It multiplies these integers in ``tl.dot``, and it truncates fp32 to bf16 where
-a GPU rounds to the nearest. `repair_bf16` does both right. It repairs the interpreter; no kernel works around it.
+The interpreter holds bf16 as raw uint16. It multiplies these integers in ``tl.dot``, and truncates fp32 to bf16 where a
+GPU rounds to the nearest. `repair_bf16` does both right. It repairs the interpreter; no kernel works around it.
 """
 
 import os

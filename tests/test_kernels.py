@@ -13,6 +13,7 @@ import torch
 
 from fastlora import reference
 from fastlora.kernels import dropout, tiles
+from fastlora.kernels.lora_grad import lora_grad
 from fastlora.kernels.lora_matmul import lora_matmul
 from fastlora.kernels.shrink import shrink
 
@@ -210,3 +211,61 @@ class TestLoRAMatmul:
     def test_of_nothing(self, shape):
         M, K, N = shape
         check_lora_matmul(normal(M, K).half(), normal(N, K).half(), normal(M, 3), normal(N, 3), normal(N), 0.2)
+
+
+def check_lora_grad(dy, x, b, xa, s, p=0.0):
+    D = mask(*x.shape, p) if p else torch.ones(x.shape, dtype=torch.float64)
+    ours = lora_grad(dy, x, b, xa, s, p, SEED if p else None)
+    assert [t.dtype for t in ours] == [b.dtype, b.dtype, xa.dtype]
+    assert all(t.is_contiguous() for t in ours)
+    eager = reference.lora_grad(dy, x * D.to(x.dtype), b, xa.to(dy.dtype), s)
+    truth = reference.lora_grad(dy.double(), x.double() * D, b.double(), xa.double(), s)
+    M, N = dy.shape
+    for t, bar, expected, longest in zip(ours, eager, truth, (N, M + N, M), strict=True):
+        check(t, bar, expected, longest)
+
+
+class TestLoRAGrad:
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_is_that_of_the_reference(self, shape, dtypes, p):
+        (M, K, N), (dtype, adapter_dtype) = shape, dtypes
+        dy, x, b, xa = normal(M, N), normal(M, K), normal(N, 5, dtype=adapter_dtype), normal(M, 5, dtype=adapter_dtype)
+        check_lora_grad(dy.to(dtype), x.to(dtype), b, xa, 0.7, p)
+
+    @pytest.mark.parametrize("r", RANKS)
+    def test_any_rank(self, r):
+        check_lora_grad(normal(40, 72), normal(40, 48), normal(72, r), normal(40, r), 2.0, 0.2)
+
+    @pytest.mark.parametrize("how", ["transposed", "strided"])
+    def test_any_strides(self, how):
+        operands = (normal(40, 72), normal(40, 48), normal(72, 6), normal(40, 6))
+        check_lora_grad(*(strided(t, how) for t in operands), 2.0, 0.2)
+
+    def test_a_gradient_that_was_expanded(self):
+        dy = normal(1, 1).expand(40, 72)  # what y.sum().backward() sends
+        check_lora_grad(dy, normal(40, 48), normal(72, 6), normal(40, 6), 2.0)
+
+    @pytest.mark.parametrize("shape", [(0, 8, 8), (8, 0, 8)], ids=["no tokens", "no features"])
+    def test_of_nothing(self, shape):
+        M, K, N = shape
+        dxa, da, db = lora_grad(normal(M, N), normal(M, K), normal(N, 3), normal(M, 3), 2.0)
+        assert (dxa.shape, da.shape, db.shape) == ((M, 3), (3, K), (N, 3))
+        assert not da.any()
+        assert M or not db.any()
+
+    @pytest.mark.parametrize("r", [4, 40])
+    def test_only_what_is_asked_for(self, r):
+        dy, x, b, xa = normal(40, 72), normal(40, 48), normal(72, r), normal(40, r)
+        whole = lora_grad(dy, x, b, xa, 2.0)
+        for without, missing in (("x", [1]), ("xa", [2]), ("b", [0, 1])):
+            given = {"x": x, "b": b, "xa": xa} | {without: None}
+            for i, t in enumerate(lora_grad(dy, **given, s=2.0)):
+                assert t.numel() == 0 if i in missing else (t - whole[i]).norm() <= 1e-6 * whole[i].norm()
+
+    @pytest.mark.parametrize("r", [4, 40])
+    def test_twice_the_same_bits(self, r):
+        operands = normal(300, 72), normal(300, 48), normal(72, r), normal(300, r)
+        once, again = (lora_grad(*operands, 2.0, 0.2, SEED) for _ in range(2))
+        assert all(torch.equal(t, u) for t, u in zip(once, again, strict=True))
