@@ -81,9 +81,11 @@ def lora_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``s * dy @ b`` [M, r] and ``dxa.T @ dropout(x, p)`` [r, K] in b's dtype, ``dy.T @ xa`` [N, r] in xa's.
 
-    Without b there is no dxa, without b or x no da, without xa no db: they come back empty.
+    Without b there is no dxa, without b or x no da, without xa no db: they come back empty. One of b and xa is given.
     """
-    dxa = da = db = dy.new_empty(0)
+    like = xa if b is None else b
+    assert like is not None
+    dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
     if b is not None and xa is not None and padded_rank(b.shape[1]) <= ONE_PASS_RANK:
         db, dxa = _walk_down(dy, xa, b, s)
     else:

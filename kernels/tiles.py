@@ -128,4 +128,12 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=3)},
         "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
     },
+    "decode_4bit": {
+        "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=512, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
+    },
+    "decode_4bit merged": {  # by padded rank
+        "default": {ANY: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
+    },
 }

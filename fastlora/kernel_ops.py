@@ -1,0 +1,75 @@
+"""The Triton kernels as implementations of ``torch.ops.fastlora.*``.
+
+PyTorch's dispatcher picks them for tensors on a GPU. A launch happens under the tensor's device, on the stream that is
+current at the call, and never waits for the device; dropout's seed stays a tensor on it. So calls can be captured in a
+CUDA graph and replayed by checkpointing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The launcher of each op has the op's name and signature.
+_MODULES = {"shrink": "shrink", "lora_matmul": "lora_matmul", "lora_grad": "lora_grad", "decode_4bit": "nf4"}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def register(library: torch.library.Library, key: str, compositions: Mapping[str, Callable]) -> None:
+    """Let the kernels implement these ops for a dispatch key (``"CUDA"`` is also AMD's).
+
+    ``compositions`` are the ops in plain torch, by name; they keep the calls that no kernel takes (fp64).
+    """
+    for name, composition in compositions.items():
+        if name in _MODULES:
+            library.impl(name, _implementation(name, composition), key)
+
+
+def _implementation(name: str, composition: Callable) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not all(_has_kernel(value) for value in (*args, *kwargs.values())):
+            return composition(*args, **kwargs)
+        with _device_of(args[0]):
+            return launcher(name)(*args, **kwargs)
+
+    return run
+
+
+def _has_kernel(value: Any) -> bool:
+    dtype = value.dtype if isinstance(value, Tensor) else value
+    return not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype in _DTYPES
+
+
+@cache
+def launcher(name: str) -> Callable:
+    """The function that launches this op's kernel. Triton is imported by the first call, not with fastlora."""
+    return getattr(import_module(f"fastlora.kernels.{_MODULES[name]}"), name)
+
+
+def _device_of(t: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if t.device.type == "cuda" and t.device.index != torch.cuda.current_device():
+        return torch.cuda.device(t.device)
+    return nullcontext()
+
+
+@contextmanager
+def in_interpreter(compositions: Mapping[str, Callable]) -> Iterator[None]:
+    """For tests: within this context the ops on CPU tensors run the kernels in Triton's interpreter.
+
+    Whole layers, with their autograd and modules, then go through the kernels without a GPU. ``TRITON_INTERPRET=1``
+    must have been set before Triton was imported.
+    """
+    import triton
+
+    assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before triton is imported"
+    library = torch.library.Library("fastlora", "IMPL")
+    register(library, "CPU", compositions)
+    try:
+        yield
+    finally:
+        library._destroy()

@@ -1,0 +1,76 @@
+"""Decoding 4-bit weights in Triton's interpreter: bit for bit what bitsandbytes' format says."""
+
+import interpreter
+import pytest
+import torch
+from test_ops import SHAPES, weight_4bit
+
+from fastlora import reference
+from fastlora.kernels.nf4 import CODES, decode_4bit
+
+interpreter.repair_bf16()
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU"),
+    pytest.mark.usefixtures("nan_in_empty", "bitsandbytes_eager"),
+]
+
+
+def decode(weight, dtype, a=None, b=None, s=1.0):
+    return decode_4bit(*weight, dtype, a, b, s)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+class TestDecode:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]} by {s[2]}")
+    def test_is_that_of_the_reference_rounded_once(self, shape, quant_type, nested, dtype):
+        weight, w = weight_4bit(*shape, quant_type, nested)
+        assert torch.equal(decode(weight, dtype), w.to(dtype))
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]} by {s[2]}")
+    def test_of_no_adapter_is_the_merge_of_a_zero_one(self, shape, quant_type, nested):
+        """The merging kernel walks by rows where decoding alone does not, and must decode to the same bits."""
+        weight, w = weight_4bit(*shape, quant_type, nested)
+        N, K, _ = shape
+        assert torch.equal(decode(weight, torch.float32, torch.zeros(3, K), torch.zeros(N, 3)), w)
+
+    @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
+    def test_any_block_size(self, blocksize, quant_type, nested):
+        weight, w = weight_4bit(20, 480, blocksize, quant_type, nested)
+        a, b = torch.zeros(2, 480), torch.zeros(20, 2)
+        assert torch.equal(decode(weight, torch.float32), w)
+        assert torch.equal(decode(weight, torch.float32, a, b), w)
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 6, 16, 24, 96, 128, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merge_is_that_of_the_reference(dtype, r):
+    weight, w = weight_4bit(24, 96)
+    a, b = torch.randn(r, 96).to(dtype), torch.randn(24, r)
+    merged = decode(weight, dtype, a, b, 0.3)
+    truth = reference.merge(w.double(), a.double(), b.double(), 0.3)
+    rounded = (truth.to(dtype).double() - truth).norm()  # no dtype can do better
+    assert (merged.double() - truth).norm() <= 1.001 * rounded + 1e-6 * truth.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]} by {s[2]}")
+def test_merge_of_any_shape(shape):
+    weight, w = weight_4bit(*shape)
+    N, K, _ = shape
+    a, b = torch.randn(K, 5).t(), torch.randn(N, 10)[:, ::2]
+    torch.testing.assert_close(decode(weight, torch.float32, a, b, 0.3), reference.merge(w, a, b, 0.3))
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_decode_reads_any_quant_storage(storage):
+    weight, w = weight_4bit(storage=storage)
+    assert torch.equal(decode(weight, torch.float32), w)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_code_books_are_those_of_bitsandbytes(quant_type):
+    from bitsandbytes.functional import get_4bit_type
+
+    assert torch.equal(torch.tensor(CODES[quant_type]), get_4bit_type(quant_type, device="cpu"))
