@@ -140,7 +140,7 @@ def lora_matmul(
     flags = {
         "HAS_BIAS": bias is not None,
         "HAS_DROPOUT": p != 0.0,
-        "BLOCK_R": min(padded_rank(b.shape[1]), 64),
+        "BLOCK_R": min(padded_rank(b.shape[1]), 32),
     }
     if tiles.has_tma() and _fits_tma(x, w, y):
         _launch_tma(x, w, y, adapter, bias, dropout, b.shape[1], flags)

@@ -136,16 +136,16 @@ def decode_4bit(
     numel, merge = N * K, a is not None and b is not None
     if numel == 0:
         return w
-    t = tile("decode_4bit merged" if merge else "decode_4bit", padded_rank(a.shape[0]) if merge else 0)
-    if not merge and numel % 8 == 0:  # nothing ties the tile to rows: cut the flat tensor instead
-        K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
-        N = triton.cdiv(numel, K)
-    whole = K if merge else numel  # weights in a row, for the tile's idea of a row
-    WORDS = 4 if whole % 32 == 0 and blocksize % 32 == 0 else 1 if whole % 8 == 0 else 0
+    row = K if merge else numel  # alone, the flat tensor can be cut anywhere
+    WORDS = 4 if row % 32 == 0 and blocksize % 32 == 0 else 1 if row % 8 == 0 else 0
     if packed.data_ptr() % 4:
         WORDS = 0
+    t = tile("decode_4bit bytes" if not WORDS else "decode_4bit merged" if merge else "decode_4bit", 0)
+    if not merge and WORDS:
+        K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
+        N = triton.cdiv(numel, K)
     r = a.shape[0] if merge else 0
-    BLOCK_R = min(padded_rank(r), 64)
+    BLOCK_R = min(padded_rank(r), 64 if dtype.itemsize == 2 else 16)
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](
         packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,

@@ -39,6 +39,12 @@ def tile(kernel: str, size: int) -> Tile:
 _forced_family: str | None = None
 
 
+def force_family(name: str | None) -> None:
+    """Choose tiles as on this architecture, whatever the device; None ends it. For compiling ahead of time."""
+    global _forced_family
+    _forced_family = name
+
+
 def family() -> str:
     """The architecture whose rows serve the current device."""
     if _forced_family is not None:
@@ -95,7 +101,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {
             16: Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=1, num_warps=4, num_stages=4),
             64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=4),
-            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
     },
@@ -132,7 +138,11 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=512, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
-    "decode_4bit merged": {  # by padded rank
+    "decode_4bit bytes": {  # rows that are no whole words
+        "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=64, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
+    },
+    "decode_4bit merged": {
         "default": {ANY: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
