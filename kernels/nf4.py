@@ -63,12 +63,25 @@ def _decode_4bit_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
 
+    mask_n, mask_k = (offs_n < N)[:, None], (offs_k < K)[None, :]
+
+    if MERGE:
+        a_ptrs = a_ptr + offs_k[None, :].to(tl.int64) * stride_ak
+        b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn
+        offs_r = tl.arange(0, BLOCK_R)
+        a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, offs_r, r, mask_k, mask_n)
+        delta = tl.dot(b, a, input_precision=PRECISION)
+        if LARGE_RANK:
+            for start in tl.range(BLOCK_R, r, BLOCK_R, num_stages=2):
+                a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, start + offs_r, r, mask_k, mask_n)
+                delta = tl.dot(b, a, delta, input_precision=PRECISION)
+
     if WORDS:  # a thread loads WORDS words of 8 weights, all of one block, with one scale
         GROUP: tl.constexpr = 8 * WORDS
         GROUPS: tl.constexpr = BLOCK_K // GROUP
         offs_g = pid_k * GROUPS + tl.arange(0, GROUPS)
         group = offs_n[:, None] * (K // GROUP) + offs_g[None, :]
-        mask = (offs_n < N)[:, None] & (offs_g < K // GROUP)[None, :] & (group < numel // GROUP)
+        mask = mask_n & (offs_g < K // GROUP)[None, :] & (group < numel // GROUP)
         word_ptrs = packed_ptr.to(tl.pointer_type(tl.int32)) + (group * WORDS)[:, :, None] + tl.arange(0, WORDS)
         words = tl.load(word_ptrs, mask=mask[:, :, None], other=0)
         block = group // (BLOCKSIZE // GROUP)
@@ -80,23 +93,14 @@ def _decode_4bit_kernel(
         w = tl.reshape(tl.reshape(values, BLOCK_N, GROUPS, GROUP) * scale[:, :, None], BLOCK_N, BLOCK_K)
     else:  # rows that are no whole words: one weight at a time
         flat = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-        mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-        byte = tl.load(packed_ptr + flat // 2, mask=mask, other=0).to(tl.int32)
+        byte = tl.load(packed_ptr + flat // 2, mask=mask_n & mask_k, other=0).to(tl.int32)
         nibbles = (byte >> ((flat + 1) % 2 * 4).to(tl.int32)) & 15
-        scale = _absmax(flat // BLOCKSIZE, mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2)
+        scale = _absmax(
+            flat // BLOCKSIZE, mask_n & mask_k, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2
+        )
         w = tl.load(code_ptr + nibbles) * scale
 
-    mask_n, mask_k = (offs_n < N)[:, None], (offs_k < K)[None, :]
     if MERGE:
-        a_ptrs = a_ptr + offs_k[None, :].to(tl.int64) * stride_ak
-        b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn
-        offs_r = tl.arange(0, BLOCK_R)
-        a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, offs_r, r, mask_k, mask_n)
-        delta = tl.dot(b, a, input_precision=PRECISION)
-        if LARGE_RANK:
-            for start in range(BLOCK_R, r, BLOCK_R):
-                a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, start + offs_r, r, mask_k, mask_n)
-                delta = tl.dot(b, a, delta, input_precision=PRECISION)
         w = tl.fma(delta, s, w)
     else:
         mask_n &= offs_n.to(tl.int64)[:, None] * K + offs_k[None, :] < numel
@@ -145,7 +149,7 @@ def decode_4bit(
         K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = triton.cdiv(numel, K)
     r = a.shape[0] if merge else 0
-    BLOCK_R = min(padded_rank(r), 64 if dtype.itemsize == 2 else 16)
+    BLOCK_R = min(padded_rank(r), 32 if dtype.itemsize == 2 else 16)
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](
         packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,

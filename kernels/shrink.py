@@ -54,7 +54,7 @@ def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None =
     (M, K), r = x.shape, a.shape[0]
     R = padded_rank(r)
     BLOCK_R = min(R, 128)
-    t = tile("shrink", R)
+    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", R)
     blocks = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(r, BLOCK_R)
     if K == 0 or blocks == 0:
         return a.new_zeros(M, r)

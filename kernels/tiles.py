@@ -93,8 +93,13 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "shrink": {  # by padded rank
         "default": {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_stages=3),
-            ANY: Tile(BLOCK_M=64, BLOCK_K=64, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=64, num_stages=3),
+            ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_stages=3),
         },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
+    },
+    "shrink fp32": {
+        "default": {ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3)},
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
     },
     "lora_matmul": {  # by M
@@ -106,7 +111,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
     },
     "lora_matmul fp32": {
-        "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3)},
+        "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3)},
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2)},
     },
     "lora_matmul tma": {
@@ -126,7 +131,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
         "default": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
-            ANY: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
     },
