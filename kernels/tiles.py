@@ -152,4 +152,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {ANY: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
+    "swiglu": {  # 8 elements a thread, so that a half-precision load is 16 bytes
+        "default": {ANY: Tile(BLOCK_M=1, BLOCK_K=1024, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=2, BLOCK_K=32)},
+    },
 }

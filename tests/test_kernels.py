@@ -10,12 +10,14 @@ import math
 import interpreter
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastlora import reference
 from fastlora.kernels import dropout, tiles
 from fastlora.kernels.lora_grad import lora_grad
 from fastlora.kernels.lora_matmul import lora_matmul
 from fastlora.kernels.shrink import shrink
+from fastlora.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_backward_
 
 interpreter.repair_bf16()
 
@@ -269,3 +271,41 @@ class TestLoRAGrad:
         operands = normal(300, 72), normal(300, 48), normal(72, r), normal(300, r)
         once, again = (lora_grad(*operands, 2.0, 0.2, SEED) for _ in range(2))
         assert all(torch.equal(t, u) for t, u in zip(once, again, strict=True))
+
+
+EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 65), (0, 8)], ids=str)
+def test_swiglu_and_its_gradients(shape, activation, dtype):
+    M, K = shape
+    gate, up = (t.to(dtype) for t in (2 * torch.randn(M, 2 * K)).chunk(2, dim=1))  # of one tensor: rows are strided
+    dh = normal(M, K, dtype=dtype)
+
+    def law(dtype):
+        g, u, d = (t.detach().to(dtype).requires_grad_() for t in (gate, up, dh))
+        h = EAGER[activation](g) * u
+        return h.detach(), *torch.autograd.grad(h, (g, u), d)
+
+    h = swiglu(gate, up, activation)
+    eager, truth = law(dtype), law(torch.float64)
+    swiglu_backward_(dh, gate, up, activation)
+    for ours, bar, expected in zip((h, gate, up), eager, truth, strict=True):
+        check(ours, bar, expected, 1)
+    assert torch.equal(dh, h), "the backward gives the same h"
+
+
+def test_offsets_beyond_32_bits():
+    """Rows so far apart that their offset passes 2^31 elements, in memory that is only reserved."""
+    M, K, stride = 3, 24, 1 << 30
+    far = torch.empty(2 * stride + K, dtype=torch.float16).as_strided((M, K), (stride, 1))
+    near = normal(M, K).half()
+    far.copy_(near)
+    a, b, w, dy = normal(5, K), normal(40, 5), normal(40, K).half(), normal(M, 40).half()
+    xa = shrink(far, a, 2.0, 0.3, SEED)
+    assert torch.equal(xa, shrink(near, a, 2.0, 0.3, SEED))
+    assert torch.equal(lora_matmul(far, w, xa, b), lora_matmul(near, w, xa, b))
+    assert torch.equal(lora_grad(dy, far, b, xa, 2.0)[1], lora_grad(dy, near, b, xa, 2.0)[1])
+    assert torch.equal(swiglu(far, near), swiglu(near, near))

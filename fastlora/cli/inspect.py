@@ -53,6 +53,8 @@ def run(args: Namespace) -> int:
 
 def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(op, what is special, a launch on meta tensors) so that every row of the tile table is compiled."""
+    from fastlora.kernels import swiglu
+
     M, N, K, p, seed = 8192, 4096, 4096, 0.1, _meta(dtype=torch.int64)
 
     def launch(op: str, *args: Any) -> Callable[[], Any]:
@@ -79,6 +81,8 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "shrink", "fp32", launch("shrink", x, a, 2.0, p, seed)
     yield "lora_matmul", "fp32", launch("lora_matmul", x, w, xa, b)
     yield "lora_grad", "fp32", launch("lora_grad", dy, x, b, xa, 2.0)
+    yield "swiglu", "forward", lambda: swiglu.swiglu(_meta(M, K), _meta(M, K))
+    yield "swiglu", "backward", lambda: swiglu.swiglu_backward_(_meta(M, K), _meta(M, K), _meta(M, K))
     for nested in (True, False):
         name = "nested" if nested else "flat"
         yield "decode_4bit", name, launch("decode_4bit", *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
