@@ -34,7 +34,7 @@ def code_book(quant_type: str, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _absmax(
+def load_scales(
     block, mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr
 ):
     """The scale of each block, in fp32."""
@@ -85,7 +85,7 @@ def _decode_4bit_kernel(
         word_ptrs = packed_ptr.to(tl.pointer_type(tl.int32)) + (group * WORDS)[:, :, None] + tl.arange(0, WORDS)
         words = tl.load(word_ptrs, mask=mask[:, :, None], other=0)
         block = group // (BLOCKSIZE // GROUP)
-        scale = _absmax(block, mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2)
+        scale = load_scales(block, mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2)
         shifts = (tl.arange(0, 8) ^ 1) * 4  # the even weight of a byte is its high nibble
         nibbles = (words[:, :, :, None] >> shifts) & 15
         code = tl.load(code_ptr + tl.arange(0, 16))
@@ -95,7 +95,7 @@ def _decode_4bit_kernel(
         flat = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
         byte = tl.load(packed_ptr + flat // 2, mask=mask_n & mask_k, other=0).to(tl.int32)
         nibbles = (byte >> ((flat + 1) % 2 * 4).to(tl.int32)) & 15
-        scale = _absmax(
+        scale = load_scales(
             flat // BLOCKSIZE, mask_n & mask_k, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2
         )
         w = tl.load(code_ptr + nibbles) * scale

@@ -156,4 +156,15 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {ANY: Tile(BLOCK_M=1, BLOCK_K=1024, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_M=2, BLOCK_K=32)},
     },
+    "nf4_matmul": {  # by the larger of M and the padded rank
+        "default": {
+            16: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
+    },
+    "nf4_matmul fp32": {
+        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)},
+        "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
+    },
 }

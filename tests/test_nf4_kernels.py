@@ -3,10 +3,12 @@
 import interpreter
 import pytest
 import torch
+from test_kernels import check
 from test_ops import SHAPES, weight_4bit
 
 from fastlora import reference
 from fastlora.kernels.nf4 import CODES, decode_4bit
+from fastlora.kernels.nf4_matmul import nf4_matmul
 
 interpreter.repair_bf16()
 
@@ -74,3 +76,23 @@ def test_code_books_are_those_of_bitsandbytes(quant_type):
     from bitsandbytes.functional import get_4bit_type
 
     assert torch.equal(torch.tensor(CODES[quant_type]), get_4bit_type(quant_type, device="cpu"))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("r", [0, 1, 6, 16, 96])
+@pytest.mark.parametrize("M", [1, 3, 17, 64])
+class TestNF4Matmul:
+    def test_is_the_product_with_the_merged_weight(self, M, r, dtype, splits):
+        N, K, s = 47, 448, 0.3
+        weight, w = weight_4bit(N, K)
+        x, bias = torch.randn(M, K).to(dtype), torch.randn(N)
+        a, b = (torch.randn(r, K), torch.randn(N, r)) if r else (None, None)
+        y = nf4_matmul(x, *weight, a, b, s, bias, splits)
+        eager = x @ w.to(dtype).T + bias.to(dtype)
+        truth = x.double() @ w.double().T + bias.double()
+        if r:
+            eager = eager + s * ((x @ a.to(dtype).T) @ b.to(dtype).T)
+            truth = truth + s * x.double() @ a.double().T @ b.double().T
+        assert y.dtype == dtype
+        check(y, eager, truth, K)

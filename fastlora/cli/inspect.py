@@ -5,6 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(args: Namespace) -> int:
 
 def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(op, what is special, a launch on meta tensors) so that every row of the tile table is compiled."""
-    from fastlora.kernels import swiglu
+    from fastlora.kernels import nf4_matmul, swiglu
 
     M, N, K, p, seed = 8192, 4096, 4096, 0.1, _meta(dtype=torch.int64)
 
@@ -83,6 +84,11 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "lora_grad", "fp32", launch("lora_grad", dy, x, b, xa, 2.0)
     yield "swiglu", "forward", lambda: swiglu.swiglu(_meta(M, K), _meta(M, K))
     yield "swiglu", "backward", lambda: swiglu.swiglu_backward_(_meta(M, K), _meta(M, K), _meta(M, K))
+    for m, r, dtype in ((1, 16, BF16), (16, 16, FP32), (64, 64, FP32)):
+        x, a, b = _meta(m, K), _meta(r, K, dtype=dtype), _meta(N, r, dtype=dtype)
+        case = f"M={m}, r={r}, {_name(dtype)} adapters"
+        yield "nf4_matmul", case, partial(nf4_matmul.nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)
+    yield "nf4_matmul", "M=1", partial(nf4_matmul.nf4_matmul, x[:1], *_weight_4bit(N, K), None, None, 1.0)
     for nested in (True, False):
         name = "nested" if nested else "flat"
         yield "decode_4bit", name, launch("decode_4bit", *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
