@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The launcher of each op has the op's name and signature.
-_MODULES = {"shrink": "shrink", "lora_matmul": "lora_matmul", "lora_grad": "lora_grad", "decode_4bit": "nf4"}
+from fastlora.plans import Problem, choose
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -25,7 +25,7 @@ def register(library: torch.library.Library, key: str, compositions: Mapping[str
     ``compositions`` are the ops in plain torch, by name; they keep the calls that no kernel takes (fp64).
     """
     for name, composition in compositions.items():
-        if name in _MODULES:
+        if name in _LAUNCHERS:
             library.impl(name, _implementation(name, composition), key)
 
 
@@ -34,7 +34,7 @@ def _implementation(name: str, composition: Callable) -> Callable:
         if not all(_has_kernel(value) for value in (*args, *kwargs.values())):
             return composition(*args, **kwargs)
         with _device_of(args[0]):
-            return launcher(name)(*args, **kwargs)
+            return _LAUNCHERS[name](*args, **kwargs)
 
     return run
 
@@ -45,9 +45,41 @@ def _has_kernel(value: Any) -> bool:
 
 
 @cache
-def launcher(name: str) -> Callable:
-    """The function that launches this op's kernel. Triton is imported by the first call, not with fastlora."""
-    return getattr(import_module(f"fastlora.kernels.{_MODULES[name]}"), name)
+def launcher(module: str, name: str) -> Callable:
+    """A function of `fastlora.kernels`. Triton is imported by the first call, not with fastlora."""
+    return getattr(import_module(f"fastlora.kernels.{module}"), name)
+
+
+def shrink(*args: Any) -> Tensor:
+    return launcher("shrink", "shrink")(*args)
+
+
+def lora_matmul(x: Tensor, w: Tensor, xa: Tensor, b: Tensor, *args: Any) -> Tensor:
+    plan = choose("lora_matmul", _problem(x, w.shape[0], b.shape[1]), _name(x.device))
+    return launcher("lora_matmul", "lora_matmul" if plan == "tail" else "lora_matmul_base_last")(x, w, xa, b, *args)
+
+
+def lora_grad(dy: Tensor, x: Any, b: Any, xa: Any, s: float, p: float = 0.0, seed: Tensor | None = None) -> Any:
+    r = (b if xa is None else xa).shape[1]
+    plan = choose("lora_grad", _problem(dy, 0, r), _name(dy.device))
+    return launcher("lora_grad", "lora_grad")(dy, x, b, xa, s, p, seed, plan == "one_pass")
+
+
+def decode_4bit(*args: Any) -> Tensor:
+    return launcher("nf4", "decode_4bit")(*args)
+
+
+_LAUNCHERS = {"shrink": shrink, "lora_matmul": lora_matmul, "lora_grad": lora_grad, "decode_4bit": decode_4bit}
+
+
+def _problem(x: Tensor, N: int, r: int) -> Problem:
+    intensity = launcher("tiles", "intensity")()
+    return Problem(x.shape[0], N, x.shape[1], r, itemsize=x.element_size(), intensity=intensity)
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _device_of(t: Tensor) -> AbstractContextManager:

@@ -154,6 +154,13 @@ def lora_matmul(
     return y
 
 
+def lora_matmul_base_last(
+    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """The same with the base product by the vendor's GEMM, which accumulates into the adapter's."""
+    return lora_matmul(x[:, :0], w[:, :0], xa, b, bias, p, seed).addmm_(x, w.t())
+
+
 def _launch_tma(x, w, y, adapter, bias, dropout, r, flags) -> None:
     (M, K), N = x.shape, w.shape[0]
     t = tile("lora_matmul tma dropout" if flags["HAS_DROPOUT"] else "lora_matmul tma", M)

@@ -75,6 +75,11 @@ def has_tma() -> bool:
     return family() in ("sm_90", "sm_100")
 
 
+def intensity() -> float:
+    """FLOPs that the device does on its tensor cores in the time of moving one byte (modelled, not measured)."""
+    return {"sm_90": 214.0, "sm_100": 214.0}.get(family(), 147.0)
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many programs fill the device once."""
     if device.type == "cuda":

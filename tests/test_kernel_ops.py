@@ -1,12 +1,14 @@
 """Whole layers through the kernels: the ops on CPU tensors run in Triton's interpreter."""
 
+from functools import partial
+
 import accuracy
 import interpreter
 import pytest
 import torch
 
 import fastlora
-from fastlora import kernel_ops, ops
+from fastlora import kernel_ops, ops, plans
 
 interpreter.repair_bf16()
 
@@ -38,7 +40,13 @@ def forward_and_backward(t, p):
 
 def test_within_the_context_kernels_run(monkeypatch):
     launched = []
-    monkeypatch.setattr(kernel_ops, "launcher", lambda name: launched.append(name) or COMPOSITIONS[name])
+
+    def launch(name, composition, *args):
+        launched.append(name)
+        return composition(*args)
+
+    for name, composition in COMPOSITIONS.items():
+        monkeypatch.setitem(kernel_ops._LAUNCHERS, name, partial(launch, name, composition))
     with kernel_ops.in_interpreter(COMPOSITIONS):
         forward_and_backward(leaves(), 0.0)
     forward_and_backward(leaves(), 0.0)
@@ -51,6 +59,17 @@ def test_layer_gives_what_the_compositions_give(in_interpreter):
     double = {name: v.detach().double().requires_grad_(v.requires_grad) for name, v in t.items()}
     for value, expected in zip(ours, forward_and_backward(double, 0.0), strict=True):  # fp64: the compositions
         assert (value.double() - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("lora_grad", plans.PLANS["lora_grad"])
+@pytest.mark.parametrize("lora_matmul", plans.PLANS["lora_matmul"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_every_plan_gives_the_same(in_interpreter, lora_matmul, lora_grad, p):
+    t = leaves()
+    expected = forward_and_backward(t, p)
+    with plans.use(lora_matmul=lora_matmul, lora_grad=lora_grad):
+        for ours, value in zip(forward_and_backward(t, p), expected, strict=True):
+            assert (ours - value).norm() <= 1e-6 * value.norm()
 
 
 @pytest.mark.parametrize("quant_type", ["dense", "nf4", "fp4"])

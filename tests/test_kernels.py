@@ -215,9 +215,9 @@ class TestLoRAMatmul:
         check_lora_matmul(normal(M, K).half(), normal(N, K).half(), normal(M, 3), normal(N, 3), normal(N), 0.2)
 
 
-def check_lora_grad(dy, x, b, xa, s, p=0.0):
+def check_lora_grad(dy, x, b, xa, s, p=0.0, one_pass=True):
     D = mask(*x.shape, p) if p else torch.ones(x.shape, dtype=torch.float64)
-    ours = lora_grad(dy, x, b, xa, s, p, SEED if p else None)
+    ours = lora_grad(dy, x, b, xa, s, p, SEED if p else None, one_pass)
     assert [t.dtype for t in ours] == [b.dtype, b.dtype, xa.dtype]
     assert all(t.is_contiguous() for t in ours)
     eager = reference.lora_grad(dy, x * D.to(x.dtype), b, xa.to(dy.dtype), s)
@@ -236,9 +236,10 @@ class TestLoRAGrad:
         dy, x, b, xa = normal(M, N), normal(M, K), normal(N, 5, dtype=adapter_dtype), normal(M, 5, dtype=adapter_dtype)
         check_lora_grad(dy.to(dtype), x.to(dtype), b, xa, 0.7, p)
 
+    @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
     @pytest.mark.parametrize("r", RANKS)
-    def test_any_rank(self, r):
-        check_lora_grad(normal(40, 72), normal(40, 48), normal(72, r), normal(40, r), 2.0, 0.2)
+    def test_any_rank(self, r, one_pass):
+        check_lora_grad(normal(40, 72), normal(40, 48), normal(72, r), normal(40, r), 2.0, 0.2, one_pass)
 
     @pytest.mark.parametrize("how", ["transposed", "strided"])
     def test_any_strides(self, how):
@@ -257,7 +258,7 @@ class TestLoRAGrad:
         assert not da.any()
         assert M or not db.any()
 
-    @pytest.mark.parametrize("r", [4, 40])
+    @pytest.mark.parametrize("r", [4, 40, 200])
     def test_only_what_is_asked_for(self, r):
         dy, x, b, xa = normal(40, 72), normal(40, 48), normal(72, r), normal(40, r)
         whole = lora_grad(dy, x, b, xa, 2.0)
@@ -266,7 +267,7 @@ class TestLoRAGrad:
             for i, t in enumerate(lora_grad(dy, **given, s=2.0)):
                 assert t.numel() == 0 if i in missing else (t - whole[i]).norm() <= 1e-6 * whole[i].norm()
 
-    @pytest.mark.parametrize("r", [4, 40])
+    @pytest.mark.parametrize("r", [4, 40, 200])
     def test_twice_the_same_bits(self, r):
         operands = normal(300, 72), normal(300, 48), normal(72, r), normal(300, r)
         once, again = (lora_grad(*operands, 2.0, 0.2, SEED) for _ in range(2))

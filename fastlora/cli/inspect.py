@@ -13,7 +13,6 @@ import torch
 import triton
 from torch import Tensor
 
-from fastlora import kernel_ops
 from fastlora.cli.arguments import UsageError
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -54,48 +53,50 @@ def run(args: Namespace) -> int:
 
 def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(op, what is special, a launch on meta tensors) so that every row of the tile table is compiled."""
-    from fastlora.kernels import nf4_matmul, swiglu
+    from fastlora.kernels.lora_grad import lora_grad
+    from fastlora.kernels.lora_matmul import lora_matmul
+    from fastlora.kernels.nf4 import decode_4bit
+    from fastlora.kernels.nf4_matmul import nf4_matmul
+    from fastlora.kernels.shrink import shrink
+    from fastlora.kernels.swiglu import swiglu, swiglu_backward_
 
     M, N, K, p, seed = 8192, 4096, 4096, 0.1, _meta(dtype=torch.int64)
-
-    def launch(op: str, *args: Any) -> Callable[[], Any]:
-        return lambda: kernel_ops.launcher(op)(*args)
 
     for r, dtype in ((16, BF16), (16, FP32), (64, FP32), (512, FP32)):
         adapter = f"r={r}, {_name(dtype)} adapters"
         x, w, dy = _meta(M, K), _meta(N, K), _meta(M, N)
         a, b, xa = _meta(r, K, dtype=dtype), _meta(N, r, dtype=dtype), _meta(M, r, dtype=dtype)
-        yield "shrink", adapter, launch("shrink", x, a, 2.0)
-        yield "shrink", f"{adapter}, dropout", launch("shrink", x, a, 2.0, p, seed)
-        yield "lora_matmul", adapter, launch("lora_matmul", x, w, xa, b)
-        yield "lora_matmul", f"{adapter}, dx", launch("lora_matmul", dy, w.t(), xa, a.t())
-        yield "lora_matmul", f"{adapter}, dx, dropout", launch("lora_matmul", dy, w.t(), xa, a.t(), None, p, seed)
-        yield "lora_grad", f"{adapter}, dropout", launch("lora_grad", dy, x, b, xa, 2.0, p, seed)
-        yield "decode_4bit", f"merged, {adapter}", launch("decode_4bit", *_weight_4bit(N, K), BF16, a, b, 2.0)
+        yield "shrink", adapter, partial(shrink, x, a, 2.0)
+        yield "shrink", f"{adapter}, dropout", partial(shrink, x, a, 2.0, p, seed)
+        yield "lora_matmul", adapter, partial(lora_matmul, x, w, xa, b)
+        yield "lora_matmul", f"{adapter}, dx", partial(lora_matmul, dy, w.t(), xa, a.t())
+        yield "lora_matmul", f"{adapter}, dx, dropout", partial(lora_matmul, dy, w.t(), xa, a.t(), None, p, seed)
+        yield "lora_grad", f"{adapter}, dropout", partial(lora_grad, dy, x, b, xa, 2.0, p, seed, r <= 32)
+        yield "decode_4bit", f"merged, {adapter}", partial(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
     r = 16
     for m in (16, 64):
         x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
-        yield "lora_matmul", f"M={m}", launch("lora_matmul", x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
+        yield "lora_matmul", f"M={m}", partial(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
     x, w, xa, b = _meta(M, 4097), _meta(N, 4097), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
-    yield "lora_matmul", "rows of odd length", launch("lora_matmul", x, w, xa, b)
+    yield "lora_matmul", "rows of odd length", partial(lora_matmul, x, w, xa, b)
     x, w, dy, a, b, xa = (_meta(*shape, dtype=FP32) for shape in ((M, K), (N, K), (M, N), (r, K), (N, r), (M, r)))
-    yield "shrink", "fp32", launch("shrink", x, a, 2.0, p, seed)
-    yield "lora_matmul", "fp32", launch("lora_matmul", x, w, xa, b)
-    yield "lora_grad", "fp32", launch("lora_grad", dy, x, b, xa, 2.0)
-    yield "swiglu", "forward", lambda: swiglu.swiglu(_meta(M, K), _meta(M, K))
-    yield "swiglu", "backward", lambda: swiglu.swiglu_backward_(_meta(M, K), _meta(M, K), _meta(M, K))
+    yield "shrink", "fp32", partial(shrink, x, a, 2.0, p, seed)
+    yield "lora_matmul", "fp32", partial(lora_matmul, x, w, xa, b)
+    yield "lora_grad", "fp32", partial(lora_grad, dy, x, b, xa, 2.0)
+    yield "swiglu", "forward", partial(swiglu, _meta(M, K), _meta(M, K))
+    yield "swiglu", "backward", partial(swiglu_backward_, *(_meta(M, K) for _ in range(3)))
     for m, r, dtype in ((1, 16, BF16), (16, 16, FP32), (64, 64, FP32)):
         x, a, b = _meta(m, K), _meta(r, K, dtype=dtype), _meta(N, r, dtype=dtype)
         case = f"M={m}, r={r}, {_name(dtype)} adapters"
-        yield "nf4_matmul", case, partial(nf4_matmul.nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)
-    yield "nf4_matmul", "M=1", partial(nf4_matmul.nf4_matmul, x[:1], *_weight_4bit(N, K), None, None, 1.0)
+        yield "nf4_matmul", case, partial(nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)
+    yield "nf4_matmul", "M=1", partial(nf4_matmul, x[:1], *_weight_4bit(N, K), None, None, 1.0)
     for nested in (True, False):
         name = "nested" if nested else "flat"
-        yield "decode_4bit", name, launch("decode_4bit", *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
-    yield "decode_4bit", "rows of odd length", launch("decode_4bit", *_weight_4bit(63, 63), BF16, None, None, 1.0)
+        yield "decode_4bit", name, partial(decode_4bit, *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
+    yield "decode_4bit", "rows of odd length", partial(decode_4bit, *_weight_4bit(63, 63), BF16, None, None, 1.0)
     for K, name in ((4104, "rows of 8 weights"), (4097, "rows of odd length")):
         a, b = _meta(r, K, dtype=FP32), _meta(N, r, dtype=FP32)
-        yield "decode_4bit", f"merged, {name}", launch("decode_4bit", *_weight_4bit(N, K), BF16, a, b, 2.0)
+        yield "decode_4bit", f"merged, {name}", partial(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
 
 
 def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
