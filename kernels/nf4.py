@@ -137,26 +137,25 @@ def decode_4bit(
 ) -> Tensor:
     """Decode to ``dtype[N, K]``; with an adapter a [r, K], b [N, r] ``decode + s * b @ a``, rounded once."""
     w = packed.new_empty(N, K, dtype=dtype)
-    numel, merge = N * K, a is not None and b is not None
+    numel, r = N * K, 0 if a is None or b is None else a.shape[0]
     if numel == 0:
         return w
-    row = K if merge else numel  # alone, the flat tensor can be cut anywhere
+    row = K if r else numel  # alone, the flat tensor can be cut anywhere
     WORDS = 4 if row % 32 == 0 and blocksize % 32 == 0 else 1 if row % 8 == 0 else 0
     if packed.data_ptr() % 4:
         WORDS = 0
-    t = tile("decode_4bit bytes" if not WORDS else "decode_4bit merged" if merge else "decode_4bit", 0)
-    if not merge and WORDS:
+    t = tile("decode_4bit narrow" if WORDS < 4 else "decode_4bit merged" if r else "decode_4bit", 0)
+    if not r and WORDS:
         K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = triton.cdiv(numel, K)
-    r = a.shape[0] if merge else 0
     BLOCK_R = min(padded_rank(r), 32 if dtype.itemsize == 2 else 16)
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](
         packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
         code_book(quant_type, packed.device),
-        a, *(a.stride() if merge else (0, 0)), b, *(b.stride() if merge else (0, 0)), s, w, N, K, r, numel,
+        a, *((0, 0) if a is None else a.stride()), b, *((0, 0) if b is None else b.stride()), s, w, N, K, r, numel,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None, WORDS=WORDS,
-        MERGE=merge, LARGE_RANK=r > BLOCK_R, PRECISION="ieee" if dtype == torch.float32 else "tf32", BLOCK_R=BLOCK_R,
+        MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION="ieee" if dtype == torch.float32 else "tf32", BLOCK_R=BLOCK_R,
         enable_fp_fusion=False,  # a fused code2 * absmax2 + offset is not bitsandbytes' rounding
         **t.kwargs(),
     )  # fmt: skip

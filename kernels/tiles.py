@@ -149,7 +149,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=512, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
-    "decode_4bit bytes": {  # rows that are no whole words
+    "decode_4bit narrow": {  # rows that are no whole groups of 32 weights
         "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=64, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },

@@ -5,7 +5,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,12 +22,12 @@ _COLUMNS = (
 
 
 def run(args: Namespace) -> int:
-    """Print what was compiled; 1 if something spills, does not fit or is empty."""
+    """Print what was compiled; 1 if something spills, does not fit or lost its tensor-core instructions."""
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set: kernels are interpreted here, not compiled")
     from fastlora.aot import PARTS, compile_for
 
-    rows = {}  # a kernel that several cases share is listed with the first
+    rows: dict[tuple[str, str], dict] = {}  # a kernel that several cases share is listed with the first
     for arch in args.arch:
         for op, case, launch in cases():
             if args.kernel not in (None, op):
@@ -66,37 +65,41 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         adapter = f"r={r}, {_name(dtype)} adapters"
         x, w, dy = _meta(M, K), _meta(N, K), _meta(M, N)
         a, b, xa = _meta(r, K, dtype=dtype), _meta(N, r, dtype=dtype), _meta(M, r, dtype=dtype)
-        yield "shrink", adapter, partial(shrink, x, a, 2.0)
-        yield "shrink", f"{adapter}, dropout", partial(shrink, x, a, 2.0, p, seed)
-        yield "lora_matmul", adapter, partial(lora_matmul, x, w, xa, b)
-        yield "lora_matmul", f"{adapter}, dx", partial(lora_matmul, dy, w.t(), xa, a.t())
-        yield "lora_matmul", f"{adapter}, dx, dropout", partial(lora_matmul, dy, w.t(), xa, a.t(), None, p, seed)
-        yield "lora_grad", f"{adapter}, dropout", partial(lora_grad, dy, x, b, xa, 2.0, p, seed, r <= 32)
-        yield "decode_4bit", f"merged, {adapter}", partial(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+        yield "shrink", adapter, _call(shrink, x, a, 2.0)
+        yield "shrink", f"{adapter}, dropout", _call(shrink, x, a, 2.0, p, seed)
+        yield "lora_matmul", adapter, _call(lora_matmul, x, w, xa, b)
+        yield "lora_matmul", f"{adapter}, dx", _call(lora_matmul, dy, w.t(), xa, a.t())
+        yield "lora_matmul", f"{adapter}, dx, dropout", _call(lora_matmul, dy, w.t(), xa, a.t(), None, p, seed)
+        yield "lora_grad", f"{adapter}, dropout", _call(lora_grad, dy, x, b, xa, 2.0, p, seed, r <= 32)
+        yield "decode_4bit", f"merged, {adapter}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
     r = 16
     for m in (16, 64):
         x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
-        yield "lora_matmul", f"M={m}", partial(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
+        yield "lora_matmul", f"M={m}", _call(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
     x, w, xa, b = _meta(M, 4097), _meta(N, 4097), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
-    yield "lora_matmul", "rows of odd length", partial(lora_matmul, x, w, xa, b)
+    yield "lora_matmul", "rows of odd length", _call(lora_matmul, x, w, xa, b)
     x, w, dy, a, b, xa = (_meta(*shape, dtype=FP32) for shape in ((M, K), (N, K), (M, N), (r, K), (N, r), (M, r)))
-    yield "shrink", "fp32", partial(shrink, x, a, 2.0, p, seed)
-    yield "lora_matmul", "fp32", partial(lora_matmul, x, w, xa, b)
-    yield "lora_grad", "fp32", partial(lora_grad, dy, x, b, xa, 2.0)
-    yield "swiglu", "forward", partial(swiglu, _meta(M, K), _meta(M, K))
-    yield "swiglu", "backward", partial(swiglu_backward_, *(_meta(M, K) for _ in range(3)))
-    for m, r, dtype in ((1, 16, BF16), (16, 16, FP32), (64, 64, FP32)):
-        x, a, b = _meta(m, K), _meta(r, K, dtype=dtype), _meta(N, r, dtype=dtype)
-        case = f"M={m}, r={r}, {_name(dtype)} adapters"
-        yield "nf4_matmul", case, partial(nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)
-    yield "nf4_matmul", "M=1", partial(nf4_matmul, x[:1], *_weight_4bit(N, K), None, None, 1.0)
+    yield "shrink", "fp32", _call(shrink, x, a, 2.0, p, seed)
+    yield "lora_matmul", "fp32", _call(lora_matmul, x, w, xa, b)
+    yield "lora_grad", "fp32", _call(lora_grad, dy, x, b, xa, 2.0)
+    yield "swiglu", "forward", _call(swiglu, _meta(M, K), _meta(M, K))
+    yield "swiglu", "backward", _call(swiglu_backward_, *(_meta(M, K) for _ in range(3)))
+    for m, rank, dtype in ((1, 16, BF16), (16, 16, FP32), (64, 64, FP32)):
+        x, a, b = _meta(m, K), _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+        case = f"M={m}, r={rank}, {_name(dtype)} adapters"
+        yield "nf4_matmul", case, _call(nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)
+    yield "nf4_matmul", "M=1", _call(nf4_matmul, x[:1], *_weight_4bit(N, K), None, None, 1.0)
     for nested in (True, False):
         name = "nested" if nested else "flat"
-        yield "decode_4bit", name, partial(decode_4bit, *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
-    yield "decode_4bit", "rows of odd length", partial(decode_4bit, *_weight_4bit(63, 63), BF16, None, None, 1.0)
+        yield "decode_4bit", name, _call(decode_4bit, *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
+    yield "decode_4bit", "rows of odd length", _call(decode_4bit, *_weight_4bit(63, 63), BF16, None, None, 1.0)
     for K, name in ((4104, "rows of 8 weights"), (4097, "rows of odd length")):
         a, b = _meta(r, K, dtype=FP32), _meta(N, r, dtype=FP32)
-        yield "decode_4bit", f"merged, {name}", partial(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+        yield "decode_4bit", f"merged, {name}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+
+
+def _call(function: Callable, *args: Any) -> Callable[[], Any]:
+    return lambda: function(*args)
 
 
 def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
