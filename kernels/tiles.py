@@ -133,6 +133,14 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
     },
+    "lora_matmul tma group": {  # the operands of every part stay in registers
+        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_matmul tma group dropout": {  # and so do two accumulators beside a mask
+        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
         "default": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),

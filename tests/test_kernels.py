@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastlora import reference
 from fastlora.kernels import dropout, tiles
 from fastlora.kernels.lora_grad import lora_grad
-from fastlora.kernels.lora_matmul import lora_matmul
+from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_base_last, lora_matmul_group
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_backward_
 
@@ -208,6 +208,27 @@ class TestLoRAMatmul:
 
     def test_more_tiles_than_programs(self):
         check_lora_matmul(normal(120, 40).half(), normal(200, 40).half(), normal(120, 4), normal(200, 4))
+
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    @pytest.mark.parametrize("parts", [2, 3])
+    def test_dx_of_a_group_is_one_product(self, parts, p):
+        M, K = 40, 72
+        seeds = tuple(SEED + i for i in range(parts))
+        widths, ranks = (96, 24, 32)[:parts], (6, 16, 40)[:parts]
+        dys, ws = (tuple(normal(rows, n).half() for n in widths) for rows in (M, K))
+        dxas, ats = tuple(normal(M, r) for r in ranks), tuple(normal(r, K).t() for r in ranks)
+        truth = eager = 0
+        for dy, w, dxa, at, seed in zip(dys, ws, dxas, ats, seeds, strict=True):
+            D = mask(M, K, p, seed)
+            truth = truth + dy.double() @ w.double().T + D * (dxa.double() @ at.double().T)
+            eager = eager + dy @ w.T + D.half() * (dxa.half() @ at.half().T)
+        ws = tuple(w.t().contiguous().t() for w in ws)  # the strides of w.t() for a layer's weight
+        check(lora_matmul_group(dys, ws, dxas, ats, None, p, seeds), eager, truth, sum(widths) + sum(ranks))
+
+    def test_base_last_is_the_same_product(self):
+        x, w, xa, b, bias = normal(40, 48), normal(72, 48), normal(40, 6), normal(72, 6), normal(72)
+        one, other = (f(x, w, xa, b, bias, 0.3, SEED) for f in (lora_matmul, lora_matmul_base_last))
+        assert (one - other).norm() <= 1e-6 * one.norm()
 
     @pytest.mark.parametrize("shape", [(0, 8, 8), (8, 8, 0), (8, 0, 16)], ids=["no tokens", "no columns", "no base"])
     def test_of_nothing(self, shape):

@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
 def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(op, what is special, a launch on meta tensors) so that every row of the tile table is compiled."""
     from fastlora.kernels.lora_grad import lora_grad
-    from fastlora.kernels.lora_matmul import lora_matmul
+    from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_group
     from fastlora.kernels.nf4 import decode_4bit
     from fastlora.kernels.nf4_matmul import nf4_matmul
     from fastlora.kernels.shrink import shrink
@@ -72,6 +72,11 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "lora_matmul", f"{adapter}, dx, dropout", _call(lora_matmul, dy, w.t(), xa, a.t(), None, p, seed)
         yield "lora_grad", f"{adapter}, dropout", _call(lora_grad, dy, x, b, xa, 2.0, p, seed, r <= 32)
         yield "decode_4bit", f"merged, {adapter}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+    for at, name in ((None, "dx of q, k, v"), (seed, "dx of q, k, v, dropout")):
+        widths, seeds = (N, N // 4, N // 4), (at,) * 3
+        dys, ws = tuple(_meta(M, n) for n in widths), tuple(_meta(n, K).t() for n in widths)
+        dxas, ats = (_meta(M, 16, dtype=FP32),) * 3, (_meta(16, K, dtype=FP32).t(),) * 3
+        yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, None, p if at is seed else 0.0, seeds)
     r = 16
     for m in (16, 64):
         x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
