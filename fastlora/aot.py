@@ -53,6 +53,7 @@ class Compiled:
     hash: str
     tile: dict[str, int]
     warps: int
+    threads: int  # in a warp
     registers: int
     spills: int  # bytes of stack (NVIDIA), spilled registers (AMD)
     shared: int
@@ -123,6 +124,7 @@ def _read(part: Part, kernel: str, tile: dict[str, int], compiled: Any, seconds:
         hash=compiled.hash,
         tile=tile,
         warps=metadata.num_warps,
+        threads=part.target.warp_size,
         shared=metadata.shared,
         occupancy=0,
         seconds=seconds,

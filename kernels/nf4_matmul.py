@@ -41,7 +41,6 @@ def _nf4_matmul_kernel(
     offs_m, offs_k, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_n, mask_m, mask_r = offs_n < N, offs_m < M, offs_r < r
     x_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm + (start + offs_k)[:, None].to(tl.int64) * stride_xk
-    code = tl.load(code_ptr + tl.arange(0, 16))
     shifts = (tl.arange(0, 8) ^ 1) * 4  # the even weight of a byte is its high nibble
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -59,8 +58,8 @@ def _nf4_matmul_kernel(
             group // (BLOCKSIZE // GROUP), mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2
         )
         nibbles = (words[:, :, :, None] >> shifts) & 15
-        values = tl.gather(code, tl.reshape(nibbles, BLOCK_N * BLOCK_K), 0)
-        w = tl.reshape(tl.reshape(values, BLOCK_N, GROUPS, GROUP) * scale[:, :, None], BLOCK_N, BLOCK_K)
+        # Not tl.gather: it comes in a layout of its own, and every weight would go through shared memory by itself.
+        w = tl.reshape(tl.load(code_ptr + nibbles) * scale[:, :, None, None], BLOCK_N, BLOCK_K)
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
         if HAS_ADAPTER:
             a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)

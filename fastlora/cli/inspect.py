@@ -135,9 +135,13 @@ def _line(row: dict) -> tuple[str, ...]:
         return " ".join(f"{n} {name}" for name, n in found.items()) or "-"
 
     instructions = str(row["instructions"])
-    if row["op"] == "decode_4bit":
-        weights = prod(row["tile"][name] for name in ("BLOCK_N", "BLOCK_K")) / (32 * row["warps"])
-        instructions += f" ({row['instructions'] / weights:.1f} a weight)"
+    loop = str(row["loop"] or "-")
+    if row["op"] in ("decode_4bit", "nf4_matmul") and "BLOCK_K" in row["tile"]:
+        weights = prod(row["tile"][name] for name in ("BLOCK_N", "BLOCK_K")) / (row["threads"] * row["warps"])
+        if row["op"] == "decode_4bit":
+            instructions += f" ({row['instructions'] / weights:.1f} a weight)"
+        else:
+            loop += f" ({row['loop'] / weights:.1f} a weight)"
     return (
         row["kernel"].strip("_").removesuffix("_kernel"),
         row["case"],
@@ -151,5 +155,5 @@ def _line(row: dict) -> tuple[str, ...]:
         counts(row["stores"]),
         str(row["occupancy"]),
         instructions,
-        str(row["loop"] or "-"),
+        loop,
     )
