@@ -148,14 +148,16 @@ def decode_4bit(
     if not r and WORDS:
         K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = triton.cdiv(numel, K)
-    BLOCK_R = min(padded_rank(r), 32 if dtype.itemsize == 2 else 16)
+    # TF32 keeps three bits more of a and b than the merged weight does in bf16; other dtypes need them all.
+    PRECISION, BLOCK_R = ("tf32", 32) if dtype == torch.bfloat16 else ("ieee", 16)
+    BLOCK_R = min(padded_rank(r), BLOCK_R)
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](
         packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
         code_book(quant_type, packed.device),
         a, *((0, 0) if a is None else a.stride()), b, *((0, 0) if b is None else b.stride()), s, w, N, K, r, numel,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None, WORDS=WORDS,
-        MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION="ieee" if dtype == torch.float32 else "tf32", BLOCK_R=BLOCK_R,
+        MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION=PRECISION, BLOCK_R=BLOCK_R,
         enable_fp_fusion=False,  # a fused code2 * absmax2 + offset is not bitsandbytes' rounding
         **t.kwargs(),
     )  # fmt: skip

@@ -98,6 +98,9 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         name = "nested" if nested else "flat"
         yield "decode_4bit", name, _call(decode_4bit, *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
     yield "decode_4bit", "rows of odd length", _call(decode_4bit, *_weight_4bit(63, 63), BF16, None, None, 1.0)
+    for dtype, name in ((torch.float16, "fp16"), (FP32, "fp32")):
+        a, b = _meta(16, K, dtype=FP32), _meta(N, 16, dtype=FP32)
+        yield "decode_4bit", f"merged, {name}", _call(decode_4bit, *_weight_4bit(N, K), dtype, a, b, 2.0)
     for K, name in ((4104, "rows of 8 weights"), (4097, "rows of odd length")):
         a, b = _meta(r, K, dtype=FP32), _meta(N, r, dtype=FP32)
         yield "decode_4bit", f"merged, {name}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
