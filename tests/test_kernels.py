@@ -1,4 +1,6 @@
-"""Every kernel in Triton's interpreter against fp64 truth, judged as `accuracy` judges layers:
+"""Every kernel against fp64 truth, on the GPU where there is one and in Triton's interpreter elsewhere.
+
+Judged as `accuracy` judges layers:
 
     our error <= 1.5 · error of the same product in eager torch + floor
 
@@ -21,10 +23,11 @@ from fastlora.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_backward_
 
 interpreter.repair_bf16()
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 FACTOR = 1.5
-SEED = torch.tensor(-1234567890123456789, dtype=torch.int64)  # both words matter, and the sign
+SEED = torch.tensor(-1234567890123456789, device=DEVICE)  # both words matter, and the sign
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "fp16": (torch.float16, torch.float16),
@@ -49,7 +52,7 @@ def poisoned(nan_in_empty):
 
 
 def normal(*shape, dtype=torch.float32):
-    return torch.randn(*shape).to(dtype)
+    return torch.randn(*shape).to(DEVICE, dtype)
 
 
 def strided(t, how):
@@ -57,7 +60,7 @@ def strided(t, how):
     if how == "transposed":
         return t.t().contiguous().t()
     if how == "strided":
-        wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), float("nan"), dtype=t.dtype)
+        wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), float("nan"), dtype=t.dtype, device=DEVICE)
         wide[::2, ::3] = t
         return wide[::2, ::3]
     return t
@@ -101,7 +104,7 @@ def mask(M, K, p, seed=SEED):
     word = words.gather(-1, (k % 8 // 2).expand(M, K)[..., None]).squeeze(-1)
     lane = torch.where(k % 2 == 0, word & 0xFFFF, word >> 16)
     dropped = min(round(p * 65536), 65535)
-    return (lane >= dropped).double() * 65536 / (65536 - dropped)
+    return ((lane >= dropped).double() * 65536 / (65536 - dropped)).to(DEVICE)
 
 
 class TestDropout:
@@ -118,8 +121,8 @@ class TestDropout:
     @pytest.mark.parametrize("seed", [0, 1, -1, 1 << 32, (1 << 63) - 1, -(1 << 63)])
     def test_kernel_draws_the_mask_of_its_definition(self, seed):
         M, K, p = 35, 72, 0.3
-        seed = torch.tensor(seed, dtype=torch.int64)
-        dropped = shrink(torch.ones(M, K), torch.eye(K), 1.0, p, seed)
+        seed = torch.tensor(seed, dtype=torch.int64, device=DEVICE)
+        dropped = shrink(torch.ones(M, K, device=DEVICE), torch.eye(K, device=DEVICE), 1.0, p, seed)
         assert torch.equal(dropped, mask(M, K, p, seed).float())
 
     def test_scale_is_that_of_the_mask(self):
@@ -138,7 +141,7 @@ class TestShrink:
 
 
 def check_shrink(x, a, s, p):
-    D = mask(*x.shape, p) if p else torch.ones(x.shape, dtype=torch.float64)
+    D = mask(*x.shape, p) if p else torch.ones_like(x, dtype=torch.float64)
     xa = shrink(x, a, s, p, SEED if p else None)
     assert xa.dtype == a.dtype
     eager = reference.shrink(x * D.to(x.dtype), a, s)
@@ -167,7 +170,7 @@ def test_shrink_split_along_k_adds_in_a_fixed_order():
 
 
 def check_lora_matmul(x, w, xa, b, bias=None, p=0.0):
-    D = mask(x.shape[0], w.shape[0], p) if p else torch.ones(x.shape[0], w.shape[0], dtype=torch.float64)
+    D = mask(x.shape[0], w.shape[0], p) if p else x.new_ones(x.shape[0], w.shape[0], dtype=torch.float64)
     y = lora_matmul(x, w, xa, b, bias, p, SEED if p else None)
     assert y.dtype == x.dtype
     adapter = D.to(x.dtype) * (xa.to(x.dtype) @ b.to(x.dtype).T)
@@ -179,7 +182,10 @@ def check_lora_matmul(x, w, xa, b, bias=None, p=0.0):
 @pytest.fixture(params=["pointers", "tensor descriptors"])
 def copies(request, monkeypatch):
     """Both ways to copy tiles; descriptors, where a shape allows them."""
-    monkeypatch.setattr(tiles, "has_tma", lambda: request.param == "tensor descriptors")
+    descriptors = request.param == "tensor descriptors"
+    if descriptors and DEVICE == "cuda" and not tiles.has_tma():
+        pytest.skip("this GPU copies no tiles by itself")
+    monkeypatch.setattr(tiles, "has_tma", lambda: descriptors)
 
 
 @pytest.mark.usefixtures("copies")
@@ -237,7 +243,7 @@ class TestLoRAMatmul:
 
 
 def check_lora_grad(dy, x, b, xa, s, p=0.0, one_pass=True):
-    D = mask(*x.shape, p) if p else torch.ones(x.shape, dtype=torch.float64)
+    D = mask(*x.shape, p) if p else torch.ones_like(x, dtype=torch.float64)
     ours = lora_grad(dy, x, b, xa, s, p, SEED if p else None, one_pass)
     assert [t.dtype for t in ours] == [b.dtype, b.dtype, xa.dtype]
     assert all(t.is_contiguous() for t in ours)
@@ -303,7 +309,7 @@ EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approx
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 65), (0, 8)], ids=str)
 def test_swiglu_and_its_gradients(shape, activation, dtype):
     M, K = shape
-    gate, up = (t.to(dtype) for t in (2 * torch.randn(M, 2 * K)).chunk(2, dim=1))  # of one tensor: rows are strided
+    gate, up = (2 * normal(M, 2 * K)).to(dtype).chunk(2, dim=1)  # of one tensor: rows are strided
     dh = normal(M, K, dtype=dtype)
 
     def law(dtype):
@@ -322,7 +328,7 @@ def test_swiglu_and_its_gradients(shape, activation, dtype):
 def test_offsets_beyond_32_bits():
     """Rows so far apart that their offset passes 2^31 elements, in memory that is only reserved."""
     M, K, stride = 3, 24, 1 << 30
-    far = torch.empty(2 * stride + K, dtype=torch.float16).as_strided((M, K), (stride, 1))
+    far = torch.empty(2 * stride + K, dtype=torch.float16, device=DEVICE).as_strided((M, K), (stride, 1))
     near = normal(M, K).half()
     far.copy_(near)
     a, b, w, dy = normal(5, K), normal(40, 5), normal(40, K).half(), normal(M, 40).half()

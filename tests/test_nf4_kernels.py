@@ -1,9 +1,9 @@
-"""Decoding 4-bit weights in Triton's interpreter: bit for bit what bitsandbytes' format says."""
+"""Decoding 4-bit weights: bit for bit what bitsandbytes' format says. Runs where `test_kernels` runs."""
 
 import interpreter
 import pytest
 import torch
-from test_kernels import check
+from test_kernels import DEVICE, check
 from test_ops import SHAPES, weight_4bit
 
 from fastlora import reference
@@ -12,14 +12,17 @@ from fastlora.kernels.nf4_matmul import nf4_matmul
 
 interpreter.repair_bf16()
 
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU"),
-    pytest.mark.usefixtures("nan_in_empty", "bitsandbytes_eager"),
-]
+pytestmark = [pytest.mark.usefixtures("nan_in_empty", "bitsandbytes_eager")]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+
+
+def on_device(*values):
+    return (v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in values)
 
 
 def decode(weight, dtype, a=None, b=None, s=1.0):
-    return decode_4bit(*weight, dtype, a, b, s)
+    return decode_4bit(*on_device(*weight, dtype, a, b, s)).cpu()
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
@@ -88,7 +91,7 @@ class TestNF4Matmul:
         weight, w = weight_4bit(N, K)
         x, bias = torch.randn(M, K).to(dtype), torch.randn(N)
         a, b = (torch.randn(r, K), torch.randn(N, r)) if r else (None, None)
-        y = nf4_matmul(x, *weight, a, b, s, bias, splits)
+        y = nf4_matmul(*on_device(x, *weight, a, b, s, bias, splits)).cpu()
         eager = x @ w.to(dtype).T + bias.to(dtype)
         truth = x.double() @ w.double().T + bias.double()
         if r:
