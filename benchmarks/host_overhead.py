@@ -1,4 +1,4 @@
-"""What one adapted layer costs the host: PEFT's layer against the patched one on tiny tensors, where nothing else shows.
+"""What one adapted layer costs the host: PEFT's layer against the patched one on tensors too small to matter.
 
 example: python benchmarks/host_overhead.py --json > host_overhead.json
 """

@@ -5,8 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import interpreter
 import pytest
 import torch
+
+interpreter.enable()
 
 # The same examples in every run; --hypothesis-profile=random looks for new ones.
 hypothesis.settings.register_profile(

@@ -12,6 +12,8 @@ LAYERS = [  # each may import what stands before it
     {"version", "files", "extension"},
     {"kernels"},
     {"reference"},
+    {"plans"},
+    {"kernel_ops"},
     {"ops"},
     {"fourbit"},
     {"autograd"},
@@ -21,6 +23,7 @@ LAYERS = [  # each may import what stands before it
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
+    {"aot"},
     {"cli"},
     {"__main__"},
 ]

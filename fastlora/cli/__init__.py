@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "info":
             from fastlora.cli.info import run
+        elif args.command == "inspect":
+            from fastlora.cli.inspect import run
         else:
             from fastlora.cli.compare import run
         return run(args)

@@ -20,6 +20,14 @@ _INFO = "Say which versions, devices and implementations of fastlora's ops are i
 _INFO_EXAMPLE = """\
 example:
   fastlora info --json | jq .devices"""
+_INSPECT = """\
+Compile every kernel and tile ahead of time, with or without a GPU, and print what the compiler made of them:
+registers, spills, shared memory, tensor-core instructions, load and store widths, blocks at once on a multiprocessor,
+instructions. Ends with 1 if a kernel spills, does not fit, or lost its tensor-core instructions."""
+_INSPECT_EXAMPLE = """\
+example:
+  fastlora inspect --arch sm_90,gfx942 --kernel lora_matmul"""
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
 class UsageError(Exception):
@@ -44,6 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_command(commands, "info", "versions, devices, implementations", _INFO, _INFO_EXAMPLE).add_argument(
         "--json", action="store_true", help="print JSON"
     )
+    inspect = _add_command(commands, "inspect", "what the compiler made of the kernels", _INSPECT, _INSPECT_EXAMPLE)
+    inspect.add_argument(
+        "--arch",
+        type=_architectures,
+        default=list(ARCHITECTURES),
+        help=f"of {', '.join(ARCHITECTURES)}, or all (default: all)",
+    )
+    inspect.add_argument("--kernel", metavar="OP", help="only the kernels of this op (default: all)")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -92,6 +109,18 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 def _list(item: Callable[[str], Any]) -> Callable[[str], list]:
     """Comma-separated items, each once."""
     return lambda text: list(dict.fromkeys(item(part.strip()) for part in text.split(",")))
+
+
+def _architectures(text: str) -> list[str]:
+    if text == "all":
+        return list(ARCHITECTURES)
+    return _list(_architecture)(text)
+
+
+def _architecture(text: str) -> str:
+    if text not in ARCHITECTURES:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(ARCHITECTURES)} or all, got {text!r}")
+    return text
 
 
 def _base(text: str) -> str:

@@ -1,0 +1,162 @@
+"""``fastlora inspect``: every kernel and tile compiled ahead of time, and what the compiler made of it."""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastlora.cli.arguments import UsageError
+
+BF16, FP32 = torch.bfloat16, torch.float32
+_COLUMNS = (
+    *("kernel", "case", "tile", "warps", "registers", "spills", "shared"),
+    *("tensor core", "loads", "stores", "blocks", "instructions", "loop"),
+)
+
+
+def run(args: Namespace) -> int:
+    """Print what was compiled; 1 if something spills, does not fit or lost its tensor-core instructions."""
+    if triton.knobs.runtime.interpret:
+        raise UsageError("TRITON_INTERPRET is set: kernels are interpreted here, not compiled")
+    from fastlora.aot import PARTS, compile_for
+
+    rows: dict[tuple[str, str], dict] = {}  # a kernel that several cases share is listed with the first
+    for arch in args.arch:
+        for op, case, launch in cases():
+            if args.kernel not in (None, op):
+                continue
+            print(f"\r\033[K{arch} {op}, {case}", end="", file=sys.stderr, flush=True)
+            for compiled in compile_for(arch, launch):
+                rows.setdefault((arch, compiled.hash), {"arch": arch, "op": op, "case": case, **asdict(compiled)})
+    print("\r\033[K", end="", file=sys.stderr, flush=True)
+    if not rows:
+        raise UsageError(f"--kernel must be of {', '.join(dict.fromkeys(op for op, *_ in cases()))}, got {args.kernel}")
+    if args.json:
+        print(json.dumps(list(rows.values()), indent=2))
+    else:
+        for arch in args.arch:
+            limit = PARTS[arch].shared_per_block
+            print(f"{arch}: at most {limit} bytes of shared memory a block")
+            print(_table([row for row in rows.values() if row["arch"] == arch]), end="\n\n")
+    problems = [f"{row['arch']} {row['kernel']}, {row['case']}: {p}" for row in rows.values() for p in row["problems"]]
+    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
+    return 1 if problems else 0
+
+
+def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """(op, what is special, a launch on meta tensors) so that every row of the tile table is compiled."""
+    from fastlora.kernels.lora_grad import lora_grad
+    from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_group
+    from fastlora.kernels.nf4 import decode_4bit
+    from fastlora.kernels.nf4_matmul import nf4_matmul
+    from fastlora.kernels.shrink import shrink
+    from fastlora.kernels.swiglu import swiglu, swiglu_backward_
+
+    M, N, K, p, seed = 8192, 4096, 4096, 0.1, _meta(dtype=torch.int64)
+
+    for r, dtype in ((16, BF16), (16, FP32), (64, FP32), (512, FP32)):
+        adapter = f"r={r}, {_name(dtype)} adapters"
+        x, w, dy = _meta(M, K), _meta(N, K), _meta(M, N)
+        a, b, xa = _meta(r, K, dtype=dtype), _meta(N, r, dtype=dtype), _meta(M, r, dtype=dtype)
+        yield "shrink", adapter, _call(shrink, x, a, 2.0)
+        yield "shrink", f"{adapter}, dropout", _call(shrink, x, a, 2.0, p, seed)
+        yield "lora_matmul", adapter, _call(lora_matmul, x, w, xa, b)
+        yield "lora_matmul", f"{adapter}, dx", _call(lora_matmul, dy, w.t(), xa, a.t())
+        yield "lora_matmul", f"{adapter}, dx, dropout", _call(lora_matmul, dy, w.t(), xa, a.t(), None, p, seed)
+        yield "lora_grad", f"{adapter}, dropout", _call(lora_grad, dy, x, b, xa, 2.0, p, seed, r <= 32)
+        yield "decode_4bit", f"merged, {adapter}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+    for at, name in ((None, "dx of q, k, v"), (seed, "dx of q, k, v, dropout")):
+        widths, seeds = (N, N // 4, N // 4), (at,) * 3
+        dys, ws = tuple(_meta(M, n) for n in widths), tuple(_meta(n, K).t() for n in widths)
+        dxas, ats = (_meta(M, 16, dtype=FP32),) * 3, (_meta(16, K, dtype=FP32).t(),) * 3
+        yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, None, p if at is seed else 0.0, seeds)
+    r = 16
+    for m in (16, 64):
+        x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
+        yield "lora_matmul", f"M={m}", _call(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
+    x, w, xa, b = _meta(M, 4097), _meta(N, 4097), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
+    yield "lora_matmul", "rows of odd length", _call(lora_matmul, x, w, xa, b)
+    x, w, dy, a, b, xa = (_meta(*shape, dtype=FP32) for shape in ((M, K), (N, K), (M, N), (r, K), (N, r), (M, r)))
+    yield "shrink", "fp32", _call(shrink, x, a, 2.0, p, seed)
+    yield "lora_matmul", "fp32", _call(lora_matmul, x, w, xa, b)
+    yield "lora_grad", "fp32", _call(lora_grad, dy, x, b, xa, 2.0)
+    yield "swiglu", "forward", _call(swiglu, _meta(M, K), _meta(M, K))
+    yield "swiglu", "backward", _call(swiglu_backward_, *(_meta(M, K) for _ in range(3)))
+    for m, rank, dtype in ((1, 16, BF16), (16, 16, FP32), (64, 64, FP32)):
+        x, a, b = _meta(m, K), _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
+        case = f"M={m}, r={rank}, {_name(dtype)} adapters"
+        yield "nf4_matmul", case, _call(nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)
+    yield "nf4_matmul", "M=1", _call(nf4_matmul, x[:1], *_weight_4bit(N, K), None, None, 1.0)
+    for nested in (True, False):
+        name = "nested" if nested else "flat"
+        yield "decode_4bit", name, _call(decode_4bit, *_weight_4bit(N, K, nested), BF16, None, None, 1.0)
+    yield "decode_4bit", "rows of odd length", _call(decode_4bit, *_weight_4bit(63, 63), BF16, None, None, 1.0)
+    for dtype, name in ((torch.float16, "fp16"), (FP32, "fp32")):
+        a, b = _meta(16, K, dtype=FP32), _meta(N, 16, dtype=FP32)
+        yield "decode_4bit", f"merged, {name}", _call(decode_4bit, *_weight_4bit(N, K), dtype, a, b, 2.0)
+    for K, name in ((4104, "rows of 8 weights"), (4097, "rows of odd length")):
+        a, b = _meta(r, K, dtype=FP32), _meta(N, r, dtype=FP32)
+        yield "decode_4bit", f"merged, {name}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+
+
+def _call(function: Callable, *args: Any) -> Callable[[], Any]:
+    return lambda: function(*args)
+
+
+def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight_4bit(N: int, K: int, nested: bool = True) -> tuple:
+    blocks = -(-N * K // 64)
+    packed = _meta(-(-N * K // 2), 1, dtype=torch.uint8)
+    if not nested:
+        return packed, _meta(blocks, dtype=FP32), None, None, None, 64, 0, "nf4", N, K
+    statistics = _meta(256, dtype=FP32), _meta(-(-blocks // 256), dtype=FP32), _meta(dtype=FP32)
+    return packed, _meta(blocks, dtype=torch.uint8), *statistics, 64, 256, "nf4", N, K
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", FP32: "fp32"}[dtype]
+
+
+def _table(rows: list[dict]) -> str:
+    lines = [_COLUMNS, *map(_line, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _line(row: dict) -> tuple[str, ...]:
+    def counts(found: dict[str, int]) -> str:
+        return " ".join(f"{n} {name}" for name, n in found.items()) or "-"
+
+    instructions = str(row["instructions"])
+    loop = str(row["loop"] or "-")
+    if row["op"] in ("decode_4bit", "nf4_matmul") and "BLOCK_K" in row["tile"]:
+        weights = prod(row["tile"][name] for name in ("BLOCK_N", "BLOCK_K")) / (row["threads"] * row["warps"])
+        if row["op"] == "decode_4bit":
+            instructions += f" ({row['instructions'] / weights:.1f} a weight)"
+        else:
+            loop += f" ({row['loop'] / weights:.1f} a weight)"
+    return (
+        row["kernel"].strip("_").removesuffix("_kernel"),
+        row["case"],
+        " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in row["tile"].items()),
+        str(row["warps"]),
+        str(row["registers"]),
+        str(row["spills"]),
+        str(row["shared"]),
+        counts(row["tensor_core"]),
+        counts(row["loads"]),
+        counts(row["stores"]),
+        str(row["occupancy"]),
+        instructions,
+        loop,
+    )

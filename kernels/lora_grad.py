@@ -1,0 +1,131 @@
+"""Gradients of the adapter: ``dxa = s * dy @ b``, ``da = dxa.T @ dropout(x, p)``, ``db = dy.T @ xa``.
+
+One pass over dy gives dxa, a sum over its columns, and db, a sum over its rows: a program owns a slab of columns and a
+range of rows, keeps its part of db in registers while it walks down, and writes the slab's part of dxa as it passes.
+Parts are added up in a fixed order, without atomics, so the same inputs give the same bits. da is the same walk over x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.reduce import sum_splits
+from fastlora.kernels.shrink import shrink
+from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
+
+
+# fmt: off
+@triton.jit
+def _lora_grad_kernel(
+    g_ptr, stride_gm, stride_gn,               # [M, N]: dy, or x
+    z_ptr, stride_zm, stride_zr,               # [M, r]: xa, or dxa
+    dz_ptr, stride_ds, stride_dn, stride_dr,   # [splits of M, N, r]: scale * dropout(g, p).T @ z
+    b_ptr, stride_bn, stride_br,               # [N, r]
+    gb_ptr, stride_gs, stride_gbm, stride_gbr, # [slabs of N, M, r]: s * g @ b
+    seed_ptr, dropped, scale,
+    s, M, N, r, SPLIT_M,
+    HAS_B: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    # fmt: on
+    pid_r, slab, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, stop = split * SPLIT_M, min(M, (split + 1) * SPLIT_M)
+    offs_n = slab * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < r
+    rows = (start + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
+    g_ptrs = g_ptr + rows * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
+    z_ptrs = z_ptr + rows * stride_zm + offs_r[None, :].to(tl.int64) * stride_zr
+    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    if HAS_B:
+        b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
+        b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(g_ptr.dtype.element_ty)
+        gb_ptrs = gb_ptr + slab.to(tl.int64) * stride_gs + rows * stride_gbm + offs_r[None, :] * stride_gbr
+
+    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+    for m in range(start, stop, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < stop
+        g = tl.load(g_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
+        z = tl.load(z_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        if HAS_B:
+            gb = tl.dot(g, b, input_precision=PRECISION)
+            tl.store(gb_ptrs, (gb * s).to(gb_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+            gb_ptrs += BLOCK_M * stride_gbm
+        if HAS_DROPOUT:
+            g = tl.where(keep_mask(seed, offs_m, slab * BLOCK_N, dropped, BLOCK_M, BLOCK_N), g, 0.0)
+        acc = tl.dot(g.T, z.to(g.dtype), acc, input_precision=PRECISION)
+        g_ptrs += BLOCK_M * stride_gm
+        z_ptrs += BLOCK_M * stride_zm
+
+    dz_ptrs = dz_ptr + split.to(tl.int64) * stride_ds + offs_n[:, None].to(tl.int64) * stride_dn
+    dz_ptrs += offs_r[None, :].to(tl.int64) * stride_dr
+    tl.store(dz_ptrs, (acc * scale).to(dz_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_r[None, :])
+
+
+def lora_grad(
+    dy: Tensor,
+    x: Tensor | None,
+    b: Tensor | None,
+    xa: Tensor | None,
+    s: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    one_pass: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``s * dy @ b`` [M, r] and ``dxa.T @ dropout(x, p)`` [r, K] in b's dtype, ``dy.T @ xa`` [N, r] in xa's.
+
+    Without b there is no dxa, without b or x no da, without xa no db: they come back empty. One of b and xa is given.
+    ``one_pass`` reads dy once for dxa and db, at the price of partial sums of dxa: worth it at small ranks.
+    """
+    like = xa if b is None else b
+    assert like is not None
+    dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
+    if one_pass and b is not None and xa is not None:
+        db, dxa = _walk_down(dy, xa, b, s)
+    else:
+        if b is not None:
+            dxa = shrink(dy, b.t(), s)
+        if xa is not None:
+            db, _ = _walk_down(dy, xa)
+    if b is not None and x is not None:
+        da = _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
+    return dxa, da, db
+
+
+def _walk_down(
+    g: Tensor,
+    z: Tensor,
+    b: Tensor | None = None,
+    s: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``dropout(g, p).T @ z`` [N, r] in z's dtype (in transposed memory if asked) and ``s * g @ b`` in b's dtype."""
+    (M, N), r = g.shape, z.shape[1]
+    like_b = g if b is None else b
+    if M == 0 or N == 0:
+        dz = z.new_zeros(r, N).t() if transposed else z.new_zeros(N, r)
+        return dz, like_b.new_zeros(M, r)
+    R = min(padded_rank(r), 128)
+    t = tile("lora_grad" if g.element_size() == 2 else "lora_grad fp32", R)
+    slabs, r_blocks = triton.cdiv(N, t.BLOCK_N), triton.cdiv(r, R)
+    # A range of rows has at least four steps of the loop; two programs a multiprocessor hide each other's latency.
+    wanted = max(1, min(2 * multiprocessors(g.device) // (slabs * r_blocks), M // (4 * t.BLOCK_M)))
+    SPLIT_M = triton.cdiv(triton.cdiv(M, wanted), t.BLOCK_M) * t.BLOCK_M
+    splits = triton.cdiv(M, SPLIT_M)
+    shape = (splits, r, N) if transposed else (splits, N, r)
+    dz = z.new_empty(shape, dtype=z.dtype if splits == 1 else torch.float32)
+    gb = None if b is None else b.new_empty(slabs, M, r, dtype=b.dtype if slabs == 1 else torch.float32)
+    _lora_grad_kernel[(r_blocks, slabs, splits)](
+        g, *g.stride(), z, *z.stride(), dz, *(dz.mT if transposed else dz).stride(),
+        b, *((0, 0) if b is None else b.stride()), gb, *((0, 0, 0) if gb is None else gb.stride()),
+        seed, dropped_levels(p), dropout_scale(p), s, M, N, r, SPLIT_M,
+        HAS_B=b is not None, HAS_DROPOUT=p != 0.0, PRECISION=dot_precision(g), BLOCK_R=R, **t.kwargs(),
+    )  # fmt: skip
+    dz = sum_splits(dz, z.dtype)
+    return dz.t() if transposed else dz, like_b.new_empty(0) if gb is None else sum_splits(gb, like_b.dtype)

@@ -1,0 +1,216 @@
+"""``y = x @ w.T + bias + dropout(xa @ b.T, p)``: the adapted layer, and its dx by transposed strides of w and b.
+
+The adapter's product opens the accumulator, as the first K-iterations of one fp32 sum that the base product continues:
+dropout's mask then falls on accumulator registers, y is rounded once, and small updates survive that rounding. Any rank
+is taken in chunks, padded in registers; xa and b keep their own dtype in memory.
+
+The dx of projections that share their x (q, k, v; gate, up) is the sum of theirs. It is one launch over tuples of
+operands, a reduction over all their columns: dx is written once instead of being read and written for each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels import tiles
+from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
+
+
+@triton.jit
+def _tile_position(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Walk down GROUP_M tiles before stepping right, so that programs running together share rows of x and w in L2."""
+    group = pid // (GROUP_M * tiles_n)
+    height = min(tiles_m - group * GROUP_M, GROUP_M)
+    in_group = pid % (GROUP_M * tiles_n)
+    return group * GROUP_M + in_group % height, in_group // height
+
+
+# fmt: off
+@triton.jit
+def _adapters(
+    xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale,
+    bias_ptr, pid_m, pid_n, M, N,
+    PARTS: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):
+    """``bias + sum of dropout(xa @ b.T, p)`` of one tile, in fp32: where its accumulator starts."""
+    # fmt: on
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    for i in tl.static_range(PARTS):
+        xa_tile = xa_ptrs[i] + offs_m[:, None].to(tl.int64) * xa_strides[i][0] + offs_r[None, :] * xa_strides[i][1]
+        b_tile = b_ptrs[i] + offs_n[None, :].to(tl.int64) * b_strides[i][0]
+        b_tile += offs_r[:, None].to(tl.int64) * b_strides[i][1]
+        part = tl.zeros_like(acc) if HAS_DROPOUT else acc
+        for start in tl.range(0, ranks[i], BLOCK_R, num_stages=2):
+            mask_r = start + offs_r < ranks[i]
+            xa = tl.load(xa_tile, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)
+            b = tl.load(b_tile, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
+            part = tl.dot(xa.to(DTYPE), b.to(DTYPE), part, input_precision=PRECISION)
+            xa_tile += BLOCK_R * xa_strides[i][1]
+            b_tile += BLOCK_R * b_strides[i][1]
+        if HAS_DROPOUT:
+            keep = keep_mask(tl.load(seed_ptrs[i]), offs_m, pid_n * BLOCK_N, dropped, BLOCK_M, BLOCK_N)
+            part = acc + tl.where(keep, part * scale, 0.0)
+        acc = part
+    return acc
+
+
+# fmt: off
+@triton.jit
+def _lora_matmul_kernel(
+    x_ptrs, x_strides, w_ptrs, w_strides, lengths,
+    y_ptr, stride_ym,
+    xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, M, N,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    # fmt: on
+    pid_m, pid_n = _tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    acc = _adapters(
+        xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, pid_m, pid_n, M, N,
+        PARTS, y_ptr.dtype.element_ty, HAS_BIAS, HAS_DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    for i in tl.static_range(PARTS):
+        x_tile = x_ptrs[i] + offs_m[:, None].to(tl.int64) * x_strides[i][0]
+        x_tile += offs_k[None, :].to(tl.int64) * x_strides[i][1]
+        w_tile = w_ptrs[i] + offs_n[None, :].to(tl.int64) * w_strides[i][0]
+        w_tile += offs_k[:, None].to(tl.int64) * w_strides[i][1]
+        for k in range(0, lengths[i], BLOCK_K):
+            mask_k = offs_k < lengths[i] - k
+            x = tl.load(x_tile, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_tile, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+            acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
+            x_tile += BLOCK_K * x_strides[i][1]
+            w_tile += BLOCK_K * w_strides[i][1]
+
+    y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+# fmt: off
+@triton.jit
+def _lora_matmul_tma_kernel(
+    x_descs, w_descs, lengths, y_desc, programs,
+    xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, M, N,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    """The same sum where the hardware copies tiles itself: one program a multiprocessor walks over its tiles."""
+    # fmt: on
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
+        pid_m, pid_n = _tile_position(pid, tiles_m, tiles_n, GROUP_M)
+        acc = _adapters(
+            xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, pid_m, pid_n, M, N,
+            PARTS, y_desc.dtype, HAS_BIAS, HAS_DROPOUT, "ieee", BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        for i in tl.static_range(PARTS):
+            for k in range(0, lengths[i], BLOCK_K):
+                x = x_descs[i].load([pid_m * BLOCK_M, k])
+                if TRANSPOSED[i]:
+                    acc = tl.dot(x, w_descs[i].load([k, pid_n * BLOCK_N]), acc)
+                else:
+                    acc = tl.dot(x, w_descs[i].load([pid_n * BLOCK_N, k]).T, acc)
+        y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], acc.to(y_desc.dtype))
+
+
+def lora_matmul(
+    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """``x @ w.T + bias + dropout(xa @ b.T, p)``: [M, K], [N, K], [M, r], [N, r] -> [M, N] in x's dtype."""
+    return lora_matmul_group((x,), (w,), (xa,), (b,), bias, p, (seed,))
+
+
+def lora_matmul_base_last(
+    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """The same with the base product by the vendor's GEMM, which accumulates into the adapter's."""
+    return lora_matmul(x[:, :0], w[:, :0], xa, b, bias, p, seed).addmm_(x, w.t())
+
+
+def lora_matmul_group(
+    xs: tuple[Tensor, ...],
+    ws: tuple[Tensor, ...],
+    xas: tuple[Tensor, ...],
+    bs: tuple[Tensor, ...],
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seeds: tuple[Tensor | None, ...] = (None, None, None),
+) -> Tensor:
+    """``sum(lora_matmul(x, w, xa, b, None, p, seed) for ...) + bias``, rounded once; K and r may differ."""
+    x = xs[0]
+    M, N = x.shape[0], ws[0].shape[0]
+    y = x.new_empty(M, N)
+    if M == 0 or N == 0:
+        return y
+    ranks = tuple(b.shape[1] for b in bs)
+    operands = (
+        xas, _strides(xas), bs, _strides(bs), ranks, tuple(seeds[: len(xs)]), dropped_levels(p), dropout_scale(p),
+        bias, M, N,
+    )  # fmt: skip
+    flags = {
+        "PARTS": len(xs),
+        "HAS_BIAS": bias is not None,
+        "HAS_DROPOUT": p != 0.0,
+        "BLOCK_R": min(padded_rank(max(ranks)), 32),
+    }
+    if tiles.has_tma() and _fits_tma(xs, ws, y):
+        _launch_tma(xs, ws, y, operands, flags)
+        return y
+    lengths = tuple(x.shape[1] for x in xs)
+    t = tile("lora_matmul" if x.element_size() == 2 else "lora_matmul fp32", M)
+    grid = (triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)
+    _lora_matmul_kernel[grid](
+        xs, _strides(xs), ws, _strides(ws), lengths, y, y.stride(0), *operands,
+        PRECISION=dot_precision(x), **flags, **t.kwargs(),
+    )  # fmt: skip
+    return y
+
+
+def _launch_tma(xs, ws, y, operands, flags) -> None:
+    M, N = y.shape
+    name = "lora_matmul tma" + " group" * (len(xs) > 1) + " dropout" * flags["HAS_DROPOUT"]
+    t = tile(name, M)
+    transposed = tuple(w.stride(1) != 1 for w in ws)
+    x_block, y_block = [t.BLOCK_M, t.BLOCK_K], [t.BLOCK_M, t.BLOCK_N]
+    w_blocks = [[t.BLOCK_K, t.BLOCK_N] if turned else [t.BLOCK_N, t.BLOCK_K] for turned in transposed]
+    w_stored = [w.t() if turned else w for w, turned in zip(ws, transposed, strict=True)]
+    programs = min(multiprocessors(y.device), triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N))
+    _lora_matmul_tma_kernel[(programs,)](
+        tuple(_descriptor(x, x_block) for x in xs), tuple(map(_descriptor, w_stored, w_blocks)),
+        tuple(x.shape[1] for x in xs), _descriptor(y, y_block), programs, *operands,
+        TRANSPOSED=transposed, **flags, **t.kwargs(),
+    )  # fmt: skip
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(t, list(t.shape), [t.stride(0), 1], block)
+
+
+def _strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(t.stride() for t in tensors)
+
+
+def _fits_tma(xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor) -> bool:
+    """Whether every x, w (or w.T) and y is a 16-bit matrix of unit column stride with rows of whole 16 bytes."""
+
+    def fits(t: Tensor) -> bool:
+        return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) > 0 and t.data_ptr() % 16 == 0
+
+    halves = y.dtype in (torch.bfloat16, torch.float16) and all(t.dtype == y.dtype for t in (*xs, *ws))
+    wide = all(x.shape[1] > 0 for x in xs)
+    return halves and wide and all(map(fits, (*xs, y))) and all(fits(w) or fits(w.t()) for w in ws)

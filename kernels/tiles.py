@@ -1,0 +1,183 @@
+"""Which tile a kernel runs with: one short table, a row per kernel and architecture.
+
+The rows are starting points from compiled code (registers, spills, shared memory: ``fastlora inspect``), for a user's
+table to override once measured. An architecture that has no row gets that of the least capable relative, so nothing
+here decides whether a GPU may run, only how well.
+"""
+
+import functools
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from triton.runtime import driver
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes (those that a kernel has), warps and pipeline stages of one compiled variant."""
+
+    BLOCK_M: int = 0
+    BLOCK_N: int = 0
+    BLOCK_K: int = 0
+    GROUP_M: int = 0
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def kwargs(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+def tile(kernel: str, size: int) -> Tile:
+    """The row of this kernel on the current device for a problem of this size (the first row whose bound holds it)."""
+    rows = TILES[kernel]
+    by_size = rows.get(family()) or rows["default"]
+    return next(row for bound, row in by_size.items() if bound >= size)
+
+
+_forced_family: str | None = None
+
+
+def force_family(name: str | None) -> None:
+    """Choose tiles as on this architecture, whatever the device; None ends it. For compiling ahead of time."""
+    global _forced_family
+    _forced_family = name
+
+
+def family() -> str:
+    """The architecture whose rows serve the current device."""
+    if _forced_family is not None:
+        return _forced_family
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    return _family_of_device(torch.cuda.current_device() if torch.cuda.is_available() else None)
+
+
+@functools.cache
+def _family_of_device(index: int | None) -> str:
+    target = driver.active.get_current_target()
+    return family_of(target.backend, target.arch)
+
+
+def family_of(backend: str, arch: int | str) -> str:
+    if backend == "hip":
+        return "gfx942"
+    if backend != "cuda" or not isinstance(arch, int):
+        return "default"
+    if 100 <= arch < 110:
+        return "sm_100"
+    return {80: "sm_80", 90: "sm_90"}.get(arch, "default")  # consumer parts have 99 KB of shared memory
+
+
+def has_tma() -> bool:
+    """Whether the current device copies tiles in hardware (tensor descriptors)."""
+    return family() in ("sm_90", "sm_100")
+
+
+def intensity() -> float:
+    """FLOPs that the device does on its tensor cores in the time of moving one byte (modelled, not measured)."""
+    return {"sm_90": 214.0, "sm_100": 214.0}.get(family(), 147.0)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs fill the device once."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if triton.knobs.runtime.interpret else 132
+
+
+def padded_rank(r: int) -> int:
+    """The rank as the tensor core takes it: a power of two, at least 16. Padding is zeros in registers, not memory."""
+    return max(16, triton.next_power_of_2(r))
+
+
+ANY = 1 << 30  # a bound that every size is under
+
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "shrink": {  # by padded rank
+        "default": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=64, num_stages=3),
+            ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
+    },
+    "shrink fp32": {
+        "default": {ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
+    },
+    "lora_matmul": {  # by M
+        "default": {
+            16: Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=1, num_warps=4, num_stages=4),
+            64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=4),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_matmul fp32": {
+        "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2)},
+    },
+    "lora_matmul tma": {
+        "default": {
+            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_matmul tma dropout": {  # the mask takes the registers of half an accumulator
+        "default": {
+            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_matmul tma group": {  # the operands of every part stay in registers
+        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_matmul tma group dropout": {  # and so do two accumulators beside a mask
+        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
+    "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
+        "default": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
+    },
+    "lora_grad fp32": {
+        "default": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=3)},
+        "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
+    },
+    "decode_4bit": {
+        "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=512, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
+    },
+    "decode_4bit narrow": {  # rows that are no whole groups of 32 weights
+        "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=64, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
+    },
+    "decode_4bit merged": {
+        "default": {ANY: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
+    },
+    "swiglu": {  # 8 elements a thread, so that a half-precision load is 16 bytes
+        "default": {ANY: Tile(BLOCK_M=1, BLOCK_K=1024, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=2, BLOCK_K=32)},
+    },
+    "nf4_matmul": {  # by the larger of M and the padded rank
+        "default": {
+            16: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        },
+        "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
+    },
+    "nf4_matmul fp32": {
+        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)},
+        "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
+    },
+}

@@ -1,0 +1,339 @@
+"""Every kernel against fp64 truth, on the GPU where there is one and in Triton's interpreter elsewhere.
+
+Judged as `accuracy` judges layers:
+
+    our error <= 1.5 · error of the same product in eager torch + floor
+
+with the error relative to the truth in the Frobenius norm, and the floor for what eager's error misses by luck.
+"""
+
+import math
+
+import interpreter
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastlora import reference
+from fastlora.kernels import dropout, tiles
+from fastlora.kernels.lora_grad import lora_grad
+from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_base_last, lora_matmul_group
+from fastlora.kernels.shrink import shrink
+from fastlora.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_backward_
+
+interpreter.repair_bf16()
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+
+FACTOR = 1.5
+SEED = torch.tensor(-1234567890123456789, device=DEVICE)  # both words matter, and the sign
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32 adapters on bf16": (torch.bfloat16, torch.float32),
+    "bf16 adapters on fp32": (torch.float32, torch.bfloat16),
+}
+RANKS = [1, 2, 3, 4, 6, 8, 12, 16, 24, 64, 96, 128, 256, 512]
+SHAPES = [  # M, K, N
+    (1, 1, 1),
+    (3, 17, 65),  # smaller than any tile, and odd
+    (17, 64, 32),  # K and N whole tiles, M not
+    (65, 127, 17),
+    (33, 252, 96),  # many steps of K
+    (127, 35, 252),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(nan_in_empty):
+    pass
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def strided(t, how):
+    """The same values in another layout."""
+    if how == "transposed":
+        return t.t().contiguous().t()
+    if how == "strided":
+        wide = torch.full((2 * t.shape[0], 3 * t.shape[1]), float("nan"), dtype=t.dtype, device=DEVICE)
+        wide[::2, ::3] = t
+        return wide[::2, ::3]
+    return t
+
+
+def check(ours, eager, truth, longest):
+    """Assert that ours is as accurate as eager torch; ``longest`` is how many terms its longest sum adds up."""
+    assert ours.shape == truth.shape, f"{list(ours.shape)}, expected {list(truth.shape)}"
+    if truth.numel() == 0:
+        return
+    assert ours.isfinite().all()
+    norm = truth.norm().item() or 1.0
+    error, bar = ((t.to(ours.dtype).double() - truth).norm().item() / norm for t in (ours, eager))
+    eps = max(torch.finfo(ours.dtype).eps, torch.finfo(eager.dtype).eps)
+    floor = (2 * eps + math.sqrt(longest) * 2**-23) / math.sqrt(truth.numel())
+    assert error <= FACTOR * bar + floor, f"ours {error:.2e}, eager {bar:.2e}, floor {floor:.2e}"
+
+
+def philox(seed, K, M):
+    """Philox4x32-7 in plain torch for counter (k // 8, m, 0, 0): the four words, each int64[M, K]."""
+
+    def mulhilo(a, b):
+        low, high = a * (b & 0xFFFF), a * (b >> 16)
+        low = low + ((high & 0xFFFF) << 16)
+        return (high >> 16) + (low >> 32), low & 0xFFFFFFFF
+
+    zero = torch.zeros(M, K, dtype=torch.int64)
+    c0, c1, c2, c3 = zero + torch.arange(K) // 8, zero + torch.arange(M)[:, None], zero, zero
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(7):
+        (h0, l0), (h1, l1) = mulhilo(c0, 0xD2511F53), mulhilo(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def mask(M, K, p, seed=SEED):
+    """The scaled dropout mask in fp64, from nothing but its definition."""
+    words = torch.stack(philox(int(seed), K, M), dim=-1)
+    k = torch.arange(K)
+    word = words.gather(-1, (k % 8 // 2).expand(M, K)[..., None]).squeeze(-1)
+    lane = torch.where(k % 2 == 0, word & 0xFFFF, word >> 16)
+    dropped = min(round(p * 65536), 65535)
+    return ((lane >= dropped).double() * 65536 / (65536 - dropped)).to(DEVICE)
+
+
+class TestDropout:
+    def test_keep_rate_and_independence(self):
+        M, K = 256, 512
+        for p in (0.01, 0.1, 0.5, 0.9):
+            keep = (mask(M, K, p) != 0).double()
+            spread = math.sqrt(p * (1 - p) / (M * K))
+            assert abs(keep.mean().item() - (1 - p)) < 5 * spread
+            centred = keep - (1 - p)
+            for other in (centred.roll(1, 1), centred.roll(2, 1), centred.roll(8, 1), centred.roll(1, 0)):
+                assert abs((centred * other).mean().item()) < 5 * p * (1 - p) / math.sqrt(M * K)
+
+    @pytest.mark.parametrize("seed", [0, 1, -1, 1 << 32, (1 << 63) - 1, -(1 << 63)])
+    def test_kernel_draws_the_mask_of_its_definition(self, seed):
+        M, K, p = 35, 72, 0.3
+        seed = torch.tensor(seed, dtype=torch.int64, device=DEVICE)
+        dropped = shrink(torch.ones(M, K, device=DEVICE), torch.eye(K, device=DEVICE), 1.0, p, seed)
+        assert torch.equal(dropped, mask(M, K, p, seed).float())
+
+    def test_scale_is_that_of_the_mask(self):
+        for p in (1e-9, 0.1, 0.5, 1 - 1e-9):
+            expected = 65536 / (65536 - min(round(p * 65536), 65535))
+            assert dropout.dropout_scale(p) == expected
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+class TestShrink:
+    def test_is_that_of_the_reference(self, shape, dtypes, p):
+        (M, K, _), (dtype, adapter_dtype) = shape, dtypes
+        check_shrink(normal(M, K, dtype=dtype), normal(5, K, dtype=adapter_dtype), 0.7, p)
+
+
+def check_shrink(x, a, s, p):
+    D = mask(*x.shape, p) if p else torch.ones_like(x, dtype=torch.float64)
+    xa = shrink(x, a, s, p, SEED if p else None)
+    assert xa.dtype == a.dtype
+    eager = reference.shrink(x * D.to(x.dtype), a, s)
+    check(xa, eager, reference.shrink(x.double() * D, a.double(), s), x.shape[1])
+
+
+@pytest.mark.parametrize("r", RANKS)
+def test_shrink_takes_any_rank(r):
+    check_shrink(normal(19, 40), normal(r, 40), 2.0, 0.2)
+
+
+@pytest.mark.parametrize("how", ["transposed", "strided"])
+def test_shrink_takes_any_strides(how):
+    check_shrink(strided(normal(37, 72), how), strided(normal(6, 72), how), 2.0, 0.2)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)], ids=["no tokens", "no features"])
+def test_shrink_of_nothing(shape):
+    check_shrink(normal(*shape), normal(3, shape[1]), 2.0, 0.0)
+
+
+def test_shrink_split_along_k_adds_in_a_fixed_order():
+    x, a = normal(8, 1024), normal(4, 1024)  # few tokens: K is cut so that every multiprocessor has work
+    check_shrink(x, a, 1.0, 0.2)
+    assert torch.equal(shrink(x, a, 1.0), shrink(x, a, 1.0))
+
+
+def check_lora_matmul(x, w, xa, b, bias=None, p=0.0):
+    D = mask(x.shape[0], w.shape[0], p) if p else x.new_ones(x.shape[0], w.shape[0], dtype=torch.float64)
+    y = lora_matmul(x, w, xa, b, bias, p, SEED if p else None)
+    assert y.dtype == x.dtype
+    adapter = D.to(x.dtype) * (xa.to(x.dtype) @ b.to(x.dtype).T)
+    eager = x @ w.T + adapter + (0 if bias is None else bias.to(x.dtype))
+    truth = x.double() @ w.double().T + D * (xa.double() @ b.double().T) + (0 if bias is None else bias.double())
+    check(y, eager, truth, x.shape[1] + b.shape[1])
+
+
+@pytest.fixture(params=["pointers", "tensor descriptors"])
+def copies(request, monkeypatch):
+    """Both ways to copy tiles; descriptors, where a shape allows them."""
+    descriptors = request.param == "tensor descriptors"
+    if descriptors and DEVICE == "cuda" and not tiles.has_tma():
+        pytest.skip("this GPU copies no tiles by itself")
+    monkeypatch.setattr(tiles, "has_tma", lambda: descriptors)
+
+
+@pytest.mark.usefixtures("copies")
+class TestLoRAMatmul:
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_is_that_of_the_reference(self, shape, dtypes, p):
+        (M, K, N), (dtype, adapter_dtype) = shape, dtypes
+        x, w, xa, b = normal(M, K), normal(N, K), normal(M, 5, dtype=adapter_dtype), normal(N, 5, dtype=adapter_dtype)
+        check_lora_matmul(x.to(dtype), w.to(dtype), xa, b, None if p else normal(N, dtype=adapter_dtype), p)
+
+    @pytest.mark.parametrize("r", RANKS)
+    def test_any_rank(self, r):
+        check_lora_matmul(normal(40, 48).half(), normal(72, 48).half(), normal(40, r), normal(72, r))
+
+    @pytest.mark.parametrize("how", ["transposed", "strided"])
+    def test_any_strides(self, how):
+        operands = (normal(40, 72).half(), normal(96, 72).half(), normal(40, 6), normal(96, 6))
+        check_lora_matmul(*(strided(t, how) for t in operands), normal(96), 0.2)
+
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    def test_dx_is_the_same_call_with_transposed_strides(self, p):
+        dy, w, dxa, a = normal(40, 96).half(), normal(96, 72).half(), normal(40, 6), normal(6, 72)
+        check_lora_matmul(dy, w.t(), dxa, a.t(), None, p)
+
+    def test_more_tiles_than_programs(self):
+        check_lora_matmul(normal(120, 40).half(), normal(200, 40).half(), normal(120, 4), normal(200, 4))
+
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    @pytest.mark.parametrize("parts", [2, 3])
+    def test_dx_of_a_group_is_one_product(self, parts, p):
+        M, K = 40, 72
+        seeds = tuple(SEED + i for i in range(parts))
+        widths, ranks = (96, 24, 32)[:parts], (6, 16, 40)[:parts]
+        dys, ws = (tuple(normal(rows, n).half() for n in widths) for rows in (M, K))
+        dxas, ats = tuple(normal(M, r) for r in ranks), tuple(normal(r, K).t() for r in ranks)
+        truth = eager = 0
+        for dy, w, dxa, at, seed in zip(dys, ws, dxas, ats, seeds, strict=True):
+            D = mask(M, K, p, seed)
+            truth = truth + dy.double() @ w.double().T + D * (dxa.double() @ at.double().T)
+            eager = eager + dy @ w.T + D.half() * (dxa.half() @ at.half().T)
+        ws = tuple(w.t().contiguous().t() for w in ws)  # the strides of w.t() for a layer's weight
+        check(lora_matmul_group(dys, ws, dxas, ats, None, p, seeds), eager, truth, sum(widths) + sum(ranks))
+
+    def test_base_last_is_the_same_product(self):
+        x, w, xa, b, bias = normal(40, 48), normal(72, 48), normal(40, 6), normal(72, 6), normal(72)
+        one, other = (f(x, w, xa, b, bias, 0.3, SEED) for f in (lora_matmul, lora_matmul_base_last))
+        assert (one - other).norm() <= 1e-6 * one.norm()
+
+    @pytest.mark.parametrize("shape", [(0, 8, 8), (8, 8, 0), (8, 0, 16)], ids=["no tokens", "no columns", "no base"])
+    def test_of_nothing(self, shape):
+        M, K, N = shape
+        check_lora_matmul(normal(M, K).half(), normal(N, K).half(), normal(M, 3), normal(N, 3), normal(N), 0.2)
+
+
+def check_lora_grad(dy, x, b, xa, s, p=0.0, one_pass=True):
+    D = mask(*x.shape, p) if p else torch.ones_like(x, dtype=torch.float64)
+    ours = lora_grad(dy, x, b, xa, s, p, SEED if p else None, one_pass)
+    assert [t.dtype for t in ours] == [b.dtype, b.dtype, xa.dtype]
+    assert all(t.is_contiguous() for t in ours)
+    eager = reference.lora_grad(dy, x * D.to(x.dtype), b, xa.to(dy.dtype), s)
+    truth = reference.lora_grad(dy.double(), x.double() * D, b.double(), xa.double(), s)
+    M, N = dy.shape
+    for t, bar, expected, longest in zip(ours, eager, truth, (N, M + N, M), strict=True):
+        check(t, bar, expected, longest)
+
+
+class TestLoRAGrad:
+    @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+    @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_is_that_of_the_reference(self, shape, dtypes, p):
+        (M, K, N), (dtype, adapter_dtype) = shape, dtypes
+        dy, x, b, xa = normal(M, N), normal(M, K), normal(N, 5, dtype=adapter_dtype), normal(M, 5, dtype=adapter_dtype)
+        check_lora_grad(dy.to(dtype), x.to(dtype), b, xa, 0.7, p)
+
+    @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
+    @pytest.mark.parametrize("r", RANKS)
+    def test_any_rank(self, r, one_pass):
+        check_lora_grad(normal(40, 72), normal(40, 48), normal(72, r), normal(40, r), 2.0, 0.2, one_pass)
+
+    @pytest.mark.parametrize("how", ["transposed", "strided"])
+    def test_any_strides(self, how):
+        operands = (normal(40, 72), normal(40, 48), normal(72, 6), normal(40, 6))
+        check_lora_grad(*(strided(t, how) for t in operands), 2.0, 0.2)
+
+    def test_a_gradient_that_was_expanded(self):
+        dy = normal(1, 1).expand(40, 72)  # what y.sum().backward() sends
+        check_lora_grad(dy, normal(40, 48), normal(72, 6), normal(40, 6), 2.0)
+
+    @pytest.mark.parametrize("shape", [(0, 8, 8), (8, 0, 8)], ids=["no tokens", "no features"])
+    def test_of_nothing(self, shape):
+        M, K, N = shape
+        dxa, da, db = lora_grad(normal(M, N), normal(M, K), normal(N, 3), normal(M, 3), 2.0)
+        assert (dxa.shape, da.shape, db.shape) == ((M, 3), (3, K), (N, 3))
+        assert not da.any()
+        assert M or not db.any()
+
+    @pytest.mark.parametrize("r", [4, 40, 200])
+    def test_only_what_is_asked_for(self, r):
+        dy, x, b, xa = normal(40, 72), normal(40, 48), normal(72, r), normal(40, r)
+        whole = lora_grad(dy, x, b, xa, 2.0)
+        for without, missing in (("x", [1]), ("xa", [2]), ("b", [0, 1])):
+            given = {"x": x, "b": b, "xa": xa} | {without: None}
+            for i, t in enumerate(lora_grad(dy, **given, s=2.0)):
+                assert t.numel() == 0 if i in missing else (t - whole[i]).norm() <= 1e-6 * whole[i].norm()
+
+    @pytest.mark.parametrize("r", [4, 40, 200])
+    def test_twice_the_same_bits(self, r):
+        operands = normal(300, 72), normal(300, 48), normal(72, r), normal(300, r)
+        once, again = (lora_grad(*operands, 2.0, 0.2, SEED) for _ in range(2))
+        assert all(torch.equal(t, u) for t, u in zip(once, again, strict=True))
+
+
+EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (33, 65), (0, 8)], ids=str)
+def test_swiglu_and_its_gradients(shape, activation, dtype):
+    M, K = shape
+    gate, up = (2 * normal(M, 2 * K)).to(dtype).chunk(2, dim=1)  # of one tensor: rows are strided
+    dh = normal(M, K, dtype=dtype)
+
+    def law(dtype):
+        g, u, d = (t.detach().to(dtype).requires_grad_() for t in (gate, up, dh))
+        h = EAGER[activation](g) * u
+        return h.detach(), *torch.autograd.grad(h, (g, u), d)
+
+    h = swiglu(gate, up, activation)
+    eager, truth = law(dtype), law(torch.float64)
+    swiglu_backward_(dh, gate, up, activation)
+    for ours, bar, expected in zip((h, gate, up), eager, truth, strict=True):
+        check(ours, bar, expected, 1)
+    assert torch.equal(dh, h), "the backward gives the same h"
+
+
+def test_offsets_beyond_32_bits():
+    """Rows so far apart that their offset passes 2^31 elements, in memory that is only reserved."""
+    M, K, stride = 3, 24, 1 << 30
+    far = torch.empty(2 * stride + K, dtype=torch.float16, device=DEVICE).as_strided((M, K), (stride, 1))
+    near = normal(M, K).half()
+    far.copy_(near)
+    a, b, w, dy = normal(5, K), normal(40, 5), normal(40, K).half(), normal(M, 40).half()
+    xa = shrink(far, a, 2.0, 0.3, SEED)
+    assert torch.equal(xa, shrink(near, a, 2.0, 0.3, SEED))
+    assert torch.equal(lora_matmul(far, w, xa, b), lora_matmul(near, w, xa, b))
+    assert torch.equal(lora_grad(dy, far, b, xa, 2.0)[1], lora_grad(dy, near, b, xa, 2.0)[1])
+    assert torch.equal(swiglu(far, near), swiglu(near, near))
