@@ -33,6 +33,7 @@ def versions() -> dict[str, str]:
         "fastlora": _version("fastlora-kernels", f"{__version__}, not installed"),
         "python": platform.python_version(),
         **libraries,
+        "torch": torch.__version__,  # its own name for itself says which build it is
     }
 
 
