@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastlora
 from fastlora import extension, ops, reference
 
 op = torch.ops.fastlora
@@ -139,6 +138,18 @@ def test_every_way_of_the_product(M, K, N, p):
 
 
 @loaded
+@pytest.mark.parametrize("K", [64, 65], ids=["tail", "expand"])
+@pytest.mark.parametrize("in_b", [False, True], ids=["xa", "b"])
+def test_fp32_operands_count_beyond_bf16(in_b, K):
+    """1 + 2^-9 is 1 in bf16: a sum in which the ones cancel out shows what was kept of it."""
+    fine, ones = torch.tensor([[1 + 2**-9, 1.0]]), torch.tensor([[1.0, -1.0]])
+    xa, b = (ones, fine) if in_b else (fine, ones)
+    x, w = torch.zeros(64, K, dtype=torch.bfloat16), torch.zeros(48, K, dtype=torch.bfloat16)
+    y = op.lora_matmul(x, w, xa.expand(64, 2).contiguous(), b.expand(48, 2).contiguous())
+    assert torch.equal(y, torch.full_like(y, 2**-9))
+
+
+@loaded
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_infinities_and_nans_come_out_as_they_went_in(bad):
     x, _w, a, _b, _bias, _dy = problem(32, 64, 64, 4, torch.bfloat16, torch.float32)
@@ -155,7 +166,3 @@ def test_bad_calls_raise():
         op.shrink(x, a, 1.0, 0.5)
     with pytest.raises(RuntimeError, match="needs b or xa"):
         op.lora_grad(dy, x, None, None, 1.0)
-
-
-def test_the_package_folder_is_this_one():
-    assert Path(extension.__file__).parent == Path(fastlora.__file__).parent
