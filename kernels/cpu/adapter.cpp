@@ -1,8 +1,8 @@
 // The CPU kernels of torch.ops.fastlora: shrink, lora_matmul and lora_grad.
 //
 // The adapter's products read their large operand once, in its own dtype, and accumulate in fp32: nothing is converted,
-// transposed or scaled by a pass of its own. The base product is torch's (oneDNN, MKL), accumulating into what the
-// adapter wrote.
+// transposed or scaled by a pass of its own. The base product is `tail`'s where that is faster, else torch's (oneDNN,
+// MKL), accumulating into what the adapter wrote.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -44,28 +44,24 @@ Tensor lora_matmul_op(
   const int64_t N = w.size(0);
   Tensor y = at::empty({x.size(0), N}, x.options());
   const int64_t parts = dropout.active() ? 2 : bf16::parts_of(xa);
-  if (x.scalar_type() == at::kBFloat16 && by_matrix_instructions<at::BFloat16>(x.size(0)) && bf16::prefers_tail(x, w)) {
-    Tile<float> left = to_tile<float>(xa);
-    scale(left, dropout.scale());
-    const Tile<float> row = bias.has_value() ? to_tile<float>(bias->unsqueeze(0)) : Tile<float>(0, 0);
-    bf16::tail(
-        x, w, left, parts, b.t(), bias.has_value() ? row.row(0) : nullptr, dropout, y.mutable_data_ptr<at::BFloat16>());
-    return y;
-  }
+  bool complete = false;  // with the base product
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
     using A = Wide<scalar_t>;
     Tile<A> left = to_tile<A>(xa);
     scale(left, dropout.scale());
+    const Tile<A> row = bias.has_value() ? to_tile<A>(bias->unsqueeze(0)) : Tile<A>(0, 0);
+    const A* from = bias.has_value() ? row.row(0) : nullptr;
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    if (bias.has_value()) {
-      const Tile<A> row = to_tile<A>(bias->unsqueeze(0));
-      const auto init = [&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(row.row(0) + n0, cols, out); };
+    complete = tail<scalar_t>(x, w, left, parts, b.t(), from, dropout, to);
+    if (complete) return;
+    if (from != nullptr) {
+      const auto init = [&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(from + n0, cols, out); };
       expand<scalar_t>(left, parts, b.t(), init, dropout, to, N);
     } else {
       expand<scalar_t>(left, parts, b.t(), nullptr, dropout, to, N);
     }
   });
-  if (x.size(1) > 0) y.addmm_(x, w.t());
+  if (!complete && x.size(1) > 0) y.addmm_(x, w.t());
   return y;
 }
 

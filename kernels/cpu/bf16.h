@@ -150,7 +150,7 @@ inline bool prefers_tail(const Tensor& x, const Tensor& w) {
   return K > 0 && K % 2 == 0 && x.stride(1) == 1 && (rows || columns) && M * N * K <= int64_t{1} << 33;
 }
 
-// y[M, N] = x[M, K] @ w[N, K]^T + bias + drop(p[M, r] @ b[r, N]): the adapter's product and the base product accumulate
+// y[M, N] = x[M, K] @ w[N, K]^T + drop(bias + p[M, r] @ b[r, N]): the adapter's product and the base product accumulate
 // in one fp32 tile, which is rounded once. A panel of w is packed and kept in the second-level cache for all rows.
 inline void tail(
     const Tensor& x, const Tensor& w, const Tile<float>& p, int64_t p_parts, const Tensor& b, const float* bias,

@@ -7,7 +7,6 @@
 
 #include <array>
 #include <optional>
-#include <string>
 
 #include "products.h"
 
@@ -90,13 +89,12 @@ Tensor decode_4bit(
   const Tensor right = merged ? *a : at::empty({0, K}, packed.options().dtype(dtype));
   Tile<float> left = to_tile<float>(merged ? *b : at::empty({N, 0}, packed.options().dtype(dtype)));
   scale(left, s);
+  const auto decode_to = [&]<typename T>(T* to) { expand<T>(left, 2, right, decode, Dropout(), to, K); };
   AT_DISPATCH_SWITCH(dtype, "fastlora", AT_DISPATCH_CASE(at::kFloat, [&] {
-                       expand<scalar_t>(left, 2, right, decode, Dropout(), w.mutable_data_ptr<scalar_t>(), K);
+                       decode_to(w.mutable_data_ptr<scalar_t>());
                      }) AT_DISPATCH_CASE(at::kBFloat16, [&] {
-                       expand<scalar_t>(left, 2, right, decode, Dropout(), w.mutable_data_ptr<scalar_t>(), K);
-                     }) AT_DISPATCH_CASE(at::kHalf, [&] {
-                       expand<scalar_t>(left, 2, right, decode, Dropout(), w.mutable_data_ptr<scalar_t>(), K);
-                     }));
+                       decode_to(w.mutable_data_ptr<scalar_t>());
+                     }) AT_DISPATCH_CASE(at::kHalf, [&] { decode_to(w.mutable_data_ptr<scalar_t>()); }));
   return w;
 }
 

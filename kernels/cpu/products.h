@@ -32,6 +32,20 @@ void expand(
   vector::expand<T>(p, b, init, dropout, y, N);
 }
 
+// y[M, N] = x[M, K] @ w[N, K]^T + drop(bias + p[M, r] @ b[r, N]), if there is a faster way to it than `expand` and
+// torch's GEMM; otherwise does nothing and returns false.
+template <typename T>
+bool tail(
+    const Tensor& x, const Tensor& w, const Tile<Wide<T>>& p, int64_t parts, const Tensor& b, const Wide<T>* bias,
+    const Dropout& dropout, T* y) {
+  if constexpr (std::is_same_v<T, at::BFloat16>)
+    if (by_matrix_instructions<T>(x.size(0)) && bf16::prefers_tail(x, w)) {
+      bf16::tail(x, w, p, parts, b, bias, dropout, y);
+      return true;
+    }
+  return false;
+}
+
 // out = p[M, r]^T @ drop(q[M, C]), as [r, C] or transposed to [C, r]
 template <typename T>
 void outer(
