@@ -106,32 +106,41 @@ def orders_of(module: nn.Module, is_layer: Callable[[Any], bool]) -> Iterator[tu
 def probe(module: nn.Module, orders: list[tuple[str, ...]]) -> Block | str:
     """What this module's forward computes, as shown by a random input, or why that is not known."""
     modes = {child: child.training for child in module.modules()}
-    layers = [module._modules[name] for name in orders[0]]
-    others = [module, *(child for child in module.children() if child not in layers)]
     device = next(module.parameters()).device
+    reason = ""
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             module.eval()
-            x = _input(module._modules[orders[0][0]], device)
-            own = type(module).forward(module, x)
-            for other in others:  # the adapters' dropout stays off: only that of the block itself would show
-                other.training = True
-            if not torch.equal(type(module).forward(module, x), own):
-                return "its forward is another one in training"
-            for order in orders:
-                for activation in _activations(others[1:], x.dtype):
-                    block = Block(order, activation)
-                    operands = _operands(module, block, x)
-                    ours = None if operands is None else mlp_forward(x, operands, activation)
-                    if ours is None:
-                        return "its layers cannot be computed as one"
-                    if (ours - own).norm() <= max(1e-5, 4 * torch.finfo(x.dtype).eps) * own.norm():
-                        return block
-    except Exception as error:  # of a forward that is not ours
-        return f"a probe of its forward failed: {error}"
+            for first in {module._modules[order[0]].in_features: order[0] for order in orders}.values():  # type: ignore[union-attr]
+                try:
+                    return _probe(module, orders, _input(module._modules[first], device))
+                except Exception as error:  # of a forward that is not ours
+                    reason = reason or f"a probe of its forward failed: {error}"
     finally:
         for child, training in modes.items():
             child.training = training
+    return reason
+
+
+def _probe(module: nn.Module, orders: list[tuple[str, ...]], x: Tensor) -> Block | str:
+    own = type(module).forward(module, x)
+    layers = [module._modules[name] for name in orders[0]]
+    others = [child for child in module.children() if child not in layers]
+    for other in (module, *others):  # the adapters' dropout stays off: only that of the block itself would show
+        other.training = True
+    if not torch.equal(type(module).forward(module, x), own):
+        return "its forward is another one in training"
+    for order in orders:
+        if module._modules[order[0]].in_features != x.shape[-1]:  # type: ignore[union-attr]
+            continue
+        for activation in _activations(others, x.dtype):
+            block = Block(order, activation)
+            operands = _operands(module, block, x)
+            ours = None if operands is None else mlp_forward(x, operands, activation)
+            if ours is None:
+                return "its layers cannot be computed as one"
+            if (ours - own).norm() <= max(1e-5, 4 * torch.finfo(x.dtype).eps) * own.norm():
+                return block
     return f"its forward is not that of an MLP with one of the activations {', '.join(ACTIVATIONS)}"
 
 
