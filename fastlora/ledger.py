@@ -83,6 +83,7 @@ def record(model: nn.Module, forward: Callable[[], Tensor], optimizer: torch.opt
         watch = _Watch(stack)
         with watch, torch.autograd.graph.saved_tensors_hooks(watch.pack, lambda t: t):
             loss = forward()
+        own.add(loss.untyped_storage()._cdata)
         kept = [entry for cdata, (ref, entry) in watch.storages.items() if not ref.expired() and cdata not in own]
         again = _Products(stack)
         with again:
