@@ -64,12 +64,13 @@ def _apply(
     """lora_linear without its checks."""
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
-    dtype = autocast_dtype(x) or x.dtype
-    seed = new_seed(x, p)
+    seed = None if p == 0.0 else new_seed(x)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
     x = x.to(dtype) if shared is None else shared.converted(x, dtype)
-    if isinstance(weight, Tensor):
-        weight = weight.to(dtype)
-    return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
+    weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+    return autograd.without_autocast(autograd.lora_linear)(x, weight, a, b, bias, scaling, p, seed, shared)
 
 
 def add_lora_output(
@@ -79,7 +80,7 @@ def add_lora_output(
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     x = x.to(autocast_dtype(x) or x.dtype)
-    return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p), in_place)
+    return autograd.add_lora(x, a, b, y, scaling, p, None if p == 0.0 else new_seed(x), in_place)
 
 
 class Adapter(NamedTuple):
@@ -113,7 +114,7 @@ def adapted_forward(
         y = add_lora_output(y, x, a, b, scaling, p, in_place).view(shape)
         return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
     shared = None if siblings is None else siblings.share(layer, x)
-    bias = whole_bias(base_layer, adapter)
+    bias = base_layer._parameters["bias"] if lora_bias is None else whole_bias(base_layer, adapter)
     if kind == "dense":
         return _apply(x, base_layer._parameters["weight"], a, b, scaling, bias, p, shared)
     dtype, compute_dtype = x.dtype, compute_dtype_4bit(base_layer, x)
@@ -162,7 +163,8 @@ def mlp_forward(x: Tensor, layers: list[tuple[Any, Adapter]], activation: str) -
             b, scaling = b * scaling, 1.0
         weight = _weight_of(base_layer) if kind == "4bit" else base_layer._parameters["weight"].to(dtype)
         bias = whole_bias(base_layer, adapter)
-        projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
+        seed = None if p == 0.0 else new_seed(x)
+        projections.append(mlp.Projection(weight, a, b, bias, scaling, p, seed))
     *first, down = projections
     return mlp.mlp(x.to(dtype), first, down, activation)
 
@@ -213,9 +215,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def new_seed(x: Tensor, p: float) -> Tensor | None:
+def new_seed(x: Tensor) -> Tensor:
     """A fresh dropout seed. Drawn by torch's generator, so that checkpointing replays it when it recomputes."""
-    return None if p == 0.0 else torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
+    return torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
 
 
 def compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
