@@ -64,7 +64,7 @@ def _apply(
     """lora_linear without its checks."""
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
-    seed = None if p == 0.0 else new_seed(x)
+    seed = new_seed(x, p)
     dtype = autocast_dtype(x)
     if dtype is None:
         return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
@@ -80,7 +80,7 @@ def add_lora_output(
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     x = x.to(autocast_dtype(x) or x.dtype)
-    return autograd.add_lora(x, a, b, y, scaling, p, None if p == 0.0 else new_seed(x), in_place)
+    return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p), in_place)
 
 
 class Adapter(NamedTuple):
@@ -163,8 +163,7 @@ def mlp_forward(x: Tensor, layers: list[tuple[Any, Adapter]], activation: str) -
             b, scaling = b * scaling, 1.0
         weight = _weight_of(base_layer) if kind == "4bit" else base_layer._parameters["weight"].to(dtype)
         bias = whole_bias(base_layer, adapter)
-        seed = None if p == 0.0 else new_seed(x)
-        projections.append(mlp.Projection(weight, a, b, bias, scaling, p, seed))
+        projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
     *first, down = projections
     return mlp.mlp(x.to(dtype), first, down, activation)
 
@@ -215,9 +214,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def new_seed(x: Tensor) -> Tensor:
+def new_seed(x: Tensor, p: float) -> Tensor | None:
     """A fresh dropout seed. Drawn by torch's generator, so that checkpointing replays it when it recomputes."""
-    return torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
+    return None if p == 0.0 else torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
 
 
 def compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
