@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora import plans
 from fastlora.plans import Problem, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,6 +48,7 @@ def _has_kernel(value: Any) -> bool:
 @cache
 def launcher(module: str, name: str) -> Callable:
     """A function of `fastlora.kernels`. Triton is imported by the first call, not with fastlora."""
+    import_module("fastlora.kernels.tiles").measured_by(lambda device: plans.table(device).tiles)
     return getattr(import_module(f"fastlora.kernels.{module}"), name)
 
 
@@ -73,8 +75,7 @@ _LAUNCHERS = {"shrink": shrink, "lora_matmul": lora_matmul, "lora_grad": lora_gr
 
 
 def _problem(x: Tensor, N: int, r: int) -> Problem:
-    intensity = launcher("tiles", "intensity")()
-    return Problem(x.shape[0], N, x.shape[1], r, itemsize=x.element_size(), intensity=intensity)
+    return Problem(x.shape[0], N, x.shape[1], r, itemsize=x.element_size())
 
 
 @cache

@@ -6,6 +6,8 @@ here decides whether a GPU may run, only how well.
 """
 
 import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -30,10 +32,56 @@ class Tile:
 
 
 def tile(kernel: str, size: int) -> Tile:
-    """The row of this kernel on the current device for a problem of this size (the first row whose bound holds it)."""
+    """The tile of this kernel on the current device for a problem of this size.
+
+    Forced by `use`, measured, or the table's (the first row whose bound holds the size).
+    """
+    forced = _forced.get(kernel)
+    if forced is not None:
+        return forced
+    if _forced_family is None:
+        found = _measured(_device_name()).get((kernel, 1 << max(0, size - 1).bit_length()))
+        if found is not None:
+            return Tile(**found)
     rows = TILES[kernel]
     by_size = rows.get(family()) or rows["default"]
     return next(row for bound, row in by_size.items() if bound >= size)
+
+
+_forced: dict[str, Tile] = {}
+
+
+@contextmanager
+def use(kernel: str, forced: Tile) -> Iterator[None]:
+    """Launch this kernel with this tile within the context, whatever the size: for measuring tiles."""
+    before = _forced.get(kernel)
+    _forced[kernel] = forced
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[kernel]
+        else:
+            _forced[kernel] = before
+
+
+Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, size rounded up to a power of two) -> fields of a tile
+_measured: Callable[[str], Measured] = lambda device: {}
+
+
+def measured_by(source: Callable[[str], Measured]) -> None:
+    """Take measured tiles, by the name of the device, from here: who keeps them is above this folder."""
+    global _measured
+    _measured = source
+
+
+def _device_name() -> str:
+    return _name_of_device(torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _name_of_device(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 _forced_family: str | None = None
@@ -56,7 +104,10 @@ def family() -> str:
 
 @functools.cache
 def _family_of_device(index: int | None) -> str:
-    target = driver.active.get_current_target()
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:  # no GPU: what would run on one can still be predicted
+        return "default"
     return family_of(target.backend, target.arch)
 
 
@@ -73,11 +124,6 @@ def family_of(backend: str, arch: int | str) -> str:
 def has_tma() -> bool:
     """Whether the current device copies tiles in hardware (tensor descriptors)."""
     return family() in ("sm_90", "sm_100")
-
-
-def intensity() -> float:
-    """FLOPs that the device does on its tensor cores in the time of moving one byte (modelled, not measured)."""
-    return {"sm_90": 214.0, "sm_100": 214.0}.get(family(), 147.0)
 
 
 def multiprocessors(device: torch.device) -> int:

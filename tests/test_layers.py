@@ -12,6 +12,7 @@ LAYERS = [  # each may import what stands before it
     {"version", "files", "extension"},
     {"kernels"},
     {"reference"},
+    {"roofline"},
     {"plans"},
     {"kernel_ops"},
     {"ops"},
@@ -23,7 +24,7 @@ LAYERS = [  # each may import what stands before it
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
-    {"aot"},
+    {"aot", "tuning"},
     {"cli"},
     {"__main__"},
 ]
