@@ -65,8 +65,12 @@ def use(kernel: str, forced: Tile) -> Iterator[None]:
             _forced[kernel] = before
 
 
-Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, size rounded up to a power of two) -> fields of a tile
-_measured: Callable[[str], Measured] = lambda device: {}
+Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, bucket of the size) -> fields of its tile
+
+
+def _measured(device: str) -> Measured:
+    """The tiles measured on the device of this name, sizes rounded up to powers of two."""
+    return {}
 
 
 def measured_by(source: Callable[[str], Measured]) -> None:

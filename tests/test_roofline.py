@@ -130,6 +130,8 @@ def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):
     interpreter.repair_bf16()
     if (op, plan) == ("linear_4bit", "fused") and c.M > plans.MAX_FUSED_TOKENS:
         c = replace(c, M=plans.MAX_FUSED_TOKENS)
+    if op.startswith("swiglu"):
+        c = replace(c, M=min(c.M, 9))  # tiles of the interpreter are small, and this has many
     monkeypatch.setattr(roofline, "_splits", watched := Watched(roofline._splits))
     run = launch(op, plan, c)
     with Traffic(monkeypatch) as traffic:
