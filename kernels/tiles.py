@@ -36,16 +36,36 @@ def tile(kernel: str, size: int) -> Tile:
 
     Forced by `use`, measured, or the table's (the first row whose bound holds the size).
     """
-    forced = _forced.get(kernel)
-    if forced is not None:
-        return forced
-    if _forced_family is None:
-        found = _measured(_device_name()).get((kernel, 1 << max(0, size - 1).bit_length()))
-        if found is not None:
-            return Tile(**found)
-    rows = TILES[kernel]
-    by_size = rows.get(family()) or rows["default"]
-    return next(row for bound, row in by_size.items() if bound >= size)
+    found = _forced.get(kernel)
+    if found is None and _forced_family is None:
+        measured = _measured(_device_name()).get((kernel, bucket(size)))
+        found = None if measured is None else Tile(**measured)
+    if found is None:
+        rows = TILES[kernel]
+        by_size = rows.get(family()) or rows["default"]
+        found = next(row for bound, row in by_size.items() if bound >= size)
+    if _watched is not None:
+        _watched[kernel, bucket(size)] = found
+    return found
+
+
+def bucket(size: int) -> int:
+    """A size rounded up to a power of two: sizes that share a measured tile."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+_watched: dict[tuple[str, int], Tile] | None = None
+
+
+@contextmanager
+def watch() -> Iterator[dict[tuple[str, int], Tile]]:
+    """The tiles that are launched within the context, by (kernel, bucket of the size)."""
+    global _watched
+    _watched, before = {}, _watched
+    try:
+        yield _watched
+    finally:
+        _watched = before
 
 
 _forced: dict[str, Tile] = {}
