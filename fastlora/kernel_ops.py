@@ -46,9 +46,14 @@ def _has_kernel(value: Any) -> bool:
 
 
 @cache
+def _use_measured_tiles() -> None:
+    import_module("fastlora.kernels.tiles").measured_by(lambda device: plans.table(device).tiles)
+
+
+@cache
 def launcher(module: str, name: str) -> Callable:
     """A function of `fastlora.kernels`. Triton is imported by the first call, not with fastlora."""
-    import_module("fastlora.kernels.tiles").measured_by(lambda device: plans.table(device).tiles)
+    _use_measured_tiles()
     return getattr(import_module(f"fastlora.kernels.{module}"), name)
 
 

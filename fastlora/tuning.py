@@ -7,40 +7,23 @@ than noise (`GAIN`). Problems that share an entry of the table are decided toget
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora import kernel_ops, ops, plans, reference, roofline
-from fastlora.fourbit import Weight4bit
+from fastlora import kernel_ops, plans, roofline
+from fastlora.cases import Case, Results, kernels, wrong
 from fastlora.plans import Table
-from fastlora.roofline import Problem, Rates
+from fastlora.roofline import Rates
 
 Clock = Callable[[Callable[[], Any]], float]  # seconds that a call takes on the device
 ROUNDS = 3
 GAIN = 0.02  # a way that is faster by less is not worth an entry
-
-# hidden size, intermediate size, width of k and v
-MODELS = {
-    "llama-3-8b": (4096, 14336, 1024),
-    "llama-2-7b": (4096, 11008, 4096),
-    "mistral-7b": (4096, 14336, 1024),
-    "qwen2.5-7b": (3584, 18944, 512),
-    "smollm2-135m": (576, 1536, 192),
-}
-
-
-def linears(hidden: int, intermediate: int, kv: int) -> dict[str, tuple[int, int]]:
-    """(N, K) of the seven linear layers of a Llama-style block."""
-    return {
-        "q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden),
-        "gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate),
-    }  # fmt: skip
 
 
 def gpu_clock(run: Callable[[], Any]) -> float:
@@ -48,21 +31,6 @@ def gpu_clock(run: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
     return do_bench(run, warmup=10, rep=40, return_mode="median") / 1e3
-
-
-@contextmanager
-def kernels(device: torch.device) -> Iterator[None]:
-    """Let the ops run the kernels on this device: in the interpreter on a CPU, registered already on a GPU."""
-    compositions = {name: getattr(ops, name) for name in ("shrink", "lora_matmul", "lora_grad", "decode_4bit")}
-    with ExitStack() as stack:
-        key = device.type.upper()
-        if device.type == "cpu":
-            stack.enter_context(kernel_ops.in_interpreter(compositions))
-        elif not torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::lora_matmul", key):
-            library = torch.library.Library("fastlora", "IMPL")
-            stack.callback(library._destroy)
-            kernel_ops.register(library, key, compositions)
-        yield
 
 
 def measure(ways: dict[Any, Callable[[], Any]], clock: Clock, rounds: int = ROUNDS) -> dict[Any, list[float]]:
@@ -74,179 +42,6 @@ def measure(ways: dict[Any, Callable[[], Any]], clock: Clock, rounds: int = ROUN
         for name in names[turn:] + names[:turn]:
             times[name].append(clock(ways[name]))
     return times
-
-
-Results = tuple[Tensor, ...]
-
-
-def wrong(ours: Results, eager: Results, truth: Results, longest: int) -> str | None:
-    """Why these results must not be timed: they are less exact than eager torch's. None if they are not.
-
-    error <= 1.5 · eager's error + floor, relative to the fp64 truth in the Frobenius norm; the floor is for what eager's
-    error misses by luck on few elements, with ``longest`` terms in the longest sum.
-    """
-    for mine, theirs, exact in zip(ours, eager, truth, strict=True):
-        if mine.shape != exact.shape:
-            return f"shape {list(mine.shape)} instead of {list(exact.shape)}"
-        norm = exact.norm().item() or 1.0
-        error, bar = ((t.double() - exact).norm().item() / norm for t in (mine, theirs))
-        eps = max(torch.finfo(t.dtype).eps for t in (mine, theirs))
-        floor = (2 * eps + math.sqrt(longest) * 2**-23) / math.sqrt(max(1, exact.numel()))
-        if not error <= 1.5 * bar + floor:
-            return f"error {error:.1e}, eager torch's is {bar:.1e}"
-    return None
-
-
-def random_weight_4bit(N: int, K: int, device: torch.device, quant_type: str = "nf4") -> Weight4bit:
-    """A 4-bit weight of random bits with nested statistics, of values like those of a trained layer."""
-    blocks = -(-N * K // 64)
-    scale = 2.5 / math.sqrt(K)
-    return Weight4bit(
-        packed=torch.randint(256, (-(-N * K // 2), 1), dtype=torch.uint8, device=device),
-        absmax=torch.randint(256, (blocks,), dtype=torch.uint8, device=device),
-        code2=torch.linspace(-1, 1, 256, device=device),
-        absmax2=torch.full((-(-blocks // 256),), scale / 2, device=device),
-        offset=torch.tensor(scale, device=device),
-        blocksize=64,
-        blocksize2=256,
-        quant_type=quant_type,
-        N=N,
-        K=K,
-    )
-
-
-def decoded(w: Weight4bit, dtype: torch.dtype) -> Tensor:
-    """The weight by the reference's formulas, computed in fp32."""
-    from fastlora.kernels.nf4 import CODES
-
-    assert w.code2 is not None and w.absmax2 is not None and w.offset is not None
-    absmax = reference.decode_absmax(w.absmax, w.code2, w.absmax2, w.blocksize2, w.offset)
-    code = torch.tensor(CODES[w.quant_type], device=w.packed.device)
-    return reference.decode_4bit(w.packed, absmax, code, w.blocksize, w.N, w.K).to(dtype)
-
-
-def linear_4bit(x: Tensor, w: Weight4bit, a: Tensor, b: Tensor, s: float, plan: str) -> Tensor:
-    """``x @ (decode(w) + s * b @ a).T``, carried out by this plan."""
-    if plan == "fused":
-        return kernel_ops.launcher("nf4_matmul", "nf4_matmul")(x, *w, a, b, s)
-    if plan == "merged":
-        return torch.mm(x, w.decode_merged(x.dtype, a, b, s).t())
-    xa = torch.ops.fastlora.shrink(x, a, s)
-    return torch.ops.fastlora.lora_matmul(x, w.decode(x.dtype), xa, b)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op on one problem. ``make`` allocates it: (run by a plan, eager torch's results, the truth)."""
-
-    op: str
-    problem: Problem
-    name: str
-    make: Callable[[torch.device], tuple[Callable[[str], Results], Callable[[], Results], Callable[[], Results]]]
-
-    @property
-    def longest(self) -> int:
-        c = self.problem
-        return max(c.M, c.N, c.K, c.r)
-
-    @property
-    def plans(self) -> tuple[str, ...]:
-        return plans.possible(self.op, self.problem) if self.op in plans.PLANS else ("",)
-
-
-S = 0.5  # the adapter's scaling
-
-
-def cases(shapes: list[tuple[int, int, int]], ranks: list[int], dtype: torch.dtype, four_bit: bool) -> list[Case]:
-    """What a training step calls for layers ``(M, N, K)``, each problem once."""
-    found: dict[tuple[str, str, Problem], Case] = {}
-
-    def add(op: str, name: str, problem: Problem, make: Callable) -> None:
-        found.setdefault((op, name, problem), Case(op, problem, name, make))
-
-    i = dtype.itemsize
-    for M, N, K in shapes:
-        for r in ranks:
-            size = f"M={M} N={N} K={K} r={r}"
-            add("shrink", f"M={M} K={K} r={r}", Problem(M, 0, K, r, 0.0, i), _shrink(M, K, r, dtype))
-            add("lora_matmul", size, Problem(M, N, K, r, 0.0, i), _lora_matmul(M, N, K, r, dtype, False))
-            add("lora_matmul", f"{size}, dx", Problem(M, K, N, r, 0.0, i), _lora_matmul(M, K, N, r, dtype, True))
-            add("lora_grad", size, Problem(M, 0, N, r, 0.0, i), _lora_grad(M, N, K, r, dtype))
-            if four_bit:
-                add("linear_4bit", size, Problem(M, N, K, r, 0.0, i), _linear_4bit(M, N, K, r, dtype))
-    return list(found.values())
-
-
-def _normal(device: torch.device, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype)
-
-
-def _double(*tensors: Tensor) -> list[Tensor]:
-    return [t.double() for t in tensors]
-
-
-def _shrink(M: int, K: int, r: int, dtype: torch.dtype) -> Callable:
-    def make(device: torch.device):
-        x, a = _normal(device, M, K, dtype=dtype), _normal(device, r, K)
-        return (
-            lambda plan: (torch.ops.fastlora.shrink(x, a, S),),
-            lambda: (ops.shrink(x, a, S),),
-            lambda: (reference.shrink(*_double(x, a), S),),
-        )
-
-    return make
-
-
-def _lora_matmul(M: int, N: int, K: int, r: int, dtype: torch.dtype, transposed: bool) -> Callable:
-    def make(device: torch.device):
-        x, xa = _normal(device, M, K, dtype=dtype), _normal(device, M, r)
-        w = _normal(device, K, N, dtype=dtype).t() if transposed else _normal(device, N, K, dtype=dtype)
-        b = _normal(device, r, N).t() if transposed else _normal(device, N, r)
-        return (
-            _forcing("lora_matmul", lambda: (torch.ops.fastlora.lora_matmul(x, w, xa, b),)),
-            lambda: (ops.lora_matmul(x, w, xa, b),),
-            lambda: (reference.lora_matmul(*_double(x, w, xa, b)),),
-        )
-
-    return make
-
-
-def _lora_grad(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> Callable:
-    def make(device: torch.device):
-        dy, x = _normal(device, M, N, dtype=dtype), _normal(device, M, K, dtype=dtype)
-        b, xa = _normal(device, N, r), _normal(device, M, r)
-        return (
-            _forcing("lora_grad", lambda: torch.ops.fastlora.lora_grad(dy, x, b, xa, S)),
-            lambda: ops.lora_grad(dy, x, b, xa, S),
-            lambda: reference.lora_grad(*_double(dy, x, b, xa), S),
-        )
-
-    return make
-
-
-def _linear_4bit(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> Callable:
-    def make(device: torch.device):
-        w = random_weight_4bit(N, K, device)
-        x, a, b = _normal(device, M, K, dtype=dtype), _normal(device, r, K), _normal(device, N, r)
-
-        def eager() -> Results:
-            dense = decoded(w, dtype)
-            return (ops.lora_matmul(x, dense, ops.shrink(x, a, S), b),)
-
-        def truth() -> Results:
-            return (reference.lora_linear(x.double(), decoded(w, torch.float64), a.double(), b.double(), S),)
-
-        return lambda plan: (linear_4bit(x, w, a, b, S, plan),), eager, truth
-
-    return make
-
-
-def _forcing(op: str, run: Callable[[], Results]) -> Callable[[str], Results]:
-    def forced(plan: str) -> Results:
-        with plans.use(**{op: plan}):
-            return run()
-
-    return forced
 
 
 @dataclass
@@ -274,8 +69,8 @@ class Tuning:
 class Tuner:
     """Tunes the kernels of one device. ``found`` is valid at any time, also after an interruption."""
 
-    def __init__(self, device: torch.device, clock: Clock, name: str, size: int = 8192) -> None:
-        self.device, self.clock, self.name, self.size = device, clock, name, size
+    def __init__(self, device: torch.device, clock: Clock, name: str) -> None:
+        self.device, self.clock, self.name = device, clock, name
         self.found = Tuning(Table(**vars(plans.table(name))))
         self.found.table.plans, self.found.table.tiles = dict(self.found.table.plans), dict(self.found.table.tiles)
 
@@ -285,7 +80,7 @@ class Tuner:
 
         yield 0, 1, "rates of the device"
         with kernels(self.device):
-            self.found.table.rates = measure_rates(self.device, self.clock, roofline.modelled(self.name), self.size)
+            self.found.table.rates = measure_rates(self.device, self.clock, roofline.modelled(self.name))
             used = self._tiles_used(problems)
             by_plan = defaultdict(list)
             for case in problems:
@@ -321,23 +116,21 @@ class Tuner:
     def _tune_tile(self, at: tuple[str, int], tile: Any, users: list[tuple[Case, str]]) -> None:
         """Climb from the tile in use to its best neighbour, on the largest problem, until none is better; then let the
         best and the one in use run on all problems."""
-        from fastlora.kernels import tiles
-
         largest = max(users, key=lambda user: user[0].problem.M * user[0].problem.K * max(1, user[0].problem.N))
         best, seen = tile, {tile}
         while True:
             tried = [t for t in neighbours(best) if t not in seen]
             seen.update(tried)
-            seconds = self._seconds(largest, {t: tiles.use(at[0], t) for t in (best, *tried)}, at[0])
-            fastest = min(seconds, key=lambda t: seconds[t])
-            if fastest == best or seconds[fastest] > (1 - GAIN) * seconds[best]:
+            seconds = self._seconds_of_tiles(largest, at[0], [best, *tried])
+            fastest = min(seconds, key=lambda t: seconds[t], default=best)
+            if fastest == best or not seconds[fastest] < (1 - GAIN) * seconds.get(best, math.inf):
                 break
             best = fastest
         if best == tile:
             return
         totals = {tile: 0.0, best: 0.0}
         for user in users:
-            seconds = self._seconds(user, {t: tiles.use(at[0], t) for t in totals}, at[0])
+            seconds = self._seconds_of_tiles(user, at[0], list(totals))
             for t in totals:
                 totals[t] += seconds.get(t, math.inf)
         if totals[best] < (1 - GAIN) * totals[tile]:
@@ -351,45 +144,136 @@ class Tuner:
         totals = dict.fromkeys(sharing[0].plans, 0.0)
         for case in sharing:
             run, eager, truth = case.make(self.device)
-            exact = self._exact({plan: lambda plan=plan: run(plan) for plan in case.plans}, case, eager, truth)
-            seconds = {plan: median(found) for plan, found in measure(exact, self.clock).items()}
+            ways: dict[str, Callable[[], Results]] = {plan: partial(run, plan) for plan in case.plans}
+            seconds = self._seconds(ways, case, case.op, eager, truth)
             for plan in totals:
                 totals[plan] += seconds.get(plan, math.inf)
         best = min(totals, key=lambda plan: totals[plan])
         if totals[best] == math.inf:
             return
-        if before in totals and totals[best] > (1 - GAIN) * totals[before]:
+        if totals[best] > (1 - GAIN) * totals[before]:
             best = before
         self.found.table.plans[key] = best
         if best != before:
             names = "; ".join(case.name for case in sharing)
             self.found.changes.append(Change("plan", key[0], names, before, best, totals[before], totals[best]))
 
-    def _seconds(self, user: tuple[Case, str], ways: dict[Any, Any], kernel: str) -> dict[Any, float]:
-        """Median seconds of a case in each of these contexts that gives a right result."""
+    def _seconds_of_tiles(self, user: tuple[Case, str], kernel: str, tried: list[Any]) -> dict[Any, float]:
+        from fastlora.kernels import tiles
+
         case, plan = user
         run, eager, truth = case.make(self.device)
 
-        def within(context: Any) -> Callable[[], Results]:
-            def call() -> Results:
-                with context():
-                    return run(plan)
+        def with_tile(t: Any) -> Results:
+            with tiles.use(kernel, t):
+                return run(plan)
 
-            return call
+        return self._seconds({t: partial(with_tile, t) for t in tried}, case, kernel, eager, truth)
 
-        exact = self._exact({way: within(_again(context)) for way, context in ways.items()}, case, eager, truth, kernel)
-        return {way: median(times) for way, times in measure(exact, self.clock).items()}
-
-    def _exact(self, ways: dict[Any, Callable], case: Case, eager: Callable, truth: Callable, kernel: str = "") -> dict:
-        """Those ways whose results are right; the others are noted with the reason."""
-        expected, exact, bar = {}, truth(), eager()
+    def _seconds(
+        self, ways: Mapping[Any, Callable[[], Results]], case: Case, what: str, eager: Callable, truth: Callable
+    ) -> dict[Any, float]:
+        """Median seconds of those ways whose results are right; the others are noted with the reason."""
+        right, bar, exact = {}, eager(), truth()
         for way, run in ways.items():
             try:
                 reason = wrong(run(), bar, exact, case.longest)
-            except Exception as error:  # a tile that does not fit or compile
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            except Exception as error:  # a tile that does not compile, or does not fit
+                reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             if reason is None:
-                expected[way] = run
+                right[way] = run
             else:
-                self.found.rejected.append(f"{kernel or case.op} {_show(way)}, {case.name}: {reason}")
-        return expected
+                self.found.rejected.append(f"{what} {_show(way)}, {case.name}: {reason}")
+        del bar, exact
+        return {way: median(times) for way, times in measure(right, self.clock).items()}
+
+
+MAX_ELEMENTS = 128 * 256  # of two sides of a tile: an accumulator that fills the registers
+
+
+def neighbours(tile: Any) -> list[Any]:
+    """Tiles that differ in one size by a factor of two, or in the stages by one. Not all of them compile or fit."""
+    found = []
+    for name, value in asdict(tile).items():
+        if name == "num_stages":
+            found += [replace(tile, num_stages=value + step) for step in (-1, 1) if 1 <= value + step <= 6]
+        elif value:
+            least, most = {"num_warps": (1, 16), "GROUP_M": (1, 16)}.get(name, (16, 1024))
+            found += [replace(tile, **{name: size}) for size in (value // 2, value * 2) if least <= size <= most]
+    blocks = [[t.BLOCK_M, t.BLOCK_N, t.BLOCK_K] for t in found]
+    return [t for t, b in zip(found, blocks, strict=True) if math.prod(sorted(b)[1:]) <= MAX_ELEMENTS]
+
+
+def _show(way: Any) -> str:
+    if isinstance(way, str):
+        return way
+    sizes = " ".join(
+        f"{name[-1]}{value}" for name, value in asdict(way).items() if value and not name.startswith("num")
+    )
+    return f"{sizes} warps {way.num_warps} stages {way.num_stages}"
+
+
+SIZE = 8192  # rows of the matrices that rates are measured on
+
+
+def measure_rates(device: torch.device, clock: Clock, assumed: Rates) -> Rates:
+    """Copy and GEMM rates, and what a launch takes, while `kernels` is active.
+
+    The issue rate is not measured: it is the assumed part's, for as many multiprocessors as there are.
+    """
+    found = _copy_rate(device, clock)
+    found |= _gemm_rates(device, clock, SIZE, torch.bfloat16, "gemm", "kernel_gemm")
+    found |= _gemm_rates(device, clock, SIZE // 4, torch.float32, "gemm_fp32", "kernel_gemm_fp32")
+    multiprocessors = kernel_ops.launcher("tiles", "multiprocessors")(device)
+    return replace(
+        assumed,
+        **found,
+        launch=_launch_seconds(device, clock),
+        issue=assumed.issue / assumed.multiprocessors * multiprocessors,
+        multiprocessors=multiprocessors,
+        measured=True,
+    )
+
+
+def _copy_rate(device: torch.device, clock: Clock) -> dict[str, float]:
+    source = torch.randn(16 * SIZE, SIZE // 4, device=device)  # 1 GiB: far beyond any cache
+    target = torch.empty_like(source)
+    return {"copy": 2 * source.nbytes / median(measure({"": lambda: target.copy_(source)}, clock)[""])}
+
+
+def _gemm_rates(
+    device: torch.device, clock: Clock, M: int, dtype: torch.dtype, vendor: str, ours: str
+) -> dict[str, float]:
+    """FLOPs a second of the vendor's GEMM and of the plan `tail`, in turn."""
+    N = K = SIZE // 2
+    r = 16
+    x, w = torch.randn(M, K, device=device).to(dtype), torch.randn(N, K, device=device).to(dtype)
+    xa, b = torch.randn(M, r, device=device), torch.randn(N, r, device=device)
+
+    def tail() -> Tensor:
+        with plans.use(lora_matmul="tail"):
+            return torch.ops.fastlora.lora_matmul(x, w, xa, b)
+
+    times = measure({vendor: lambda: torch.mm(x, w.t()), ours: tail}, clock)
+    flops = {vendor: 2 * M * N * K, ours: 2 * M * N * (K + r)}
+    return {name: flops[name] / median(found) for name, found in times.items()}
+
+
+LAUNCHES = 100
+
+
+def _launch_seconds(device: torch.device, clock: Clock) -> float:
+    """Seconds of a launch that does next to nothing, in a row of them that the host does not hold up."""
+    t = torch.zeros(1, device=device)
+
+    def row() -> None:
+        for _ in range(LAUNCHES):
+            t.add_(1)
+
+    row()
+    if device.type != "cuda":
+        return clock(row) / LAUNCHES
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        row()
+    return clock(graph.replay) / LAUNCHES

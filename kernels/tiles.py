@@ -37,8 +37,8 @@ def tile(kernel: str, size: int) -> Tile:
     Forced by `use`, measured, or the table's (the first row whose bound holds the size).
     """
     found = _forced.get(kernel)
-    if found is None and _forced_family is None:
-        measured = _measured(_device_name()).get((kernel, bucket(size)))
+    if found is None and _source is not None and _forced_family is None:
+        measured = _source(_device_name()).get((kernel, bucket(size)))
         found = None if measured is None else Tile(**measured)
     if found is None:
         rows = TILES[kernel]
@@ -86,17 +86,13 @@ def use(kernel: str, forced: Tile) -> Iterator[None]:
 
 
 Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, bucket of the size) -> fields of its tile
-
-
-def _measured(device: str) -> Measured:
-    """The tiles measured on the device of this name, sizes rounded up to powers of two."""
-    return {}
+_source: Callable[[str], Measured] | None = None
 
 
 def measured_by(source: Callable[[str], Measured]) -> None:
-    """Take measured tiles, by the name of the device, from here: who keeps them is above this folder."""
-    global _measured
-    _measured = source
+    """Take the tiles that were measured on a device, by its name, from here: who keeps them is above this folder."""
+    global _source
+    _source = source
 
 
 def _device_name() -> str:

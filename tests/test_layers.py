@@ -24,7 +24,8 @@ LAYERS = [  # each may import what stands before it
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
-    {"aot", "tuning"},
+    {"aot", "cases"},
+    {"tuning"},
     {"cli"},
     {"__main__"},
 ]
