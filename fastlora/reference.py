@@ -96,7 +96,8 @@ def shrink_group(x: Tensor, a, s, p, seed) -> list[Tensor]:
 def lora_matmul_group(x, w, xa, b, p, seed) -> Tensor:
     """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...)``"""
     parts = zip(x, w, xa, b, p, seed, strict=True)
-    return sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for x_i, w_i, xa_i, b_i, p_i, seed_i in parts)
+    products = [lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for x_i, w_i, xa_i, b_i, p_i, seed_i in parts]
+    return torch.stack(products).sum(0)
 
 
 def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -111,9 +112,9 @@ def activate(gate: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up``"""
-    return activate(gate, activation) * up
+def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """``act(gate) * up``, or ``act(gate)`` without up"""
+    return activate(gate, activation) * (1 if up is None else up)
 
 
 def merge(w: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
