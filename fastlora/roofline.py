@@ -116,7 +116,7 @@ def floor(problem: Problem, rates: Rates, backward: bool = False, packed: bool =
     Forward reads x and w (4-bit if packed) and writes y. Backward reads dy, w and x and writes dx; da and db are small.
     """
     M, N, K, r, i = problem.M, problem.N, problem.K, problem.r, problem.itemsize
-    weight = _packed_bytes(problem) if packed else N * K * i
+    weight = packed_bytes(problem) if packed else N * K * i
     passes = [(M * (K + N) * i + weight, 2 * M * (N * K + r * (N + K)))]
     if backward:
         passes.append((M * (2 * K + N) * i + weight, 2 * M * (N * K + 2 * r * (N + K))))
@@ -151,7 +151,7 @@ def _partial_bytes(splits: int, numel: int, itemsize: int) -> int:
     return numel * (itemsize if splits == 1 else 4 * splits)
 
 
-def _packed_bytes(c: Problem) -> int:
+def packed_bytes(c: Problem) -> int:
     """A 4-bit weight with nested statistics, blocks of 64 weights and 256 of their scales, code books and offset."""
     weights = c.N * c.K
     blocks = _cdiv(weights, 64)
@@ -203,7 +203,7 @@ DECODE_INSTRUCTIONS = 12
 
 
 def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[Launch]:
-    moved, flops = _packed_bytes(c) + c.N * c.K * c.itemsize, 0
+    moved, flops = packed_bytes(c) + c.N * c.K * c.itemsize, 0
     if merged:
         moved += c.r * (c.K + c.N) * c.adapter_itemsize
         flops = 2 * c.N * c.K * _padded(c.r)
@@ -224,7 +224,7 @@ def _fused(c: Problem, rates: Rates) -> list[Launch]:
     R = _padded(c.r)
     t = _tile("nf4_matmul", c, max(c.M, R))
     splits = _splits(c.K, t.BLOCK_K, _cdiv(c.N, t.BLOCK_N), 4, rates)
-    moved = _packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize
+    moved = packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize
     moved += _partial_bytes(splits, c.M * c.N, c.itemsize)
     flops = 2 * max(16, c.M) * (c.N * c.K + R * (c.K * _cdiv(c.N, t.BLOCK_N) + c.N * splits))
     fused = Launch("nf4_matmul", moved, flops, instructions=DECODE_INSTRUCTIONS * c.N * c.K)

@@ -4,19 +4,23 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
 import interpreter
 import pytest
 import torch
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine with a GPU need have no more than pytest
+    hypothesis = None
+
 interpreter.enable()
 
-# The same examples in every run; --hypothesis-profile=random looks for new ones.
-hypothesis.settings.register_profile(
-    "random", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
-)
-hypothesis.settings.register_profile("same", parent=hypothesis.settings.get_profile("random"), derandomize=True)
-hypothesis.settings.load_profile("same")
+if hypothesis is not None:
+    # The same examples in every run; --hypothesis-profile=random looks for new ones.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("random", deadline=None, suppress_health_check=slow, print_blob=True)
+    hypothesis.settings.register_profile("same", parent=hypothesis.settings.get_profile("random"), derandomize=True)
+    hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""``fastlora tune`` without a GPU: by a clock that knows what plans and tiles cost, and by the real kernels, untimed."""
+"""``fastlora tune`` without a GPU: by a clock that knows what everything costs; and the real kernels, untimed."""
 
 import json
 import math
