@@ -70,6 +70,7 @@ def decode_4bit(*args: Any) -> Tensor:
 
 
 _LAUNCHERS = {"shrink": shrink, "lora_matmul": lora_matmul, "lora_grad": lora_grad, "decode_4bit": decode_4bit}
+OPS = tuple(_LAUNCHERS)
 
 
 def _problem(x: Tensor, N: int, r: int) -> Problem:

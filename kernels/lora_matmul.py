@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
 
 
@@ -54,7 +54,7 @@ def _adapters(
             mask_r = start + offs_r < ranks[i]
             xa = tl.load(xa_tile, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)
             b = tl.load(b_tile, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
-            part = tl.dot(xa.to(DTYPE), b.to(DTYPE), part, input_precision=PRECISION)
+            part = wide_dot(xa, b, part, DTYPE, PRECISION)
             xa_tile += BLOCK_R * xa_strides[i][1]
             b_tile += BLOCK_R * b_strides[i][1]
         if HAS_DROPOUT:

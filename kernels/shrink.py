@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
 
@@ -40,7 +40,7 @@ def _shrink_kernel(
         a = tl.load(a_ptrs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
         if HAS_DROPOUT:
             x = tl.where(keep_mask(seed, offs_m, k, dropped, BLOCK_M, BLOCK_K), x, 0.0)
-        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
+        acc = wide_dot(x, a, acc, x_ptr.dtype.element_ty, PRECISION)
         x_ptrs += BLOCK_K * stride_xk
         a_ptrs += BLOCK_K * stride_ak
 

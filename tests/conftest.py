@@ -21,6 +21,7 @@ hypothesis.settings.load_profile("same")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--kernels-in-interpreter", action="store_true", help="run the ops by the GPU's kernels, interpreted")
     parser.addoption("--no-cpu-kernels", action="store_true", help="test torch's ops, as if nothing had been compiled")
 
 
@@ -60,4 +61,17 @@ def nan_in_empty():
 def bitsandbytes_eager():
     """bitsandbytes compiles its generic decoding anew for every shape: not while many shapes are tested."""
     with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels(request):
+    """With --kernels-in-interpreter every op on CPU tensors runs the kernel that a GPU would launch."""
+    if not request.config.getoption("--kernels-in-interpreter"):
+        yield
+        return
+    from fastlora import kernel_ops, ops
+
+    interpreter.repair_bf16()
+    with kernel_ops.in_interpreter({name: getattr(ops, name) for name in kernel_ops.OPS}):
         yield
