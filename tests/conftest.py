@@ -72,6 +72,6 @@ def kernels(request):
         return
     from fastlora import kernel_ops, ops
 
-    interpreter.repair_bf16()
+    interpreter.repair()
     with kernel_ops.in_interpreter({name: getattr(ops, name) for name in kernel_ops.OPS}):
         yield

@@ -23,7 +23,7 @@ from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_base_last, lor
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_backward_
 
-interpreter.repair_bf16()
+interpreter.repair()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
