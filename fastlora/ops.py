@@ -1,4 +1,4 @@
-"""``torch.ops.fastlora.*``: the four products of an adapted layer, with one implementation per device.
+"""``torch.ops.fastlora.*``: the products of adapted layers and groups of them, with one implementation per device.
 
 Dispatch is PyTorch's own. The composition of torch ops below serves every device (it is what a CPU runs);
 a kernel registered for a device's key takes its place there. `fastlora.reference` says what each op computes, in the
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import extension
@@ -77,6 +78,15 @@ def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None =
 
 
 @_op(
+    "shrink_group(Tensor x, Tensor[] a, float[] s, float[] p, Tensor?[] seed) -> Tensor[]",
+    fake=lambda x, a, s, p, seed: [each.new_empty(x.shape[0], each.shape[0]) for each in a],
+)
+def shrink_group(x: Tensor, a: list[Tensor], s: list[float], p: list[float], seed: list[Tensor | None]) -> list[Tensor]:
+    """``[shrink(x, a_i, s_i, p_i, seed_i) for ...]``: what several adapters make of one x."""
+    return [shrink(x, *adapter) for adapter in zip(a, s, p, seed, strict=True)]
+
+
+@_op(
     "lora_matmul(Tensor x, Tensor w, Tensor xa, Tensor b, Tensor? bias=None, float p=0.0, Tensor? seed=None) -> Tensor",
     fake=lambda x, w, xa, b, bias=None, p=0.0, seed=None: x.new_empty(x.shape[0], w.shape[0]),
 )
@@ -88,14 +98,42 @@ def lora_matmul(
     The adapter's product comes first and the base product accumulates into it: one rounding of the sum, so small
     updates survive, and no temporary. dx is the same call with w, b transposed: ``lora_matmul(dy, w.T, dxa, a.T)``.
     """
-    b = b.to(x.dtype).t()
-    xa = xa.to(x.dtype)
-    if p != 0.0:
-        xa = xa * dropout_scale(p)
-    y = torch.mm(xa, b) if bias is None else torch.addmm(bias.to(x.dtype), xa, b)
-    if p != 0.0:
-        y = _drop(y, p, seed, inplace=True)
+    if p == 0.0 and bias is not None:
+        y = torch.addmm(bias.to(x.dtype), xa.to(x.dtype), b.to(x.dtype).t())
+    else:
+        y = _expand(xa, b, x.dtype, p, seed)
+        if bias is not None:
+            y += bias
     return y.addmm_(x, w.t())
+
+
+def _expand(xa: Tensor, b: Tensor, dtype: torch.dtype, p: float, seed: Tensor | None) -> Tensor:
+    """``dropout(xa @ b.T, p)``"""
+    xa, b = xa.to(dtype), b.to(dtype).t()
+    return torch.mm(xa, b) if p == 0.0 else _drop(torch.mm(xa * dropout_scale(p), b), p, seed, inplace=True)
+
+
+@_op(
+    "lora_matmul_group(Tensor[] x, Tensor[] w, Tensor[] xa, Tensor[] b, float[] p, Tensor?[] seed) -> Tensor",
+    fake=lambda x, w, xa, b, p, seed: x[0].new_empty(x[0].shape[0], w[0].shape[0]),
+)
+def lora_matmul_group(
+    x: list[Tensor], w: list[Tensor], xa: list[Tensor], b: list[Tensor], p: list[float], seed: list[Tensor | None]
+) -> Tensor:
+    """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...)``: dx of several layers of one x.
+
+    The adapters' products come first and every base product accumulates into their sum.
+    """
+    dtype = x[0].dtype
+    if any(p):
+        y = _expand(xa[0], b[0], dtype, p[0], seed[0])
+        for i in range(1, len(xa)):
+            y += _expand(xa[i], b[i], dtype, p[i], seed[i])
+    else:
+        y = torch.mm(torch.cat([t.to(dtype) for t in xa], 1), torch.cat([t.to(dtype) for t in b], 1).t())
+    for x_i, w_i in zip(x, w, strict=True):
+        y.addmm_(x_i, w_i.t())
+    return y
 
 
 def _lora_grad_fake(dy, x, b, xa, s, p=0.0, seed=None):
@@ -139,6 +177,49 @@ def lora_grad(
                 product = product * dropout_scale(p)
             da = torch.mm(product.t(), _drop(x, p, seed)).to(b.dtype)
     return dxa, da, db
+
+
+@_op(
+    "lora_grad_a(Tensor dxa, Tensor x, float p=0.0, Tensor? seed=None) -> Tensor",
+    fake=lambda dxa, x, p=0.0, seed=None: dxa.new_empty(dxa.shape[1], x.shape[1]),
+)
+def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """``da = dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype: what lora_grad gives when it has x."""
+    product = dxa if p == 0.0 else dxa * dropout_scale(p)
+    return torch.mm(product.to(x.dtype).t(), _drop(x, p, seed)).to(dxa.dtype)
+
+
+_ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
+    "gelu_tanh": (
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+}
+
+
+@_op(
+    "swiglu(Tensor gate, Tensor up, str activation) -> Tensor",
+    fake=lambda gate, up, activation: torch.empty_like(gate),
+)
+def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up``: [M, K]. ``activation`` is "silu", "gelu" or "gelu_tanh"."""
+    return _ACTIVATIONS[activation][0](gate).mul_(up)
+
+
+@_op(
+    "swiglu_backward_(Tensor(a!) dh, Tensor(b!) gate, Tensor(c!) up, str activation) -> ()",
+    fake=lambda dh, gate, up, activation: None,
+)
+def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """In place: ``gate`` becomes its gradient, ``up`` becomes its own, and ``dh`` becomes ``h = act(gate) * up``."""
+    act, act_backward = _ACTIVATIONS[activation]
+    value = act(gate)
+    gate.copy_(act_backward(dh * up, gate))
+    h = value * up
+    torch.mul(dh, value, out=up)
+    dh.copy_(h)
 
 
 def _decode_fake(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K, dtype, a, b, s):

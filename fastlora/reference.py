@@ -13,6 +13,7 @@ the truth the tests and benchmarks compare with.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DROPOUT_LEVELS = 1 << 16  # a keep decision takes 16 random bits, so p is resolved to 1/65536
@@ -85,6 +86,34 @@ def lora_grad(
     """``dxa, da, db``; ``b`` also gives the dtype of da and db."""
     dxa = s * (dy @ b.to(dy.dtype))
     return dxa, (dxa.T @ dropout(x, p, seed)).to(b.dtype), (dy.T @ xa).to(b.dtype)
+
+
+def shrink_group(x: Tensor, a, s, p, seed) -> list[Tensor]:
+    """``[shrink(x, a_i, s_i, p_i, seed_i) for ...]``"""
+    return [shrink(x, *adapter) for adapter in zip(a, s, p, seed, strict=True)]
+
+
+def lora_matmul_group(x, w, xa, b, p, seed) -> Tensor:
+    """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...)``"""
+    parts = zip(x, w, xa, b, p, seed, strict=True)
+    return sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for x_i, w_i, xa_i, b_i, p_i, seed_i in parts)
+
+
+def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """``dxa.T @ dropout(x, p)``"""
+    return dxa.T @ dropout(x, p, seed)
+
+
+def activate(gate: Tensor, activation: str) -> Tensor:
+    """``act(gate)`` of a gated MLP: "silu", "gelu" or "gelu_tanh"."""
+    if activation == "silu":
+        return F.silu(gate)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up``"""
+    return activate(gate, activation) * up
 
 
 def merge(w: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:

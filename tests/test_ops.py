@@ -3,6 +3,7 @@ import pytest
 import torch
 from dispatch import RecordOps
 from torch.library import opcheck
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastlora import fourbit, ops, reference
 
@@ -40,7 +41,16 @@ def calls(dtype, adapter_dtype):
     """Every op with arguments for each of its forms."""
     x, w, a, b, bias, dy, xa = tensors(dtype, adapter_dtype)
     flat, nested = weight_4bit(nested=False)[0], weight_4bit()[0]
+    group = [a, a[:1]], [0.3, 2.0], [0.0, 0.2], [None, SEED]
+    ins = [dy, dy[:, :7]], [w.t(), w[:7].t()], [xa, xa[:, :1]], [a.t(), a[:1].t()]
     return {
+        "shrink_group": (op.shrink_group, (x, *group)),
+        "lora_matmul_group": (op.lora_matmul_group, (*ins, [0.0, 0.0], [None, None])),
+        "lora_matmul_group, dropout": (op.lora_matmul_group, (*ins, [0.0, 0.2], [None, SEED])),
+        "lora_grad_a": (op.lora_grad_a, (xa, x)),
+        "lora_grad_a, dropout": (op.lora_grad_a, (xa, x, 0.2, SEED)),
+        "swiglu": (op.swiglu, (x, torch.randn_like(x), "silu")),
+        "swiglu_backward_": (op.swiglu_backward_, (torch.randn_like(x), x, torch.randn_like(x), "gelu")),
         "shrink": (op.shrink, (x, a, 0.3)),
         "shrink, power of two": (op.shrink, (x, a, 2.0)),
         "shrink, dropout": (op.shrink, (x, a, 0.3, 0.2, SEED)),
@@ -76,12 +86,12 @@ def test_opcheck(call, dtypes):
 def test_fake_has_the_layout_of_the_result(call, dtypes):
     function, args = calls(*dtypes)[call]
     mode = torch._subclasses.FakeTensorMode()
-    fake_args = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in args]
+    fake_args = tree_map_only(torch.Tensor, mode.from_tensor, args)
     with mode:
         fakes = function(*fake_args)
-    results = function(*args)
-    as_tuple = (results,) if isinstance(results, torch.Tensor) else results
-    for real, fake in zip(as_tuple, (fakes,) if isinstance(fakes, torch.Tensor) else fakes, strict=True):
+    for real, fake in zip(tree_leaves(function(*args)), tree_leaves(fakes), strict=True):
+        if real is None and fake is None:  # works in place
+            continue
         assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
 
 
@@ -100,9 +110,74 @@ def test_products_are_those_of_the_reference(s, dtype, p):
             reference.lora_matmul(dy, w.t(), xa, a.t(), None, p, seed),
         ),
         *zip(op.lora_grad(dy, x, b, xa, s, p, seed), reference.lora_grad(dy, x, b, xa, s, p, seed), strict=True),
+        (op.lora_grad_a(xa, x, p, seed), reference.lora_grad_a(xa, x, p, seed)),
     ]
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs)
+
+
+GROUPS = {  # (r, N, s, p, seed) of each sibling
+    "alike": [(4, 24, 0.3, 0.0, None)] * 3,
+    "no two alike": [(4, 24, 0.3, 0.0, None), (1, 8, 2.0, 0.3, 5), (7, 40, -1.0, 0.0, None), (3, 6, 1.0, 0.6, 6)],
+    "one": [(4, 24, 0.3, 0.2, 7)],
+}
+
+
+@pytest.mark.parametrize("rows", [M, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
+def test_groups_are_those_of_the_reference(group, dtype, rows):
+    x = torch.randn(rows, K).to(dtype)
+    seeds = [None if seed is None else torch.tensor(seed) for *_, seed in group]
+    ranks, Ns, s, p = ([values[i] for values in group] for i in range(4))
+    a = [torch.randn(r, K).to(dtype) for r in ranks]
+    wide = torch.promote_types(dtype, torch.float32)
+    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+
+    def close(ours, theirs):
+        assert ours.shape == theirs.shape and ours.dtype == dtype
+        assert (ours.to(wide) - theirs).norm() <= error * theirs.norm()
+
+    truth = reference.shrink_group(x.to(wide), [t.to(wide) for t in a], s, p, seeds)
+    for ours, theirs in zip(op.shrink_group(x, a, s, p, seeds), truth, strict=True):
+        close(ours, theirs)
+    dy = [torch.randn(rows, N).to(dtype) for N in Ns]
+    w = [torch.randn(N, K).to(dtype).t() for N in Ns]
+    dxa = [torch.randn(rows, r).to(dtype) for r in ranks]
+    lists = dy, w, dxa, [t.t() for t in a]
+    truth = reference.lora_matmul_group(*([t.to(wide) for t in ts] for ts in lists), p, seeds)
+    close(op.lora_matmul_group(*lists, p, seeds), truth)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(12, 33), (1, 1), (3, 1536), (0, 8), (65, 252)], ids=str)
+def test_swiglu_and_its_backward(shape, dtype, activation):
+    wide = torch.promote_types(dtype, torch.float32)
+    columns = 2 * shape[1]  # gate and up may be halves of one tensor
+    both, dh = torch.randn(shape[0], columns).to(dtype) * 3, torch.randn(shape).to(dtype)
+    gate, up = both[:, : shape[1]], both[:, shape[1] :]
+    exact = [t.to(wide, copy=True).requires_grad_() for t in (gate, up)]
+    h = reference.swiglu(*exact, activation)
+    truth = [h, *torch.autograd.grad(h, exact, dh.to(wide))]
+    ours = [op.swiglu(gate, up, activation)]
+    op.swiglu_backward_(dh, gate, up, activation)
+    rounded_once = ops.NO_CPU_KERNELS is None and wide != dtype
+    bound = (1 if rounded_once else 12) * torch.finfo(dtype).eps  # the truth in fp32 and fp64 has errors of its own
+    for t, expected in zip((*ours, dh), (h, h), strict=True):
+        assert (t.to(wide) - expected).norm() <= bound * expected.norm()
+    for t, expected in zip((gate, up), truth[1:], strict=True):
+        assert (t.to(wide) - expected).norm() <= bound * expected.norm()
+
+
+def test_swiglu_keeps_infinities_and_nans():
+    gate = torch.tensor([[-float("inf"), float("nan"), 1e30, -1e30, -200.0, 200.0] * 4])
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        for dtype in (torch.float32, torch.bfloat16):
+            g = gate.to(dtype)
+            ours = op.swiglu(g, torch.ones_like(g), activation)
+            theirs = reference.swiglu(g, torch.ones_like(g), activation)
+            torch.testing.assert_close(ours, theirs, equal_nan=True, atol=1e-30, rtol=1e-2)
 
 
 SHAPES = [

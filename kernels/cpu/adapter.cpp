@@ -1,4 +1,4 @@
-// The CPU kernels of torch.ops.fastlora: shrink, lora_matmul and lora_grad.
+// The CPU kernels of torch.ops.fastlora: shrink, lora_matmul, lora_grad, and those of groups.
 //
 // The adapter's products read their large operand once, in its own dtype, and accumulate in fp32: nothing is converted,
 // transposed or scaled by a pass of its own. The base product is `tail`'s where that is faster, else torch's (oneDNN,
@@ -28,41 +28,87 @@ Tensor with_rows(const Tensor& t) {
   return t.stride(1) == 1 || t.numel() == 0 ? t : t.contiguous();
 }
 
-Tensor shrink_op(const Tensor& x, const Tensor& a, double s, double p, const OptionalTensor& seed) {
-  const Dropout dropout = dropout_of(p, seed);
-  Tensor xa = at::empty({x.size(0), a.size(0)}, a.options());
+using Seeds = c10::List<OptionalTensor>;
+
+std::vector<Tensor> shrink_group_op(
+    const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, const Seeds& seed) {
+  std::vector<Shrink> adapters;
+  std::vector<Tensor> out;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const Dropout dropout = dropout_of(p[i], seed[i]);
+    adapters.push_back({a[i].t(), s[i] * dropout.scale(), dropout});
+    out.push_back(at::empty({x.size(0), a[i].size(0)}, a[i].options()));
+  }
   const Tensor rows = with_rows(x);
-  FASTLORA_DISPATCH(
-      x.scalar_type(), [&] { to_tensor(shrink<scalar_t>(rows, a.t(), s * dropout.scale(), dropout), xa); });
-  return xa;
+  FASTLORA_DISPATCH(x.scalar_type(), [&] {
+    const auto tiles = shrink<scalar_t>(rows, adapters);
+    for (size_t i = 0; i < out.size(); ++i) to_tensor(tiles[i], out[i]);
+  });
+  return out;
+}
+
+Tensor shrink_op(const Tensor& x, const Tensor& a, double s, double p, const OptionalTensor& seed) {
+  return shrink_group_op(x, a, s, p, Seeds({seed}))[0];
+}
+
+// The sum of x[i] w[i]^T + drop(xa[i] b[i]^T), and a bias.
+Tensor matmul(
+    at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, const OptionalTensor& bias,
+    at::ArrayRef<double> p, const Seeds& seed) {
+  const int64_t N = w[0].size(0);
+  Tensor y = at::empty({x[0].size(0), N}, x[0].options());
+  bool complete = false;  // with the base products
+  FASTLORA_DISPATCH(y.scalar_type(), [&] {
+    using A = Wide<scalar_t>;
+    std::vector<Adapter<A>> adapters;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const Dropout dropout = dropout_of(p[i], seed[i]);
+      adapters.push_back({to_tile<A>(xa[i]), dropout.active() ? 2 : bf16::parts_of(xa[i]), b[i].t(), dropout});
+      scale(adapters.back().p, dropout.scale());
+    }
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    const auto multiply = [&](const auto& init) {
+      complete = tail<scalar_t>(x, w, init, adapters, to);
+      if (!complete) expand<scalar_t>(init, adapters, to, y.size(0), N);
+    };
+    if (!bias.has_value()) return multiply(nullptr);
+    const Tile<A> row = to_tile<A>(bias->unsqueeze(0));
+    multiply([&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(row.row(0) + n0, cols, out); });
+  });
+  for (size_t i = 0; !complete && i < x.size(); ++i)
+    if (x[i].size(1) > 0) y.addmm_(x[i], w[i].t());
+  return y;
 }
 
 Tensor lora_matmul_op(
     const Tensor& x, const Tensor& w, const Tensor& xa, const Tensor& b, const OptionalTensor& bias, double p,
     const OptionalTensor& seed) {
-  const Dropout dropout = dropout_of(p, seed);
-  const int64_t N = w.size(0);
-  Tensor y = at::empty({x.size(0), N}, x.options());
-  const int64_t parts = dropout.active() ? 2 : bf16::parts_of(xa);
-  bool complete = false;  // with the base product
-  FASTLORA_DISPATCH(y.scalar_type(), [&] {
-    using A = Wide<scalar_t>;
-    Tile<A> left = to_tile<A>(xa);
-    scale(left, dropout.scale());
-    const Tile<A> row = bias.has_value() ? to_tile<A>(bias->unsqueeze(0)) : Tile<A>(0, 0);
-    const A* from = bias.has_value() ? row.row(0) : nullptr;
-    scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    complete = tail<scalar_t>(x, w, left, parts, b.t(), from, dropout, to);
-    if (complete) return;
-    if (from != nullptr) {
-      const auto init = [&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(from + n0, cols, out); };
-      expand<scalar_t>(left, parts, b.t(), init, dropout, to, N);
-    } else {
-      expand<scalar_t>(left, parts, b.t(), nullptr, dropout, to, N);
-    }
+  return matmul(x, w, xa, b, bias, p, Seeds({seed}));
+}
+
+Tensor lora_matmul_group_op(
+    at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, at::ArrayRef<double> p,
+    const Seeds& seed) {
+  return matmul(x, w, xa, b, std::nullopt, p, seed);
+}
+
+// da[r, K] = p[M, r]^T @ drop(x[M, K])
+template <typename T>
+Tensor grad_a(Tile<Wide<T>>& tile, int64_t parts, const Tensor& x, const Dropout& dropout, at::TensorOptions options) {
+  scale(tile, dropout.scale());
+  Tensor da = at::empty({tile.cols, x.size(1)}, options);
+  outer<T>(tile, parts, with_rows(x), dropout, da, false);
+  return da;
+}
+
+Tensor lora_grad_a_op(const Tensor& dxa, const Tensor& x, double p, const OptionalTensor& seed) {
+  Tensor da;
+  FASTLORA_DISPATCH(x.scalar_type(), [&] {
+    auto tile = to_tile<Wide<scalar_t>>(dxa);
+    const Dropout dropout = dropout_of(p, seed);
+    da = grad_a<scalar_t>(tile, dropout.active() ? 2 : bf16::parts_of(dxa), x, dropout, dxa.options());
   });
-  if (!complete && x.size(1) > 0) y.addmm_(x, w.t());
-  return y;
+  return da;
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
@@ -76,14 +122,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
   Tensor da = at::empty({0}, like.options()), db = at::empty({0}, like.options());
   FASTLORA_DISPATCH(dy.scalar_type(), [&] {
     if (b.has_value()) {
-      auto tile = shrink<scalar_t>(rows, *b, s, Dropout());
+      auto tile = std::move(shrink<scalar_t>(rows, {{*b, s, Dropout()}})[0]);
       to_tensor(tile, dxa);
-      if (x.has_value()) {
-        const Dropout dropout = dropout_of(p, seed);
-        scale(tile, dropout.scale());
-        da = at::empty({r, x->size(1)}, like.options());
-        outer<scalar_t>(tile, bf16::parts_of(*b), with_rows(*x), dropout, da, false);
-      }
+      if (x.has_value()) da = grad_a<scalar_t>(tile, bf16::parts_of(*b), *x, dropout_of(p, seed), like.options());
     }
     if (xa.has_value()) {
       db = at::empty({dy.size(1), r}, xa->options());
@@ -97,8 +138,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
 
 TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("shrink", shrink_op);
+  m.impl("shrink_group", shrink_group_op);
   m.impl("lora_matmul", lora_matmul_op);
+  m.impl("lora_matmul_group", lora_matmul_group_op);
   m.impl("lora_grad", lora_grad_op);
+  m.impl("lora_grad_a", lora_grad_a_op);
 }
 
 }  // namespace fastlora

@@ -23,34 +23,57 @@ inline bool available() {
   return cpublas::could_pack(at::kBFloat16);
 }
 
-inline Tile<float> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& dropout) {
-  const int64_t M = x.size(0), K = x.size(1), ldx = x.stride(0), r = b.size(1), R = round_up(r, PAD);
-  const int64_t parts = parts_of(b), cols = parts * R, even = round_up(K, 2);
+// Adapters without dropout are columns of one product, the others each one of a copy of x.
+inline std::vector<Tile<float>> shrink(const Tensor& x, const std::vector<Shrink>& adapters) {
+  const int64_t M = x.size(0), K = x.size(1), ldx = x.stride(0), even = round_up(K, 2), count = adapters.size();
+  std::vector<int64_t> at(count);  // the first column of each, those without dropout first
+  std::vector<Tile<float>> out;
+  int64_t cols = 0, plain = 0;
+  for (const bool active : {false, true}) {
+    for (int64_t n = 0; n < count; ++n) {
+      if (adapters[n].dropout.active() != active) continue;
+      at[n] = cols;
+      cols += parts_of(adapters[n].b) * round_up(adapters[n].b.size(1), PAD);
+    }
+    if (!active) plain = cols;
+  }
   const Buffer<uint32_t> packed(even / 2, cols);
-  pack(b, packed.row(0), parts == 2 ? packed.row(0) + R : nullptr, cols);
-  Tile<float> out(M, r);
+  for (int64_t n = 0; n < count; ++n) {
+    const Tensor& b = adapters[n].b;
+    uint32_t* to = packed.row(0) + at[n];
+    out.emplace_back(M, b.size(1));
+    pack(b, to, parts_of(b) == 2 ? to + round_up(b.size(1), PAD) : nullptr, cols);
+  }
   const BFloat16* from = x.const_data_ptr<BFloat16>();
   at::parallel_for(0, (M + BLOCK_M - 1) / BLOCK_M, 1, [&](int64_t begin, int64_t end) {
     const Buffer<BFloat16> copy(BLOCK_M, even);
     const Buffer<float> sum(BLOCK_M, cols);
     for (int64_t m0 = begin * BLOCK_M; m0 < std::min(M, end * BLOCK_M); m0 += BLOCK_M) {
       const int64_t rows = std::min(BLOCK_M, M - m0);
-      const BFloat16* block = from + m0 * ldx;
-      const bool direct = rows == BLOCK_M && even == K && !dropout.active();
-      if (!direct) {
-        std::fill(copy.row(0), copy.row(BLOCK_M), BFloat16(0));
-        for (int64_t i = 0; i < rows; ++i) {
-          std::copy(block + i * ldx, block + i * ldx + K, copy.row(i));
-          dropout.apply(copy.row(i), m0 + i, 0, K);
+      const auto product = [&](const Dropout& dropout, int64_t first, int64_t width) {
+        const BFloat16* block = from + m0 * ldx;
+        const bool direct = rows == BLOCK_M && even == K && !dropout.active();
+        if (!direct) {
+          std::fill(copy.row(0), copy.row(BLOCK_M), BFloat16(0));
+          for (int64_t i = 0; i < rows; ++i) {
+            std::copy_n(block + i * ldx, K, copy.row(i));
+            dropout.apply(copy.row(i), m0 + i, 0, K);
+          }
         }
-        block = copy.row(0);
-      }
-      cpublas::brgemm(
-          BLOCK_M, cols, even, direct ? ldx : even, cols, cols, false, block, as_bf16(packed.row(0)), sum.row(0));
-      for (int64_t i = 0; i < rows; ++i) {
-        const float *h = sum.row(i), *l = h + R;
-        float *to = out.row(m0 + i), factor = static_cast<float>(s);
-        for (int64_t j = 0; j < R; ++j) to[j] = factor * (parts == 2 ? h[j] + l[j] : h[j]);
+        cpublas::brgemm(
+            BLOCK_M, width, even, direct ? ldx : even, cols, cols, false, direct ? block : copy.row(0),
+            as_bf16(packed.row(0) + first), sum.row(0) + first);
+      };
+      if (plain > 0) product(Dropout(), 0, plain);
+      for (int64_t n = 0; n < count; ++n) {
+        const auto& [b, s, dropout] = adapters[n];
+        const int64_t parts = parts_of(b), R = out[n].stride;
+        if (dropout.active()) product(dropout, at[n], parts * R);
+        for (int64_t i = 0; i < rows; ++i) {
+          const float *h = sum.row(i) + at[n], *l = h + R;
+          float *to = out[n].row(m0 + i), factor = static_cast<float>(s);
+          for (int64_t j = 0; j < R; ++j) to[j] = factor * (parts == 2 ? h[j] + l[j] : h[j]);
+        }
       }
     }
     cpublas::brgemm_release();
@@ -62,22 +85,21 @@ inline Tile<float> shrink(const Tensor& x, const Tensor& b, double s, const Drop
 // p's high | low | high parts against b's high | high | low.
 class AdapterProduct {
  public:
-  // p_parts is 1 if p is exact in bf16.
-  AdapterProduct(const Tile<float>& p, int64_t p_parts, const Tensor& b)
-      : rows_(p.rows),
-        even_(round_up(p.cols, 2)),
-        p_parts_(p_parts),
-        b_parts_(parts_of(b)),
+  explicit AdapterProduct(const Adapter<float>& adapter)
+      : rows_(adapter.p.rows),
+        even_(round_up(adapter.p.cols, 2)),
+        p_parts_(adapter.parts),
+        b_parts_(parts_of(adapter.b)),
         L_(round_up(even_ * (p_parts_ + b_parts_ - 1), 32)),
-        stride_(round_up(b.size(1), PAD)),
+        stride_(round_up(adapter.b.size(1), PAD)),
         left_(left_rows(), L_),
         right_(L_ / 2, stride_) {
     const int64_t pairs = even_ / 2;
-    pack(b, right_.row(0), b_parts_ == 2 ? right_.row(pairs * p_parts_) : nullptr, stride_);
+    pack(adapter.b, right_.row(0), b_parts_ == 2 ? right_.row(pairs * p_parts_) : nullptr, stride_);
     if (p_parts_ == 2) std::copy(right_.row(0), right_.row(pairs), right_.row(pairs));
     std::fill(right_.row(pairs * (p_parts_ + b_parts_ - 1)), right_.row(L_ / 2), 0u);
     at::parallel_for(0, left_rows(), 512, [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m) split_row(p, m);
+      for (int64_t m = begin; m < end; ++m) split_row(adapter.p, m);
     });
   }
 
@@ -118,25 +140,24 @@ class AdapterProduct {
   Buffer<uint32_t> right_;
 };
 
+inline std::vector<AdapterProduct> products_of(const std::vector<Adapter<float>>& adapters) {
+  return std::vector<AdapterProduct>(adapters.begin(), adapters.end());
+}
+
 template <typename Init>
-void expand(
-    const Tile<float>& p, int64_t p_parts, const Tensor& b, const Init& init, const Dropout& dropout, BFloat16* y,
-    int64_t N) {
-  constexpr bool starts = !std::is_same_v<Init, std::nullptr_t>;
-  const int64_t M = p.rows;
-  const AdapterProduct adapter(p, p_parts, b);
+void expand(const Init& init, const std::vector<Adapter<float>>& adapters, BFloat16* y, int64_t M, int64_t N) {
+  const std::vector<AdapterProduct> products = products_of(adapters);
   at::parallel_for(0, (M + BLOCK_M - 1) / BLOCK_M, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> tile(BLOCK_M, BLOCK_N);
+    const Buffer<float> tile(BLOCK_M, BLOCK_N), scratch(need_scratch<Init>(adapters) ? BLOCK_M : 0, BLOCK_N);
     for (int64_t m0 = begin * BLOCK_M; m0 < std::min(M, end * BLOCK_M); m0 += BLOCK_M) {
       const int64_t rows = std::min(BLOCK_M, M - m0);
       for (int64_t n0 = 0; n0 < N; n0 += BLOCK_N) {
-        const int64_t cols = std::min(BLOCK_N, N - n0), padded = round_up(cols, PAD);
-        for (int64_t i = 0; starts && i < rows; ++i) start_row(init, m0 + i, n0, cols, padded, tile.row(i));
-        adapter.onto(tile.row(0), BLOCK_N, starts, m0, BLOCK_M, n0, padded);
-        for (int64_t i = 0; i < rows; ++i) {
-          dropout.apply(tile.row(i), m0 + i, n0, cols);
-          round_to(tile.row(i), cols, y + (m0 + i) * N + n0);
-        }
+        const int64_t cols = std::min(BLOCK_N, N - n0);
+        const auto product = [&](size_t n, float* to, bool add) {
+          products[n].onto(to, BLOCK_N, add, m0, BLOCK_M, n0, round_up(cols, PAD));
+        };
+        sum_adapters(init, adapters, m0, rows, n0, cols, tile.row(0), scratch.row(0), BLOCK_N, product);
+        for (int64_t i = 0; i < rows; ++i) round_to(tile.row(i), cols, y + (m0 + i) * N + n0);
       }
     }
     cpublas::brgemm_release();
@@ -144,44 +165,63 @@ void expand(
 }
 
 // Whether `tail` takes these tensors and, as measured on Sapphire Rapids, is faster than `expand` and then oneDNN.
-inline bool prefers_tail(const Tensor& x, const Tensor& w) {
-  const int64_t M = x.size(0), N = w.size(0), K = x.size(1);
-  const bool rows = w.stride(1) == 1 && w.stride(0) % 2 == 0, columns = w.stride(0) == 1;
-  return K > 0 && K % 2 == 0 && x.stride(1) == 1 && (rows || columns) && M * N * K <= int64_t{1} << 33;
+inline bool prefers_tail(at::TensorList x, at::TensorList w) {
+  int64_t work = 0;
+  for (size_t n = 0; n < x.size(); ++n) {
+    const int64_t K = x[n].size(1);
+    const bool rows = w[n].stride(1) == 1 && w[n].stride(0) % 2 == 0, columns = w[n].stride(0) == 1;
+    if (K == 0 || K % 2 != 0 || x[n].stride(1) != 1 || !(rows || columns)) return false;
+    work += x[n].size(0) * w[n].size(0) * K;
+  }
+  return work <= int64_t{1} << 33;
 }
 
-// y[M, N] = x[M, K] @ w[N, K]^T + drop(bias + p[M, r] @ b[r, N]): the adapter's product and the base product accumulate
-// in one fp32 tile, which is rounded once. A panel of w is packed and kept in the second-level cache for all rows.
-inline void tail(
-    const Tensor& x, const Tensor& w, const Tile<float>& p, int64_t p_parts, const Tensor& b, const float* bias,
-    const Dropout& dropout, BFloat16* y) {
-  const int64_t M = x.size(0), K = x.size(1), N = w.size(0), ldx = x.stride(0), threads = at::get_num_threads();
+// y[M, N] = sum of x[M, K] @ w[N, K]^T + init + the adapters' parts: all accumulate in one fp32 tile, which is rounded
+// once. A panel of the weights is packed and kept in the second-level cache for all rows.
+template <typename Init>
+void tail(
+    at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter<float>>& adapters, BFloat16* y) {
+  const int64_t M = x[0].size(0), N = w[0].size(0), threads = at::get_num_threads();
   const int64_t panels = (N + TAIL_N - 1) / TAIL_N, blocks = (M + TAIL_M - 1) / TAIL_M;
   const int64_t groups = std::min(blocks, (threads + panels - 1) / panels);  // few panels: threads share a panel's rows
-  const AdapterProduct adapter(p, p_parts, b);
-  const BFloat16 *from = x.const_data_ptr<BFloat16>(), *weight = w.const_data_ptr<BFloat16>();
+  int64_t depth = 0, deepest = 0;
+  for (const Tensor& part : x) {
+    depth += part.size(1);
+    deepest = std::max(deepest, part.size(1));
+  }
+  const std::vector<AdapterProduct> products = products_of(adapters);
   at::parallel_for(0, panels * groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<uint32_t> panel(K / 2, TAIL_N);
-    const Buffer<float> tile(TAIL_M, TAIL_N);
-    const Buffer<BFloat16> copy(TAIL_M, K);
+    const Buffer<uint32_t> panel(depth / 2, TAIL_N);
+    const Buffer<float> tile(TAIL_M, TAIL_N), scratch(need_scratch<Init>(adapters) ? TAIL_M : 0, TAIL_N);
+    const Buffer<BFloat16> copy(M % TAIL_M != 0 ? TAIL_M : 0, deepest);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n0 = task / groups * TAIL_N, cols = std::min(TAIL_N, N - n0), padded = round_up(cols, PAD);
       const int64_t group = task % groups, first = blocks * group / groups, last = blocks * (group + 1) / groups;
-      pack_panel(weight, w.stride(0), w.stride(1), n0, cols, K, panel.row(0), TAIL_N);
+      uint32_t* packed = panel.row(0);
+      for (const Tensor& weight : w) {
+        const int64_t K = weight.size(1);
+        pack_panel(weight.const_data_ptr<BFloat16>(), weight.stride(0), weight.stride(1), n0, cols, K, packed, TAIL_N);
+        packed += K / 2 * TAIL_N;
+      }
       for (int64_t m0 = first * TAIL_M; m0 < std::min(M, last * TAIL_M); m0 += TAIL_M) {
         const int64_t rows = std::min(TAIL_M, M - m0);
-        const BFloat16* block = from + m0 * ldx;
-        if (rows < TAIL_M) {
-          std::fill(copy.row(rows), copy.row(TAIL_M), BFloat16(0));
-          for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * ldx, K, copy.row(i));
-          block = copy.row(0);
+        const auto product = [&](size_t n, float* to, bool add) {
+          products[n].onto(to, TAIL_N, add, m0, TAIL_M, n0, padded);
+        };
+        sum_adapters(init, adapters, m0, rows, n0, cols, tile.row(0), scratch.row(0), TAIL_N, product);
+        packed = panel.row(0);
+        for (const Tensor& part : x) {
+          const int64_t K = part.size(1), ldx = part.stride(0);
+          const BFloat16* block = part.const_data_ptr<BFloat16>() + m0 * ldx;
+          if (rows < TAIL_M) {
+            for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * ldx, K, copy.row(0) + i * K);
+            std::fill_n(copy.row(0) + rows * K, (TAIL_M - rows) * K, BFloat16(0));
+            block = copy.row(0);
+          }
+          cpublas::brgemm(
+              TAIL_M, padded, K, rows < TAIL_M ? K : ldx, TAIL_N, TAIL_N, true, block, as_bf16(packed), tile.row(0));
+          packed += K / 2 * TAIL_N;
         }
-        for (int64_t i = 0; bias != nullptr && i < rows; ++i) std::copy_n(bias + n0, padded, tile.row(i));
-        adapter.onto(tile.row(0), TAIL_N, bias != nullptr, m0, TAIL_M, n0, padded);
-        for (int64_t i = 0; i < rows; ++i) dropout.apply(tile.row(i), m0 + i, n0, cols);
-        cpublas::brgemm(
-            TAIL_M, padded, K, rows < TAIL_M ? K : ldx, TAIL_N, TAIL_N, true, block, as_bf16(panel.row(0)),
-            tile.row(0));
         for (int64_t i = 0; i < rows; ++i) round_to(tile.row(i), cols, y + (m0 + i) * N + n0);
       }
     }

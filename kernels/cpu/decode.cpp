@@ -85,11 +85,12 @@ Tensor decode_4bit(
     }
   };
   Tensor w = at::empty({N, K}, packed.options().dtype(dtype));
-  const bool merged = a.has_value() && b.has_value();
-  const Tensor right = merged ? *a : at::empty({0, K}, packed.options().dtype(dtype));
-  Tile<float> left = to_tile<float>(merged ? *b : at::empty({N, 0}, packed.options().dtype(dtype)));
-  scale(left, s);
-  const auto decode_to = [&]<typename T>(T* to) { expand<T>(left, 2, right, decode, Dropout(), to, K); };
+  std::vector<Adapter<float>> adapters;
+  if (a.has_value() && b.has_value()) {
+    adapters.push_back({to_tile<float>(*b), 2, *a, Dropout()});
+    scale(adapters[0].p, s);
+  }
+  const auto decode_to = [&]<typename T>(T* to) { expand<T>(decode, adapters, to, N, K); };
   AT_DISPATCH_SWITCH(dtype, "fastlora", AT_DISPATCH_CASE(at::kFloat, [&] {
                        decode_to(w.mutable_data_ptr<scalar_t>());
                      }) AT_DISPATCH_CASE(at::kBFloat16, [&] {

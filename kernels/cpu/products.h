@@ -15,32 +15,31 @@ bool by_matrix_instructions(int64_t M) {
   return std::is_same_v<T, at::BFloat16> && M >= FEW_ROWS && bf16::available();
 }
 
-// s * drop(x[M, K]) @ b[K, r]
+// What several adapters make of x, in one read of it where matrix instructions do it.
 template <typename T>
-Tile<Wide<T>> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& dropout) {
+std::vector<Tile<Wide<T>>> shrink(const Tensor& x, const std::vector<Shrink>& adapters) {
   if constexpr (std::is_same_v<T, at::BFloat16>)
-    if (by_matrix_instructions<T>(x.size(0))) return bf16::shrink(x, b, s, dropout);
-  return vector::shrink<T>(x, b, s, dropout);
+    if (by_matrix_instructions<T>(x.size(0))) return bf16::shrink(x, adapters);
+  std::vector<Tile<Wide<T>>> out;
+  for (const auto& [b, s, dropout] : adapters) out.push_back(vector::shrink<T>(x, b, s, dropout));
+  return out;
 }
 
-// y[M, N] = drop(init + p[M, r] @ b[r, N]). init(m, n0, cols, row) fills in a part of row m; nullptr stands for zero.
+// y[M, N] = init + sum of the adapters' parts
 template <typename T, typename Init>
-void expand(
-    const Tile<Wide<T>>& p, int64_t parts, const Tensor& b, const Init& init, const Dropout& dropout, T* y, int64_t N) {
+void expand(const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* y, int64_t M, int64_t N) {
   if constexpr (std::is_same_v<T, at::BFloat16>)
-    if (by_matrix_instructions<T>(p.rows)) return bf16::expand(p, parts, b, init, dropout, y, N);
-  vector::expand<T>(p, b, init, dropout, y, N);
+    if (by_matrix_instructions<T>(M)) return bf16::expand(init, adapters, y, M, N);
+  vector::expand<T>(init, adapters, y, M, N);
 }
 
-// y[M, N] = x[M, K] @ w[N, K]^T + drop(bias + p[M, r] @ b[r, N]), if there is a faster way to it than `expand` and
-// torch's GEMM; otherwise does nothing and returns false.
-template <typename T>
-bool tail(
-    const Tensor& x, const Tensor& w, const Tile<Wide<T>>& p, int64_t parts, const Tensor& b, const Wide<T>* bias,
-    const Dropout& dropout, T* y) {
+// y[M, N] = sum of x[M, K] @ w[N, K]^T + init + sum of the adapters' parts, if there is a faster way to it than
+// `expand` and torch's GEMMs; otherwise does nothing and returns false.
+template <typename T, typename Init>
+bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* y) {
   if constexpr (std::is_same_v<T, at::BFloat16>)
-    if (by_matrix_instructions<T>(x.size(0)) && bf16::prefers_tail(x, w)) {
-      bf16::tail(x, w, p, parts, b, bias, dropout, y);
+    if (by_matrix_instructions<T>(x[0].size(0)) && bf16::prefers_tail(x, w)) {
+      bf16::tail(x, w, init, adapters, y);
       return true;
     }
   return false;

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "dropout.h"
 
@@ -172,14 +173,55 @@ inline void read(const T* from, int64_t n, A* to, const Dropout& dropout, int64_
 
 constexpr int64_t STEP = 32;  // columns that threads share out: a cache line of bf16, whole lanes of dropout
 
-// Columns n0 to n0 + cols of row m by `init`, then zeros up to `padded`.
-template <typename A, typename Init>
-void start_row(const Init& init, int64_t m, int64_t n0, int64_t cols, int64_t padded, A* row) {
-  if constexpr (std::is_same_v<Init, std::nullptr_t>) {
-    std::fill(row, row + padded, A(0));
-  } else {
-    init(m, n0, cols, row);
-    std::fill(row + cols, row + padded, A(0));
+// What one adapter makes of x: s * drop(x[M, K]) @ b[K, r].
+struct Shrink {
+  Tensor b;
+  double s;
+  Dropout dropout;
+};
+
+// One adapter's part of a product: drop(p[M, r] @ b[r, N]), with dropout's scale in p. `parts` as in products.h.
+template <typename A>
+struct Adapter {
+  Tile<A> p;
+  int64_t parts;
+  Tensor b;
+  Dropout dropout;
+};
+
+// What a sum of adapters starts from: `init(m, n0, cols, row)` fills in a part of row m, nullptr stands for zero.
+template <typename Init>
+constexpr bool starts = !std::is_same_v<Init, std::nullptr_t>;
+
+template <typename Init, typename A>
+bool need_scratch(const std::vector<Adapter<A>>& adapters) {
+  const bool alone = adapters.size() == 1 && !starts<Init>;
+  return !alone && std::any_of(adapters.begin(), adapters.end(), [](const auto& a) { return a.dropout.active(); });
+}
+
+// tile = init + the adapters' parts, for rows m0 and columns n0 on. product(i, to, add) writes adapter i's product to
+// `to` or adds it there. `scratch` is as large as the tile; nothing is there if `need_scratch` says no.
+template <typename Init, typename A, typename Product>
+void sum_adapters(
+    const Init& init, const std::vector<Adapter<A>>& adapters, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+    A* tile, A* scratch, int64_t ld, const Product& product) {
+  bool add = starts<Init>;
+  if constexpr (starts<Init>) {
+    for (int64_t i = 0; i < rows; ++i) {
+      init(m0 + i, n0, cols, tile + i * ld);
+      std::fill(tile + i * ld + cols, tile + i * ld + round_up(cols, PAD), A(0));
+    }
+  }
+  for (size_t n = 0; n < adapters.size(); ++n) {
+    const Dropout& dropout = adapters[n].dropout;
+    const bool apart = add && dropout.active();
+    A* to = apart ? scratch : tile;
+    product(n, to, add && !apart);
+    for (int64_t i = 0; dropout.active() && i < rows; ++i) {
+      dropout.apply(to + i * ld, m0 + i, n0, cols);
+      for (int64_t c = 0; apart && c < cols; ++c) tile[i * ld + c] += to[i * ld + c];
+    }
+    add = true;
   }
 }
 
@@ -189,6 +231,7 @@ namespace vector {
 
 constexpr int64_t COLUMNS = 512;  // of a tile: 8 rows of 512 floats stay in the first-level cache
 constexpr int64_t DEPTH = 64;     // rows of a tile that are summed up at a time
+
 template <typename T>
 Tile<Wide<T>> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& dropout) {
   using A = Wide<T>;
@@ -211,23 +254,23 @@ Tile<Wide<T>> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& 
 }
 
 template <typename T, typename Init>
-void expand(const Tile<Wide<T>>& p, const Tensor& b, const Init& init, const Dropout& dropout, T* y, int64_t N) {
+void expand(const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* y, int64_t M, int64_t N) {
   using A = Wide<T>;
-  const int64_t M = p.rows, r = p.cols;
-  const Tile<A> packed = to_tile<A>(b);
+  std::vector<Tile<A>> packed;
+  for (const auto& adapter : adapters) packed.push_back(to_tile<A>(adapter.b));
   at::parallel_for(0, (M + ROWS - 1) / ROWS, 4, [&](int64_t begin, int64_t end) {
-    const Tile<A> tile(ROWS, COLUMNS);
+    const Tile<A> tile(ROWS, COLUMNS), scratch(need_scratch<Init>(adapters) ? ROWS : 0, COLUMNS);
     for (int64_t m0 = begin * ROWS; m0 < std::min(M, end * ROWS); m0 += ROWS) {
       const int64_t rows = std::min(ROWS, M - m0);
       for (int64_t n0 = 0; n0 < N; n0 += COLUMNS) {
         const int64_t cols = std::min(COLUMNS, N - n0), padded = round_up(cols, PAD);
-        for (int64_t i = 0; i < rows; ++i) start_row(init, m0 + i, n0, cols, padded, tile.row(i));
-        accumulate(
-            tile.row(0), tile.stride, p.row(m0), p.stride, 1, packed.row(0) + n0, packed.stride, rows, r, padded);
-        for (int64_t i = 0; i < rows; ++i) {
-          dropout.apply(tile.row(i), m0 + i, n0, cols);
-          at::vec::convert(tile.row(i), y + (m0 + i) * N + n0, cols);
-        }
+        const auto product = [&](size_t n, A* to, bool add) {
+          const Tile<A>&p = adapters[n].p, &b = packed[n];
+          for (int64_t i = 0; !add && i < rows; ++i) std::fill_n(to + i * COLUMNS, padded, A(0));
+          accumulate(to, COLUMNS, p.row(m0), p.stride, 1, b.row(0) + n0, b.stride, rows, p.cols, padded);
+        };
+        sum_adapters(init, adapters, m0, rows, n0, cols, tile.row(0), scratch.row(0), COLUMNS, product);
+        for (int64_t i = 0; i < rows; ++i) at::vec::convert(tile.row(i), y + (m0 + i) * N + n0, cols);
       }
     }
   });
