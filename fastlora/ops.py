@@ -200,26 +200,30 @@ _ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
 
 
 @_op(
-    "swiglu(Tensor gate, Tensor up, str activation) -> Tensor",
+    "swiglu(Tensor gate, Tensor? up, str activation) -> Tensor",
     fake=lambda gate, up, activation: torch.empty_like(gate),
 )
-def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up``: [M, K]. ``activation`` is "silu", "gelu" or "gelu_tanh"."""
-    return _ACTIVATIONS[activation][0](gate).mul_(up)
+def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """``act(gate) * up``, or ``act(gate)`` without up: [M, K]. ``activation`` is "silu", "gelu" or "gelu_tanh"."""
+    value = _ACTIVATIONS[activation][0](gate)
+    return value if up is None else value.mul_(up)
 
 
 @_op(
-    "swiglu_backward_(Tensor(a!) dh, Tensor(b!) gate, Tensor(c!) up, str activation) -> ()",
+    "swiglu_backward_(Tensor(a!) dh, Tensor(b!) gate, Tensor(c!)? up, str activation) -> ()",
     fake=lambda dh, gate, up, activation: None,
 )
-def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
-    """In place: ``gate`` becomes its gradient, ``up`` becomes its own, and ``dh`` becomes ``h = act(gate) * up``."""
+def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> None:
+    """In place: ``gate`` becomes its gradient, ``up`` becomes its own, and ``dh`` becomes ``h = swiglu(gate, up)``."""
     act, act_backward = _ACTIVATIONS[activation]
     value = act(gate)
-    gate.copy_(act_backward(dh * up, gate))
-    h = value * up
-    torch.mul(dh, value, out=up)
-    dh.copy_(h)
+    gate.copy_(act_backward(dh if up is None else dh * up, gate))
+    if up is None:
+        dh.copy_(value)
+    else:
+        h = value * up
+        torch.mul(dh, value, out=up)
+        dh.copy_(h)
 
 
 def _decode_fake(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K, dtype, a, b, s):

@@ -111,9 +111,9 @@ def activate(gate: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """``act(gate) * up``"""
-    return activate(gate, activation) * up
+def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """``act(gate) * up``, or ``act(gate)`` without up"""
+    return activate(gate, activation) * (1 if up is None else up)
 
 
 def merge(w: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:

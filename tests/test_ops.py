@@ -50,6 +50,8 @@ def calls(dtype, adapter_dtype):
         "lora_grad_a": (op.lora_grad_a, (xa, x)),
         "lora_grad_a, dropout": (op.lora_grad_a, (xa, x, 0.2, SEED)),
         "swiglu": (op.swiglu, (x, torch.randn_like(x), "silu")),
+        "swiglu, plain": (op.swiglu, (x, None, "gelu_tanh")),
+        "swiglu_backward_, plain": (op.swiglu_backward_, (torch.randn_like(x), x, None, "gelu_tanh")),
         "swiglu_backward_": (op.swiglu_backward_, (torch.randn_like(x), x, torch.randn_like(x), "gelu")),
         "shrink": (op.shrink, (x, a, 0.3)),
         "shrink, power of two": (op.shrink, (x, a, 2.0)),
@@ -152,13 +154,14 @@ def test_groups_are_those_of_the_reference(group, dtype, rows):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(12, 33), (1, 1), (3, 1536), (0, 8), (65, 252)], ids=str)
-def test_swiglu_and_its_backward(shape, dtype, activation):
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_swiglu_and_its_backward(gated, shape, dtype, activation):
     wide = torch.promote_types(dtype, torch.float32)
     columns = 2 * shape[1]  # gate and up may be halves of one tensor
     both, dh = torch.randn(shape[0], columns).to(dtype) * 3, torch.randn(shape).to(dtype)
-    gate, up = both[:, : shape[1]], both[:, shape[1] :]
-    exact = [t.to(wide, copy=True).requires_grad_() for t in (gate, up)]
-    h = reference.swiglu(*exact, activation)
+    gate, up = both[:, : shape[1]], both[:, shape[1] :] if gated else None
+    exact = [t.to(wide, copy=True).requires_grad_() for t in (gate, up) if t is not None]
+    h = reference.swiglu(exact[0], exact[1] if gated else None, activation)
     truth = [h, *torch.autograd.grad(h, exact, dh.to(wide))]
     ours = [op.swiglu(gate, up, activation)]
     op.swiglu_backward_(dh, gate, up, activation)
@@ -166,7 +169,7 @@ def test_swiglu_and_its_backward(shape, dtype, activation):
     bound = (1 if rounded_once else 12) * torch.finfo(dtype).eps  # the truth in fp32 and fp64 has errors of its own
     for t, expected in zip((*ours, dh), (h, h), strict=True):
         assert (t.to(wide) - expected).norm() <= bound * expected.norm()
-    for t, expected in zip((gate, up), truth[1:], strict=True):
+    for t, expected in zip((gate, up), truth[1:], strict=gated):
         assert (t.to(wide) - expected).norm() <= bound * expected.norm()
 
 

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string_view>
 
 #include "tile.h"
@@ -57,22 +58,25 @@ struct GeluTanh {  // (1 + tanh(z)) / 2 is sigmoid(2 z)
 
 constexpr int64_t CHUNK = 256;  // elements of a row that are in fp32 at a time, in the first-level cache
 
-// h = act(gate) * up; BACKWARD: h holds dh before, and gate and up their gradients afterwards.
+// h = act(gate) * up, without up act(gate); BACKWARD: h holds dh before, and gate and up their gradients afterwards.
 template <typename T, typename Activation, bool BACKWARD>
-void rows(const Tensor& gate, const Tensor& up, const Tensor& h) {
+void rows(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& h) {
   using A = Wide<T>;
   using Vec = at::vec::Vectorized<A>;
   constexpr bool FAST = sizeof(T) == 2;
   const int64_t M = gate.size(0), K = gate.size(1);
-  T *g = static_cast<T*>(gate.data_ptr()), *u = static_cast<T*>(up.data_ptr()), *to = static_cast<T*>(h.data_ptr());
+  const int64_t stride_u = up.has_value() ? up->stride(0) : 0;
+  T *g = static_cast<T*>(gate.data_ptr()), *to = static_cast<T*>(h.data_ptr());
+  T* u = up.has_value() ? static_cast<T*>(up->data_ptr()) : nullptr;
   at::parallel_for(0, M, std::max<int64_t>(1, 16384 / K), [&](int64_t begin, int64_t end) {
-    alignas(64) A a[CHUNK] = {}, b[CHUNK] = {}, d[CHUNK] = {};
+    alignas(64) A a[CHUNK] = {}, b[CHUNK], d[CHUNK] = {};
+    std::fill_n(b, CHUNK, A(1));
     for (int64_t m = begin; m < end; ++m) {
-      T *gate_row = g + m * gate.stride(0), *up_row = u + m * up.stride(0), *h_row = to + m * h.stride(0);
+      T *gate_row = g + m * gate.stride(0), *up_row = u + m * stride_u, *h_row = to + m * h.stride(0);
       for (int64_t k = 0; k < K; k += CHUNK) {
         const int64_t n = std::min(CHUNK, K - k);
         at::vec::convert(gate_row + k, a, n);
-        at::vec::convert(up_row + k, b, n);
+        if (u != nullptr) at::vec::convert(up_row + k, b, n);
         if constexpr (BACKWARD) at::vec::convert(h_row + k, d, n);
         for (int64_t i = 0; i < n; i += Vec::size()) {
           const Vec factor = Vec::loadu(b + i);
@@ -80,13 +84,13 @@ void rows(const Tensor& gate, const Tensor& up, const Tensor& h) {
           if constexpr (BACKWARD) {
             const Vec dh = Vec::loadu(d + i);
             (dh * factor * slope).store(a + i);
-            (dh * value).store(b + i);
+            if (u != nullptr) (dh * value).store(b + i);
           }
           (value * factor).store(d + i);
         }
         if constexpr (BACKWARD) {
           at::vec::convert(a, gate_row + k, n);
-          at::vec::convert(b, up_row + k, n);
+          if (u != nullptr) at::vec::convert(b, up_row + k, n);
         }
         at::vec::convert(d, h_row + k, n);
       }
@@ -95,8 +99,8 @@ void rows(const Tensor& gate, const Tensor& up, const Tensor& h) {
 }
 
 template <bool BACKWARD>
-void run(const Tensor& gate, const Tensor& up, const Tensor& h, std::string_view activation) {
-  const bool unit = gate.stride(1) == 1 && up.stride(1) == 1 && h.stride(1) == 1;
+void run(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& h, std::string_view activation) {
+  const bool unit = gate.stride(1) == 1 && h.stride(1) == 1 && (!up.has_value() || up->stride(1) == 1);
   TORCH_CHECK(unit, "fastlora: the rows of a gated MLP's activations must be contiguous");
   if (gate.numel() == 0) return;
   FASTLORA_DISPATCH(gate.scalar_type(), [&] {
@@ -107,13 +111,13 @@ void run(const Tensor& gate, const Tensor& up, const Tensor& h, std::string_view
   });
 }
 
-Tensor swiglu_op(const Tensor& gate, const Tensor& up, std::string_view activation) {
+Tensor swiglu_op(const Tensor& gate, const std::optional<Tensor>& up, std::string_view activation) {
   Tensor h = at::empty(gate.sizes(), gate.options());
   run<false>(gate, up, h, activation);
   return h;
 }
 
-void swiglu_backward_op(Tensor& dh, Tensor& gate, Tensor& up, std::string_view activation) {
+void swiglu_backward_op(Tensor& dh, Tensor& gate, const std::optional<Tensor>& up, std::string_view activation) {
   run<true>(gate, up, dh, activation);
 }
 
