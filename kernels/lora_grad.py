@@ -92,8 +92,13 @@ def lora_grad(
         if xa is not None:
             db, _ = _walk_down(dy, xa)
     if b is not None and x is not None:
-        da = _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
+        da = lora_grad_a(dxa, x, p, seed)
     return dxa, da, db
+
+
+def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """``dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype."""
+    return _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
 
 
 def _walk_down(

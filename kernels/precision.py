@@ -19,7 +19,7 @@ def wide_dot(x, w, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     bf16 part, 16 bits, and lose the product of two low parts. bf16 beside fp16 too, and not a scaled low part in fp16:
     gradients of adapters leave fp16's range of exponents, and an fp16 tile is exact in two bf16 parts.
     """
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         acc = tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision=PRECISION)
     elif x.dtype == DTYPE and w.dtype == DTYPE:
         acc = tl.dot(x, w, acc)

@@ -21,7 +21,9 @@ hypothesis.settings.load_profile("same")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption("--kernels-in-interpreter", action="store_true", help="run the ops by the GPU's kernels, interpreted")
+    parser.addoption(
+        "--kernels-in-interpreter", action="store_true", help="run the ops by the GPU's kernels, interpreted"
+    )
     parser.addoption("--no-cpu-kernels", action="store_true", help="test torch's ops, as if nothing had been compiled")
 
 
