@@ -39,10 +39,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     not_now = pytest.mark.skip(reason="slow: run with --slow")
+    interpreted = config.getoption("--kernels-in-interpreter")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+        slow = item.get_closest_marker("slow") or (interpreted and item.get_closest_marker("slow_in_interpreter"))
+        if slow and not config.getoption("--slow"):
             item.add_marker(not_now)
 
 
