@@ -1,10 +1,17 @@
 """The autograd Functions: one per shape of work. They save x, the adapters, xa; never a mask, a cast or decoded copy.
 
-Every Function takes x of any rank and computes on its 2-D view. ``a, b, s, p, seed`` are as in `fastlora.reference`.
-Gradients are once-differentiable.
+`lora_linear`, `add_lora` and `gated_mlp` are what to call. Each prepares what is small (xa) and leaves its last base
+product to a Function that saves everything backward needs *before* that product. Where saved tensors are packed, as
+by checkpointing, that is two Functions: one saves and hands out an empty `handle`, and `Run` computes. A checkpointed
+block is computed again only until its last tensor has been saved, so its last base product is never computed twice.
+
+``a, b, s, p, seed`` are as in `fastlora.reference`; x has any rank, and its 2-D view is what is computed on. A weight
+is a dense tensor or a `Weight4bit`. Gradients are once-differentiable.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,21 +20,18 @@ from torch.autograd.function import once_differentiable
 
 from fastlora import ops as _ops  # noqa: F401  (defines torch.ops.fastlora)
 from fastlora.fourbit import Weight4bit
+from fastlora.siblings import SharedInput
 
 shrink = torch.ops.fastlora.shrink.default
 lora_matmul = torch.ops.fastlora.lora_matmul.default
+lora_matmul_group = torch.ops.fastlora.lora_matmul_group.default
 lora_grad = torch.ops.fastlora.lora_grad.default
+
+Weight = Tensor | Weight4bit
 
 
 def apply(function: type[Function], *args: Any) -> Any:
-    """``function.apply(*args)`` without autocast: x, the first argument, has the dtype to compute in.
-
-    Eager calls skip its binding of default arguments, which costs 25 µs a call.
-    """
-    device = args[0].device.type
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return apply(function, *args)
+    """``function.apply(*args)``; eager calls skip its binding of default arguments, which costs 25 µs a call."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if not torch.is_grad_enabled():
@@ -35,7 +39,46 @@ def apply(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
-def _rows(t: Tensor) -> Tensor:
+def without_autocast(compute: Callable) -> Callable:
+    """``compute`` with autocast off: its first argument, x, has the dtype to compute in."""
+
+    def run(x: Tensor, *args: Any) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return compute(x, *args)
+        with torch.autocast(device, enabled=False):
+            return compute(x, *args)
+
+    return run
+
+
+def is_packed() -> bool:
+    """Whether saved tensors go through hooks here: checkpointing, or saving them elsewhere."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class Run(Function):
+    """``compute()``, whose gradient is that of ``handle``: everything backward needs was saved with the handle."""
+
+    @staticmethod
+    def forward(handle, compute):
+        return compute()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+def new_handle(x: Tensor, N: int) -> Tensor:
+    """``[..., N]`` without memory."""
+    return x.new_empty(()).expand(*x.shape[:-1], N)
+
+
+def rows_of(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
@@ -43,128 +86,188 @@ def _like_rows_of(x_shape: torch.Size, y: Tensor) -> Tensor:
     return y if len(x_shape) == 2 else y.view(*x_shape[:-1], y.shape[-1])
 
 
-def _save(ctx: Any, x: Tensor, a: Tensor, b: Tensor, xa: Tensor | None, seed: Tensor | None, *weight: Any) -> None:
-    """Save what the needed gradients use: x for da, xa (or x and a) for db, a and the weight for dx, b for dxa."""
-    need_dx, need_da, need_db = ctx.needs_input_grad[:3]
-    recompute_xa = need_db and xa is None
-    ctx.save_for_backward(
-        x if need_da or recompute_xa else None,
-        a if need_dx or recompute_xa else None,
-        b if need_dx or need_da else None,
-        xa if need_db else None,
-        seed,
-        *(weight if need_dx else [None] * len(weight)),
-    )
-    ctx.x_shape, ctx.a_dtype, ctx.b_dtype = x.shape, a.dtype, b.dtype
-    ctx.set_materialize_grads(False)
+def is_merged(weight: Weight, p: float) -> bool:
+    """Whether the adapter is added to the weight while that is decoded: forward and dx are then one product each.
+
+    4-bit weights do not lie on the grid of the compute dtype, so the one rounding after the merge dithers and small
+    updates survive; on a dense bf16 weight they would not.
+    """
+    return p == 0.0 and not isinstance(weight, Tensor)
 
 
-def _adapter_grads(ctx: Any, dy: Tensor, x: Tensor | None, a: Tensor | None, b: Tensor | None, xa: Any, seed: Any):
-    """dxa, da, db for 2-D dy, obeying needs_input_grad; those not needed come back as None."""
-    _, need_da, need_db = ctx.needs_input_grad[:3]
-    x = None if x is None else _rows(x)
-    if need_db and xa is None:
-        xa = shrink(x, a, ctx.s, ctx.p, seed)
-    if b is None and xa is None:
-        return None, None, None
-    dxa, da, db = lora_grad(dy, x if need_da else None, b, xa, ctx.s, ctx.p, seed)
-    return dxa, da.to(ctx.a_dtype) if need_da else None, db.to(ctx.b_dtype) if need_db else None
+def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any, s: float, p: float) -> Tensor:
+    """``x wᵀ + bias + xa bᵀ``, like x but for N; xa is not used if the adapter `is_merged`."""
+    rows = rows_of(x)
+    if isinstance(weight, Tensor):
+        y = lora_matmul(rows, weight, xa, b, bias)
+    elif p != 0.0:
+        y = lora_matmul(rows, weight.decode(x.dtype), xa, b, bias)
+    else:
+        w = weight.decode_merged(x.dtype, a, b, s).t()
+        y = torch.mm(rows, w) if bias is None else torch.addmm(bias.to(x.dtype), rows, w)
+    return _like_rows_of(x.shape, y)
 
 
-def _bias_grad(ctx: Any, dy: Tensor, index: int) -> Tensor | None:
-    return dy.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[index] else None
+class Part(NamedTuple):
+    """One layer's part of the gradient of x."""
+
+    dy: Tensor
+    weight: Weight
+    a: Tensor
+    b: Tensor | None  # given if the adapter is merged
+    dxa: Tensor | None  # given if not
+    s: float
+    p: float
+    seed: Tensor | None
+
+
+def input_gradient(parts: list[Part]) -> Tensor:
+    """``sum(dy w + D ∘ (dxa a))`` over layers of one x: one product, or such as accumulate into one tensor."""
+    dx: Tensor | None = None
+    plain = [part for part in parts if not is_merged(part.weight, part.p)]
+    if plain:
+        dys, weights, As, _, dxa, _, ps, seeds = zip(*plain, strict=True)
+        w = [(w if isinstance(w, Tensor) else w.decode(dys[0].dtype)).t() for w in weights]
+        at = [a.t() for a in As]
+        if len(plain) == 1:
+            dx = lora_matmul(dys[0], w[0], dxa[0], at[0], None, ps[0], seeds[0])
+        else:
+            dx = lora_matmul_group(dys, w, dxa, at, ps, seeds)
+    for dy, weight, a, b, _, s, p, _ in parts:
+        if is_merged(weight, p):
+            merged = weight.decode_merged(dy.dtype, a, b, s)  # type: ignore[union-attr, arg-type]
+            dx = torch.mm(dy, merged) if dx is None else dx.addmm_(dy, merged)
+    assert dx is not None
+    return dx
+
+
+def fields_of(weight: Weight) -> tuple:
+    return (weight,) if isinstance(weight, Tensor) else weight
+
+
+def weight_of(fields: Any) -> Weight:
+    return fields[0] if len(fields) == 1 else Weight4bit(*fields)
+
+
+TENSORS = 5  # of the fields of a Weight4bit
+
+
+@without_autocast
+def lora_linear(
+    x: Tensor,
+    weight: Weight,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    s: float,
+    p: float,
+    seed: Tensor | None,
+    shared: SharedInput | None = None,
+) -> Tensor:
+    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight; ``shared`` if x is that of siblings."""
+    xa, index = None, -1
+    with torch.no_grad():
+        if not is_merged(weight, p):
+            rows = rows_of(x)
+            xa = shrink(rows, a, s, p, seed) if shared is None or p != 0.0 else shared.shrink(rows, a, s)
+        elif shared is not None:
+            index = len(shared.adapters)
+            shared.adapters.append((a, s))
+    fields = fields_of(weight)
+    chain = shared if shared is not None and shared.may_hold_graph_of(x) else None
+    token = None if chain is None else chain.token
+    packed = is_packed()
+    y = apply(LoRALinear, x, a, b, bias, xa, token, s, p, seed, shared, index, chain is not None, not packed, *fields)
+    if chain is not None:
+        y, chain.token = y
+    if not packed:
+        return y
+    return apply(Run, y, partial(product, x, weight, a, b, bias, xa, s, p))
 
 
 class LoRALinear(Function):
-    """``y = x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a dense, frozen w. Also returns xa, which is not differentiable."""
+    """`lora_linear`. Its outputs are y (a handle, unless ``run``) and, if ``chained``, a token."""
 
     @staticmethod
-    def forward(x, a, b, bias, w, s, p, seed):
-        rows = _rows(x)
-        xa = shrink(rows, a, s, p, seed)
-        y = lora_matmul(rows, w, xa, b, bias)
-        return _like_rows_of(x.shape, y), xa
+    def forward(x, a, b, bias, xa, token, s, p, seed, shared, index, chained, run, *fields):
+        y = product(x, weight_of(fields), a, b, bias, xa, s, p) if run else new_handle(x, b.shape[0])
+        return (y, x.new_empty(0)) if chained else y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, b, bias, w, ctx.s, ctx.p, seed = inputs
-        xa = output[1]
-        ctx.mark_non_differentiable(xa)
-        _save(ctx, x, a, b, xa, seed, w)
+        x, a, b, bias, xa, token, ctx.s, ctx.p, seed, ctx.shared, ctx.index, ctx.chained, _, *fields = inputs
+        need_dx, need_da, need_db = ctx.needs_input_grad[:3]
+        need_xa = need_db and xa is None
+        kept = x.detach() if ctx.chained else x  # see SharedInput
+        tensors, ctx.numbers = fields[:TENSORS], fields[TENSORS:]
+        ctx.save_for_backward(
+            kept if need_da or need_xa else None,
+            a if need_dx or need_xa else None,
+            b if need_dx or need_da else None,
+            xa if need_db else None,
+            seed,
+            *(tensors if need_dx else [None] * len(tensors)),
+        )
+        ctx.first, ctx.merged = token is None, is_merged(weight_of(fields), ctx.p)
+        ctx.x_shape, ctx.a_dtype, ctx.b_dtype = x.shape, a.dtype, b.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.inputs = len(inputs)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * 8
-        x, a, b, xa, seed, w = ctx.saved_tensors
-        dy = _rows(dy)
-        dxa, da, db = _adapter_grads(ctx, dy, x, a, b, xa, seed)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _like_rows_of(ctx.x_shape, lora_matmul(dy, w.t(), dxa, a.t(), None, ctx.p, seed))
-        return dx, da, db, _bias_grad(ctx, dy, 3), None, None, None, None
+    def backward(ctx, dy, _=None):
+        need_dx, need_da, need_db, need_dbias = ctx.needs_input_grad[:4]
+        if ctx.chained:
+            ctx.shared.release()
+        dx = da = db = dbias = part = None
+        if dy is not None:
+            dy = rows_of(dy)
+            x, a, b, xa, seed, *tensors = ctx.saved_tensors
+            if need_db and xa is None:
+                shared = ctx.shared
+                xa = (
+                    shrink(rows_of(x), a, ctx.s) if shared is None else shared.shrink_in_backward(ctx.index, rows_of(x))
+                )
+            need_dxa = need_da or not ctx.merged  # dx is of the merged weight
+            dxa, da, db = adapter_grads(dy, x if need_da else None, b if need_dxa else None, xa, ctx.s, ctx.p, seed)
+            da, db = da.to(ctx.a_dtype) if need_da else None, db.to(ctx.b_dtype) if need_db else None
+            dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_dbias else None
+            if need_dx:
+                part = Part(dy, weight_of((*tensors, *ctx.numbers)), a, b, dxa, ctx.s, ctx.p, seed)
+        if need_dx and not ctx.first:
+            if part is not None:
+                ctx.shared.hand_over(part)
+        elif need_dx:
+            parts = [] if part is None else [part]
+            if ctx.chained:
+                parts += ctx.shared.take_over()
+            if parts:
+                dx = _like_rows_of(ctx.x_shape, input_gradient(parts))
+        return (dx, da, db, dbias, *(None,) * (ctx.inputs - 4))
 
 
-class LoRALinear4bit(Function):
-    """`LoRALinear` on a 4-bit weight, given as the fields of a `Weight4bit`. Returns y, and xa or None.
+def adapter_grads(dy: Tensor, x: Tensor | None, b: Tensor | None, xa: Tensor | None, s: float, p: float, seed: Any):
+    """dxa, da, db for 2-D dy; without x no da, without b no dxa and no da, without xa no db."""
+    if b is None and xa is None:
+        return None, None, None
+    return lora_grad(dy, None if x is None else rows_of(x), b, xa, s, p, seed)
 
-    Without dropout the adapter is merged while the weight is decoded: forward and dx are then one plain product each,
-    and xa is needed only for db, in backward. 4-bit weights do not lie on the grid of the compute dtype, so the one
-    rounding after the merge dithers and small updates survive; on a dense bf16 weight they would not.
-    """
 
-    @staticmethod
-    def forward(x, a, b, bias, s, p, seed, *fields):
-        rows, weight = _rows(x), Weight4bit(*fields)
-        if p == 0.0:
-            xa = None
-            w = weight.decode_merged(x.dtype, a, b, s)
-            y = torch.mm(rows, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), rows, w.t())
-        else:
-            xa = shrink(rows, a, s, p, seed)
-            y = lora_matmul(rows, weight.decode(x.dtype), xa, b, bias)
-        return _like_rows_of(x.shape, y), xa
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, a, b, bias, ctx.s, ctx.p, seed, *fields = inputs
-        xa = output[1]
-        if xa is not None:
-            ctx.mark_non_differentiable(xa)
-        tensors, ctx.numbers = fields[:5], fields[5:]
-        _save(ctx, x, a, b, xa, seed, *tensors)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * 17
-        x, a, b, xa, seed, *tensors = ctx.saved_tensors
-        dy = _rows(dy)
-        need_dxa = ctx.p > 0.0 or ctx.needs_input_grad[1]  # dx is of the merged weight
-        dxa, da, db = _adapter_grads(ctx, dy, x, a, b if need_dxa else None, xa, seed)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            weight = Weight4bit(*tensors, *ctx.numbers)
-            if ctx.p == 0.0:
-                dx = dy @ weight.decode_merged(dy.dtype, a, b, ctx.s)
-            else:
-                dx = lora_matmul(dy, weight.decode(dy.dtype).t(), dxa, a.t(), None, ctx.p, seed)
-            dx = _like_rows_of(ctx.x_shape, dx)
-        return dx, da, db, _bias_grad(ctx, dy, 3), *(None,) * 13
+@without_autocast
+def add_lora(x: Tensor, a: Tensor, b: Tensor, y: Tensor, s: float, p: float, seed: Tensor | None) -> Tensor:
+    """``y + s · drop(x) aᵀ bᵀ`` for the output y of a base layer that computes itself (the `opaque` plan)."""
+    return apply(AddLoRA, x, a, b, y, s, p, seed)[0]
 
 
 class AddLoRA(Function):
-    """``y + s · drop(x) aᵀ bᵀ`` for the output y of a base layer that computes itself (the `opaque` plan)."""
+    """`add_lora`. Also returns xa, which is not differentiable."""
 
     @staticmethod
     def forward(x, a, b, y, s, p, seed):
-        xa = shrink(_rows(x), a, s, p, seed)
+        xa = shrink(rows_of(x), a, s, p, seed)
         # Out of place: whether a foreign layer saved its output for its own backward cannot be known.
-        out = torch.addmm(_rows(y), xa.to(y.dtype), b.to(y.dtype).t())
+        out = torch.addmm(rows_of(y), xa.to(y.dtype), b.to(y.dtype).t())
         return out.view(y.shape), xa
 
     @staticmethod
@@ -172,19 +275,30 @@ class AddLoRA(Function):
         x, a, b, _, ctx.s, ctx.p, seed = inputs
         xa = output[1]
         ctx.mark_non_differentiable(xa)
-        _save(ctx, x, a, b, xa, seed)
+        need_dx, need_da, need_db = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            x if need_da else None,
+            a if need_dx else None,
+            b if need_dx or need_da else None,
+            xa if need_db else None,
+            seed,
+        )
+        ctx.x_shape, ctx.a_dtype, ctx.b_dtype = x.shape, a.dtype, b.dtype
         ctx.x_dtype = x.dtype
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _):
         if dy is None:
             return (None,) * 7
+        need_dx, need_da, need_db, need_dy = ctx.needs_input_grad[:4]
         x, a, b, xa, seed = ctx.saved_tensors
-        rows = _rows(dy).to(ctx.x_dtype)
-        dxa, da, db = _adapter_grads(ctx, rows, x, a, b, xa, seed)
+        rows = rows_of(dy).to(ctx.x_dtype)
+        dxa, da, db = adapter_grads(rows, x, b, xa, ctx.s, ctx.p, seed)
+        da, db = da.to(ctx.a_dtype) if need_da else None, db.to(ctx.b_dtype) if need_db else None
         dx = None
-        if ctx.needs_input_grad[0]:
+        if need_dx:
             no_base = rows.new_empty(a.shape[1], 0)  # only dropout(dxa @ a) is left of the product
             dx = _like_rows_of(ctx.x_shape, lora_matmul(rows[:, :0], no_base, dxa, a.t(), None, ctx.p, seed))
-        return dx, da, db, dy if ctx.needs_input_grad[3] else None, None, None, None
+        return dx, da, db, dy if need_dy else None, None, None, None

@@ -2,13 +2,14 @@
 
 import math
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import autograd
 from fastlora.fourbit import Weight4bit, is_4bit, weight_4bit
+from fastlora.siblings import SharedInput, Siblings
 
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -50,23 +51,23 @@ def lora_linear(
 
 def _apply(
     x: Tensor,
-    weight: Tensor | Weight4bit,
+    weight: autograd.Weight,
     a: Tensor,
     b: Tensor,
     scaling: float | Tensor,
     bias: Tensor | None,
     p: float,
+    shared: SharedInput | None = None,
 ) -> Tensor:
     """lora_linear without its checks."""
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
-    seed = _seed(x, p)
     dtype = autocast_dtype(x) or x.dtype
-    x = x.to(dtype)
-    if isinstance(weight, Weight4bit):
-        return autograd.apply(autograd.LoRALinear4bit, x, a, b, bias, scaling, p, seed, *weight)[0]
-    weight = weight.to(dtype)
-    return autograd.apply(autograd.LoRALinear, x, a, b, bias, weight, scaling, p, seed)[0]
+    seed = new_seed(x, p)
+    x = x.to(dtype) if shared is None else shared.converted(x, dtype)
+    if isinstance(weight, Tensor):
+        weight = weight.to(dtype)
+    return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
 
 
 def add_lora_output(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, p: float) -> Tensor:
@@ -74,35 +75,49 @@ def add_lora_output(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float |
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     x = x.to(autocast_dtype(x) or x.dtype)
-    return autograd.apply(autograd.AddLoRA, x, a, b, y, scaling, p, _seed(x, p))[0]
+    return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p))
+
+
+class Adapter(NamedTuple):
+    """``scaling * (linear(linear(dropout(x, p), a), b) + bias)``"""
+
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor
+    p: float = 0.0
+    bias: Tensor | None = None
 
 
 def adapted_forward(
-    base_layer: Any,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scaling: float | Tensor,
-    p: float = 0.0,
-    lora_bias: Tensor | None = None,
+    base_layer: Any, x: Tensor, adapter: Adapter, siblings: Siblings | None = None, layer: Any = None
 ) -> Tensor:
-    """``base_layer(x) + scaling * (linear(linear(dropout(x, p), a), b) + lora_bias)``, fused where the base allows it.
+    """``base_layer(x) + adapter(x)``, fused where the base allows it.
 
     A plain ``nn.Linear`` and a bitsandbytes ``Linear4bit`` are fused; any other base layer computes its own output,
-    through its own autograd, and the adapter is added to it (the `opaque` plan).
+    through its own autograd, and the adapter is added to it (the `opaque` plan). ``layer`` is who computes this, one
+    of ``siblings``.
     """
+    a, b, scaling, p, lora_bias = adapter
     kind = base_kind(base_layer)
     if kind == "opaque":
         y = add_lora_output(base_layer(x), x, a, b, scaling, p)
         return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
-    weight, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
-    if lora_bias is not None:
-        bias = scaling * lora_bias if bias is None else bias + scaling * lora_bias
+    shared = None if siblings is None else siblings.share(layer, x)
+    bias = whole_bias(base_layer, adapter)
     if kind == "dense":
-        return _apply(x, weight, a, b, scaling, bias, p)
-    dtype = x.dtype
-    y = _apply(x.to(_compute_dtype_4bit(base_layer, x)), _weight_of(base_layer), a, b, scaling, bias, p)
-    return y.to(dtype)
+        return _apply(x, base_layer._parameters["weight"], a, b, scaling, bias, p, shared)
+    dtype, compute_dtype = x.dtype, compute_dtype_4bit(base_layer, x)
+    if compute_dtype != dtype:
+        x = x.to(compute_dtype) if shared is None else shared.converted(x, compute_dtype)
+    return _apply(x, _weight_of(base_layer), a, b, scaling, bias, p, shared).to(dtype)
+
+
+def whole_bias(base_layer: Any, adapter: Adapter) -> Tensor | None:
+    """The base's bias and the adapter's."""
+    bias, lora_bias = base_layer._parameters["bias"], adapter.bias
+    if lora_bias is None:
+        return bias
+    return adapter.scaling * lora_bias if bias is None else bias + adapter.scaling * lora_bias
 
 
 def base_kind(base_layer: nn.Module) -> str:
@@ -130,12 +145,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _seed(x: Tensor, p: float) -> Tensor | None:
+def new_seed(x: Tensor, p: float) -> Tensor | None:
     """A fresh dropout seed. Drawn by torch's generator, so that checkpointing replays it when it recomputes."""
     return None if p == 0.0 else torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
 
 
-def _compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
+def compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
     if not layer.compute_type_is_set:  # as Linear4bit.forward does at its first call
         layer.set_compute_type(x)
         layer.compute_type_is_set = True

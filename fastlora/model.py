@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastlora.nn import LoRALinear
+from fastlora.siblings import siblings_among
 
 
 def add_lora(
@@ -112,6 +113,8 @@ def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer.train(layer.base_layer.training))
+    for layer, siblings in siblings_among(layers):
+        layer._siblings = siblings
 
 
 @contextmanager

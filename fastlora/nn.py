@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.fourbit import is_4bit, weight_4bit
-from fastlora.functional import adapted_forward, base_kind, check_dropout
+from fastlora.functional import Adapter, adapted_forward, base_kind, check_dropout
+from fastlora.siblings import Siblings
 
 
 class LoRALinear(nn.Module):
@@ -112,6 +113,7 @@ class LoRALinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.set_scaling(lora_alpha, use_rslora)
         self._unmerged_weight: Tensor | None = None
+        self._siblings: Siblings | None = None  # set by add_lora, which knows the tree
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
         """``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with use_rslora."""
@@ -121,8 +123,15 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._unmerged_weight is not None:
             return self.base_layer(x)
-        p = self.lora_dropout if self.training else 0.0
-        return adapted_forward(self.base_layer, x, self.lora_A, self.lora_B, self.scaling, p)
+        return adapted_forward(self.base_layer, x, self.adapter(), self._siblings, self)
+
+    def adapter(self) -> Adapter:
+        """What this layer adds to its base layer now."""
+        return Adapter(self.lora_A, self.lora_B, self.scaling, self.lora_dropout if self.training else 0.0)
+
+    def adapter_without_dropout(self) -> tuple[Tensor, float] | None:
+        """lora_A and scaling, for a sibling to begin with; None if that is not all there is to it."""
+        return None if self.merged or (self.training and self.lora_dropout > 0) else (self.lora_A, self.scaling)
 
     @property
     def r(self) -> int:

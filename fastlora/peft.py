@@ -14,7 +14,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastlora.functional import adapted_forward, add_lora_output, base_kind
+from fastlora.functional import Adapter, adapted_forward, add_lora_output, base_kind
+from fastlora.siblings import siblings_among
 
 try:
     from peft.tuners.lora import Linear4bit as PeftLinear4bit
@@ -56,6 +57,8 @@ def patch(model: nn.Module) -> PatchReport:
             reason = why_peft(layer)
         if reason is not None:
             report.skipped[name] = reason
+    for layer, siblings in siblings_among({name: model.get_submodule(name) for name in report.patched}):
+        layer.__dict__[_SIBLINGS] = siblings
     return report
 
 
@@ -65,6 +68,7 @@ def unpatch(model: nn.Module) -> list[str]:
     for name, layer in _lora_layers(model):
         if type(layer) in _THEIRS:
             layer.__class__ = _THEIRS[type(layer)]
+            layer.__dict__.pop(_SIBLINGS, None)
             names.append(name)
     return names
 
@@ -154,9 +158,9 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
     adapters = [_adapter(layer, name) for name in layer.active_adapters if name in lora_A]
     if not adapters:
         return base(x)
-    if len(adapters) > 1 and all(p == 0.0 for *_, p, _ in adapters):
+    if len(adapters) > 1 and all(adapter.p == 0.0 for adapter in adapters):
         adapters = [_stack(adapters)]
-    y = adapted_forward(base, x, *adapters[0])
+    y = adapted_forward(base, x, adapters[0], layer.__dict__.get(_SIBLINGS), layer)
     for a, b, scaling, p, bias in adapters[1:]:  # each with a dropout mask of its own
         y = add_lora_output(y, x, a, b, scaling, p)
         if bias is not None:
@@ -164,21 +168,40 @@ def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
     return y
 
 
-def _adapter(layer: LoraLayer, name: str):
-    """a, b, scaling, p, bias of one adapter. The rank is that of the weights: hotswapping may have padded them."""
+def _adapter(layer: LoraLayer, name: str) -> Adapter:
+    """One adapter. The rank is that of the weights: hotswapping may have padded them."""
     modules = layer.__dict__["_modules"]
     a, b = modules["lora_A"]._modules[name]._parameters, modules["lora_B"]._modules[name]._parameters
     dropout = modules["lora_dropout"]._modules[name]
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    return a["weight"], b["weight"], layer.scaling[name], p, b["bias"]
+    return Adapter(a["weight"], b["weight"], layer.scaling[name], p, b["bias"])
 
 
-def _stack(adapters):
+def _stack(adapters: list[Adapter]) -> Adapter:
     """Several adapters without dropout are one of the summed rank: stack the a's and the s·b's."""
-    a = torch.cat([a for a, *_ in adapters])
-    b = torch.cat([b * scaling for _, b, scaling, *_ in adapters], dim=1)
-    biases = [scaling * bias for _, _, scaling, _, bias in adapters if bias is not None]
-    return a, b, 1.0, 0.0, sum(biases) if biases else None
+    a = torch.cat([adapter.a for adapter in adapters])
+    b = torch.cat([adapter.b * adapter.scaling for adapter in adapters], dim=1)
+    biases = [adapter.scaling * adapter.bias for adapter in adapters if adapter.bias is not None]
+    return Adapter(a, b, 1.0, 0.0, torch.stack(biases).sum(0) if biases else None)
+
+
+_SIBLINGS = "_fastlora_siblings"  # where a patched layer keeps who may be fed the same x
+
+
+def _adapter_without_dropout(layer: LoraLayer) -> tuple[Tensor, float] | None:
+    """a and scaling of the one active adapter, for a sibling to begin with; None if that is not all there is to it.
+
+    Whether this layer will then run fastlora is not asked: if not, what was begun is not taken.
+    """
+    modules = layer.__dict__["_modules"]
+    names = layer.active_adapters
+    if len(names) != 1 or names[0] not in modules["lora_A"]._modules:
+        return None
+    weight = getattr(modules["lora_A"]._modules[names[0]], "weight", None)
+    adapter = _adapter(layer, names[0]) if isinstance(weight, Tensor) and why_peft(layer) is None else None
+    if adapter is None or adapter.p != 0.0 or isinstance(adapter.scaling, Tensor):
+        return None
+    return adapter.a, adapter.scaling
 
 
 def _can_run(layer: LoraLayer, x: Tensor) -> bool:
@@ -201,6 +224,7 @@ class FastLinear(PeftLinear):
     """`peft.tuners.lora.Linear` computed by fastlora."""
 
     forward = _forward_or_peft
+    adapter_without_dropout = _adapter_without_dropout
 
 
 _OURS: dict[type, type] = {PeftLinear: FastLinear}
@@ -211,6 +235,7 @@ if PeftLinear4bit is not None:
         """`peft.tuners.lora.Linear4bit` computed by fastlora."""
 
         forward = _forward_or_peft
+        adapter_without_dropout = _adapter_without_dropout
 
     _OURS[PeftLinear4bit] = FastLinear4bit
 

@@ -96,7 +96,8 @@ def shrink_group(x: Tensor, a, s, p, seed) -> list[Tensor]:
 def lora_matmul_group(x, w, xa, b, p, seed) -> Tensor:
     """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...)``"""
     parts = zip(x, w, xa, b, p, seed, strict=True)
-    return sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for x_i, w_i, xa_i, b_i, p_i, seed_i in parts)
+    products = [lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for x_i, w_i, xa_i, b_i, p_i, seed_i in parts]
+    return torch.stack(products).sum(0)
 
 
 def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastlora.fourbit import weight_4bit
-from fastlora.functional import adapted_forward, base_kind, lora_linear
+from fastlora.functional import Adapter, adapted_forward, base_kind, lora_linear
 
 K, N, r = 128, 32, 4
 INF = float("inf")
@@ -118,7 +118,7 @@ def test_repacked_weight_is_put_back(nested, by_hand):
             layer.state_dict()
             restored = lora_linear(x, layer.weight, a, b, 1.0)
         else:
-            restored = adapted_forward(layer, x, a, b, 1.0)
+            restored = adapted_forward(layer, x, Adapter(a, b, 1.0))
         torch.testing.assert_close(restored.float(), x.float() @ intact.t(), rtol=0.03, atol=0.3)
         torch.testing.assert_close(weight_4bit(layer.weight).decode(torch.float32), intact, rtol=0.02, atol=0.02)
         with torch.no_grad():
@@ -130,10 +130,10 @@ def test_repacked_weight_is_put_back(nested, by_hand):
 def test_quant_state_lost_by_sharding_is_found_again(parameter):
     layer = linear_4bit(torch.randn(N, K))
     x, a, b = torch.randn(5, K), torch.randn(r, K), torch.randn(N, r)
-    expected = adapted_forward(layer, x, a, b, 1.0)
+    expected = adapted_forward(layer, x, Adapter(a, b, 1.0))
     kwargs = {"bnb_quantized": True} if parameter is bnb.nn.Params4bit else {}
     layer.weight = parameter(layer.weight.data, requires_grad=False, **kwargs)
-    assert torch.equal(adapted_forward(layer, x, a, b, 1.0), expected)
+    assert torch.equal(adapted_forward(layer, x, Adapter(a, b, 1.0)), expected)
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
@@ -196,7 +196,7 @@ def test_adapted_forward_on_any_base(make, kind, lora_bias):
     x, a, b = torch.randn(2, 3, K), torch.randn(r, K), torch.randn(N, r)
     adapter_bias = torch.randn(N) if lora_bias else None
     expected = base(x.requires_grad_()) + 0.3 * F.linear(F.linear(x, a), b, adapter_bias)
-    ours = adapted_forward(base, x, a, b, 0.3, 0.0, adapter_bias)
+    ours = adapted_forward(base, x, Adapter(a, b, 0.3, 0.0, adapter_bias))
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     (dx,), (expected_dx,) = (torch.autograd.grad(y.sin().sum(), x, retain_graph=True) for y in (ours, expected))
     torch.testing.assert_close(dx, expected_dx, rtol=1e-4, atol=1e-4)
@@ -209,7 +209,7 @@ def test_4bit_base_computes_in_its_compute_dtype(x_dtype, compute_dtype):
     for each in (layer, twin):
         each.compute_dtype, each.compute_type_is_set = compute_dtype, compute_dtype is not None
     x = torch.randn(3, K, dtype=x_dtype).requires_grad_()
-    ours = adapted_forward(layer, x, torch.zeros(r, K), torch.zeros(N, r), 1.0)
+    ours = adapted_forward(layer, x, Adapter(torch.zeros(r, K), torch.zeros(N, r), 1.0))
     theirs = twin(x)
     assert (ours.dtype, layer.compute_dtype, layer.compute_type_is_set) == (
         theirs.dtype,

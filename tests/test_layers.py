@@ -16,6 +16,7 @@ LAYERS = [  # each may import what stands before it
     {"kernel_ops"},
     {"ops"},
     {"fourbit"},
+    {"siblings"},
     {"autograd"},
     {"functional"},
     {"nn"},
