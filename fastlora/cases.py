@@ -37,7 +37,7 @@ def linears(hidden: int, intermediate: int, kv: int, q: int | None = None) -> di
 @contextmanager
 def kernels(device: torch.device) -> Iterator[None]:
     """Let the ops run the kernels on this device: in the interpreter on a CPU, registered already on a GPU."""
-    compositions = {name: getattr(ops, name) for name in kernel_ops._LAUNCHERS}
+    compositions = {name: getattr(ops, name) for name in kernel_ops.OPS}
     with ExitStack() as stack:
         key = device.type.upper()
         if device.type == "cpu":

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.nf4 import code_book, load_scales
-from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
 
@@ -63,15 +63,14 @@ def _nf4_matmul_kernel(
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
         if HAS_ADAPTER:
             a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-            xa = tl.dot(a.to(x.dtype), x, xa, input_precision=PRECISION)
+            xa = wide_dot(a, x, xa, x_ptr.dtype.element_ty, PRECISION)
             a_ptrs += BLOCK_K * stride_ak
         x_ptrs += BLOCK_K * stride_xk
 
     if HAS_ADAPTER:
         b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
         b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        acc = tl.dot(b.to(dtype), (xa * s).to(dtype), acc, input_precision=PRECISION)
+        acc = wide_dot(b, (xa * s).to(a_ptr.dtype.element_ty), acc, x_ptr.dtype.element_ty, PRECISION)
     if HAS_BIAS and split == 0:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + split.to(tl.int64) * stride_os + offs_m[None, :].to(tl.int64) * stride_om + offs_n[:, None]

@@ -161,10 +161,10 @@ def padded_rank(r: int) -> int:
 ANY = 1 << 30  # a bound that every size is under
 
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "shrink": {  # by padded rank
+    "shrink": {  # by padded rank, of all adapters together
         "default": {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_stages=3),
-            64: Tile(BLOCK_M=64, BLOCK_K=64, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
@@ -179,7 +179,10 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=4),
             ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
         },
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_matmul fp32": {
         "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3)},
@@ -190,28 +193,48 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
         },
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_matmul tma dropout": {  # the mask takes the registers of half an accumulator
         "default": {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
         },
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_matmul tma group": {  # the operands of every part stay in registers
         "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_matmul tma group dropout": {  # and so do two accumulators beside a mask
         "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
+        **dict.fromkeys(
+            ("sm_90", "sm_100"),
+            {
+                32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+                64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+                ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+            },
+        ),
         "default": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
-            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
-            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+            64: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
     },

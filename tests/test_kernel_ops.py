@@ -10,7 +10,7 @@ import torch
 import fastlora
 from fastlora import kernel_ops, ops, plans
 
-interpreter.repair_bf16()
+interpreter.repair()
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, without a GPU"),

@@ -10,7 +10,7 @@ from fastlora import reference
 from fastlora.kernels.nf4 import CODES, decode_4bit
 from fastlora.kernels.nf4_matmul import nf4_matmul
 
-interpreter.repair_bf16()
+interpreter.repair()
 
 pytestmark = [pytest.mark.usefixtures("nan_in_empty", "bitsandbytes_eager")]
 if DEVICE == "cuda":
