@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         import interpreter
 
         interpreter.enable()
-        interpreter.repair_bf16()
+        interpreter.repair()
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():

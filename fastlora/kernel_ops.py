@@ -82,9 +82,8 @@ def lora_matmul(x: Tensor, w: Tensor, xa: Tensor, b: Tensor, *args: Any) -> Tens
 
 def lora_matmul_group(x: Sequence[Tensor], w: Sequence[Tensor], xa: Any, b: Sequence[Tensor], *args: Any) -> Tensor:
     rank = sum(each.shape[1] for each in b)
-    plan = choose(
-        "lora_matmul", _problem(x[0], w[0].shape[0], rank, sum(each.shape[1] for each in x)), _name(x[0].device)
-    )
+    problem = _problem(x[0], w[0].shape[0], rank, sum(each.shape[1] for each in x), len(x))
+    plan = choose("lora_matmul", problem, _name(x[0].device))
     name = "lora_matmul_group" if plan == "tail" else "lora_matmul_group_base_last"
     return launcher("lora_matmul", name)(x, w, xa, b, *args)
 
@@ -125,8 +124,8 @@ _LAUNCHERS = {
 OPS = tuple(_LAUNCHERS)
 
 
-def _problem(x: Tensor, N: int, r: int, K: int | None = None) -> Problem:
-    return Problem(x.shape[0], N, x.shape[1] if K is None else K, r, itemsize=x.element_size())
+def _problem(x: Tensor, N: int, r: int, K: int | None = None, parts: int = 1) -> Problem:
+    return Problem(x.shape[0], N, x.shape[1] if K is None else K, r, itemsize=x.element_size(), parts=parts)
 
 
 @cache

@@ -37,7 +37,7 @@ PLANS = {
 }
 MAX_FUSED_TOKENS, MAX_FUSED_RANK = 64, 128  # what the accumulators of nf4_matmul hold
 
-Key = tuple[str, int, int, int, int, int, bool]
+Key = tuple[str, int, int, int, int, int, int, bool]
 
 _forced: ContextVar[dict[str, str]] = ContextVar("forced", default={})  # noqa: B039  (never changed in place)
 
@@ -49,7 +49,7 @@ def bucket(size: int) -> int:
 
 def key(op: str, c: Problem) -> Key:
     """What problems that share a measured plan have in common."""
-    return op, bucket(c.M), c.N, c.K, c.r, c.itemsize, c.p > 0
+    return op, bucket(c.M), c.N, c.K, c.r, c.parts, c.itemsize, c.p > 0
 
 
 def possible(op: str, c: Problem) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ def forget() -> None:
     by_rule.cache_clear()
 
 
-_KEY = {"op": str, "M": int, "N": int, "K": int, "r": int, "itemsize": int, "dropout": bool}
+_KEY = {"op": str, "M": int, "N": int, "K": int, "r": int, "parts": int, "itemsize": int, "dropout": bool}
 _TILE = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"}
 
 

@@ -14,7 +14,11 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Problem:
-    """One call: ``x[M, K]`` (or dy), ``w[N, K]``, rank r, dropout p; bytes an element of x and of the adapter."""
+    """One call: ``x[M, K]`` (or dy), ``w[N, K]``, rank r, dropout p; bytes an element of x and of the adapter.
+
+    A call for several adapters at once (a group) has that many ``parts``, and as r the sum of their ranks; of
+    ``lora_matmul_group`` K is the sum of theirs too. The parts count as equals.
+    """
 
     M: int
     N: int
@@ -23,6 +27,7 @@ class Problem:
     p: float = 0.0
     itemsize: int = 2
     adapter_itemsize: int = 4
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -158,31 +163,41 @@ def packed_bytes(c: Problem) -> int:
     return _cdiv(weights, 2) + blocks + 4 * _cdiv(blocks, 256) + 4 * (256 + 1 + 16)
 
 
+def _dots(c: Problem, wide: int) -> int:
+    """Products of half precision that one with ``wide`` operands of the adapter takes: fp32 is a high and a low part."""
+    return 1 + wide if c.itemsize == 2 and c.adapter_itemsize == 4 else 1
+
+
 def _shrink(c: Problem, rates: Rates) -> list[Launch]:
-    R, e = _padded(c.r), c.adapter_itemsize
-    t = _tile("shrink", c, R)
-    blocks = _cdiv(c.M, t.BLOCK_M) * _cdiv(c.r, min(R, 128))
+    r, e = c.r // c.parts, c.adapter_itemsize
+    R = _padded(r)
+    t = _tile("shrink", c, R * c.parts)
+    block_r = max(16, min(R, 128, 256 // (1 << (c.parts - 1).bit_length())))
+    blocks = _cdiv(c.M, t.BLOCK_M) * _cdiv(r, block_r)
     splits = _splits(c.K, t.BLOCK_K, blocks, 2, rates)
     moved = c.M * c.K * c.itemsize + c.r * c.K * e + _partial_bytes(splits, c.M * c.r, e)
-    return [Launch("shrink", moved, 2 * c.M * c.K * R), *_sum(splits, c.M * c.r, e)]
+    flops = 2 * c.M * c.K * R * c.parts * _dots(c, 1)
+    return [Launch("shrink", moved, flops), *_sum(splits, c.M * r, e) * c.parts]
 
 
 def _adapter_bytes(c: Problem) -> int:
     return (c.M + c.N) * c.r * c.adapter_itemsize
 
 
+def _adapter_flops(c: Problem) -> int:
+    return 2 * c.M * c.N * _padded(c.r // c.parts) * c.parts * _dots(c, 2)
+
+
 def _tail(c: Problem, rates: Rates) -> list[Launch]:
     moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize + _adapter_bytes(c)
-    return [Launch("lora_matmul", moved, 2 * c.M * c.N * (c.K + _padded(c.r)))]
+    return [Launch("lora_matmul", moved, 2 * c.M * c.N * c.K + _adapter_flops(c))]
 
 
 def _base_last(c: Problem, rates: Rates) -> list[Launch]:
-    adapter = _adapter_bytes(c) + c.M * c.N * c.itemsize
-    base = (c.M * c.K + c.N * c.K + 2 * c.M * c.N) * c.itemsize
-    return [
-        Launch("lora_matmul", adapter, 2 * c.M * c.N * _padded(c.r)),
-        Launch("gemm", base, 2 * c.M * c.N * c.K, vendor=True),
-    ]
+    adapter, K = _adapter_bytes(c) + c.M * c.N * c.itemsize, c.K // c.parts
+    base = (c.M * K + c.N * K + 2 * c.M * c.N) * c.itemsize
+    gemm = Launch("gemm", base, 2 * c.M * c.N * K, vendor=True)
+    return [Launch("lora_matmul", adapter, _adapter_flops(c)), *[gemm] * c.parts]
 
 
 def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
@@ -194,7 +209,7 @@ def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
     moved = c.M * c.K * c.itemsize + c.M * c.r * e + _partial_bytes(splits, c.K * c.r, e)
     if with_b:
         moved += c.K * c.r * e + _partial_bytes(slabs, c.M * c.r, e)
-    walk = Launch("lora_grad", moved, (4 if with_b else 2) * c.M * c.K * R)
+    walk = Launch("lora_grad", moved, (4 if with_b else 2) * c.M * c.K * R * _dots(c, 1))
     return [walk, *_sum(splits, c.K * c.r, e), *(_sum(slabs, c.M * c.r, e) if with_b else [])]
 
 
@@ -233,8 +248,11 @@ def _fused(c: Problem, rates: Rates) -> list[Launch]:
 
 COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[Launch]]] = {
     ("shrink", ""): _shrink,
+    ("shrink_group", ""): _shrink,
     ("lora_matmul", "tail"): _tail,
     ("lora_matmul", "base_last"): _base_last,
+    ("lora_matmul_group", "tail"): _tail,
+    ("lora_matmul_group", "base_last"): _base_last,
     ("lora_grad", "one_pass"): lambda c, rates: _walk(c, rates, with_b=True),
     ("lora_grad", "two_pass"): lambda c, rates: [*_shrink(c, rates), *_walk(c, rates, with_b=False)],
     ("lora_grad_a", ""): lambda c, rates: _walk(c, rates, with_b=False),

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora import kernel_ops, plans, roofline
 from fastlora.cases import Case, Results, kernels, wrong
 from fastlora.plans import Table
-from fastlora.roofline import Rates
+from fastlora.roofline import Problem, Rates
 
 Clock = Callable[[Callable[[], Any]], float]  # seconds that a call takes on the device
 ROUNDS = 3
@@ -255,7 +255,8 @@ def _gemm_rates(
             return torch.ops.fastlora.lora_matmul(x, w, xa, b)
 
     times = measure({vendor: lambda: torch.mm(x, w.t()), ours: tail}, clock)
-    flops = {vendor: 2 * M * N * K, ours: 2 * M * N * (K + r)}
+    c = Problem(M, N, K, r, itemsize=dtype.itemsize)
+    flops = {vendor: 2 * M * N * K, ours: roofline.predict("lora_matmul", "tail", c, roofline.H100).flops}
     return {name: flops[name] / median(found) for name, found in times.items()}
 
 

@@ -220,7 +220,7 @@ class TestTiles:
         from fastlora import kernel_ops
         from fastlora.kernels import tiles
 
-        interpreter.repair_bf16()
+        interpreter.repair()
         measured = {"BLOCK_M": 16, "BLOCK_K": 16}
         plans.write_tables(cache, {"cpu": Table(tiles={("shrink", 16): measured})})
         x, a = torch.randn(40, 48).bfloat16(), torch.randn(4, 48)

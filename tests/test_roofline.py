@@ -9,7 +9,7 @@ import torch
 from test_ops import weight_4bit
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastlora import plans, roofline
+from fastlora import kernel_ops, plans, roofline
 from fastlora.roofline import A100, COSTS, H100, Launch, Problem, Rates, floor, predict
 
 pytest.importorskip("triton")
@@ -84,16 +84,25 @@ def operands(c, dtype):
 def launch(op, plan, c):
     """Carry out the op by the plan, by its launchers."""
     from fastlora.kernels.lora_grad import lora_grad
-    from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_base_last
+    from fastlora.kernels.lora_matmul import (
+        lora_matmul,
+        lora_matmul_base_last,
+        lora_matmul_group,
+        lora_matmul_group_base_last,
+    )
     from fastlora.kernels.nf4 import decode_4bit
     from fastlora.kernels.nf4_matmul import nf4_matmul
-    from fastlora.kernels.shrink import shrink
+    from fastlora.kernels.shrink import shrink, shrink_group
     from fastlora.kernels.swiglu import swiglu, swiglu_backward_
 
     dtype = BF16 if c.itemsize == 2 else FP32
     t = operands(c, dtype)
     x, w, a, b, xa = (t[name] for name in ("x", "w", "a", "b", "xa"))
     dense = {"tail": lora_matmul, "base_last": lora_matmul_base_last}
+    if op.endswith("_group"):
+        return launch_group(
+            c, dtype, {"": shrink_group, "tail": lora_matmul_group, "base_last": lora_matmul_group_base_last}[plan]
+        )
     if op in ("decode_4bit", "linear_4bit"):
         weight, _ = weight_4bit(c.N, c.K, 64, "nf4", True)
 
@@ -110,10 +119,21 @@ def launch(op, plan, c):
         ("linear_4bit", "merged"): lambda: torch.mm(x, decode(a, b).t()),
         ("linear_4bit", "decoded"): lambda: dense["tail"](x, decode(), shrink(x, a, 0.5), b),
         ("linear_4bit", "fused"): lambda: nf4_matmul(x, *weight, a, b, 0.5),
-        ("swiglu", ""): lambda: swiglu(x, x.clone()),
-        ("swiglu_backward_", ""): lambda: swiglu_backward_(x, x.clone(), x.clone()),
+        ("swiglu", ""): lambda: swiglu(x, x.clone(), "silu"),
+        ("swiglu_backward_", ""): lambda: swiglu_backward_(x, x.clone(), x.clone(), "silu"),
     }
     return cases[op, plan]
+
+
+def launch_group(c, dtype, launcher):
+    """A call for as many adapters as there are parts."""
+    n, r, p, seed = c.parts, c.r // c.parts, [0.0] * c.parts, [None] * c.parts
+    t = operands(replace(c, r=r), dtype)
+    if launcher.__name__ == "shrink_group":
+        return lambda: launcher(t["x"], [t["a"].clone() for _ in range(n)], [0.5] * n, p, seed)
+    parts = operands(replace(c, r=r, K=c.K // n), dtype)
+    each = {name: [parts[name].clone() for _ in range(n)] for name in ("x", "w", "xa", "b")}
+    return lambda: launcher(each["x"], each["w"], each["xa"], each["b"], p, seed)
 
 
 PROBLEMS = [
@@ -127,31 +147,23 @@ PROBLEMS = [
 @pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: f"{c.M}x{c.N}x{c.K} r={c.r}, {c.itemsize} bytes")
 @pytest.mark.parametrize(("op", "plan"), COSTS, ids=map(" ".join, COSTS))
 def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):
-    interpreter.repair_bf16()
+    interpreter.repair()
     if (op, plan) == ("linear_4bit", "fused") and c.M > plans.MAX_FUSED_TOKENS:
         c = replace(c, M=plans.MAX_FUSED_TOKENS)
     if op.startswith("swiglu"):
         c = replace(c, M=min(c.M, 9))  # tiles of the interpreter are small, and this has many
-    monkeypatch.setattr(roofline, "_splits", watched := Watched(roofline._splits))
+    if op.endswith("_group"):
+        c = replace(c, r=2 * c.r, parts=2)
     run = launch(op, plan, c)
     with Traffic(monkeypatch) as traffic:
         run()
     rates = replace(INTERPRETED, kernel_gemm=1e15, kernel_gemm_fp32=1e15)  # `decoded` then goes on by `tail`
     expected = COSTS[op, plan](c, rates)
-    assert [name for name, _ in traffic.launches] == [launch.name for launch in expected], watched.results
+    assert [name for name, _ in traffic.launches] == [launched.name for launched in expected]
     slack = CODE_BOOKS if "4bit" in op else 0
     for (name, moved), launched in zip(traffic.launches, expected, strict=True):
         assert launched.bytes - (slack if "sum" not in name and name != "gemm" else 0) <= moved <= launched.bytes, name
     assert predict(op, plan, c, rates).bytes == sum(launched.bytes for launched in expected)
-
-
-class Watched:
-    def __init__(self, function):
-        self.function, self.results = function, []
-
-    def __call__(self, *args):
-        self.results.append(self.function(*args))
-        return self.results[-1]
 
 
 def test_problems_above_split_reductions_and_do_not():
@@ -161,6 +173,7 @@ def test_problems_above_split_reductions_and_do_not():
 
 def test_every_plan_has_a_cost():
     assert {(op, plan) for op, names in plans.PLANS.items() for plan in names} <= COSTS.keys()
+    assert {op for op, _ in COSTS} == {*kernel_ops.OPS, "linear_4bit"}
 
 
 class TestSeconds:
@@ -186,8 +199,17 @@ class TestSeconds:
         expected = max(one.times(H100, 2).values()) + max(two.times(H100, 2).values())
         prediction = predict("lora_matmul", "base_last", c, H100)
         assert prediction.seconds == expected
-        assert prediction.flops == 2 * 8192 * 4096 * (4096 + 16)
+        assert prediction.flops == 2 * 8192 * 4096 * (4096 + 3 * 16)  # fp32 adapters: high and low parts
         assert prediction.bound == "tensor core"
+
+    def test_of_a_group_are_less_than_of_its_parts(self):
+        c = Problem(8192, 4096, 4096, 16)
+        q_k_v = replace(c, r=3 * 16, parts=3)
+        assert predict("shrink_group", "", q_k_v, H100).seconds < 2 * predict("shrink", "", c, H100).seconds
+        dx = replace(q_k_v, K=3 * 4096)
+        single = predict("lora_matmul", "tail", c, H100)
+        together = predict("lora_matmul_group", "tail", dx, H100)
+        assert together.bytes == 3 * single.bytes - 2 * 8192 * 4096 * 2, "dx is written once"
 
     @pytest.mark.parametrize("rates", [H100, A100], ids=["H100", "A100"])
     @pytest.mark.parametrize("M", [1, 64, 1024, 8192])
