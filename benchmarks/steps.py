@@ -21,7 +21,7 @@ import torch
 from benchmarks import layers, resume
 from benchmarks.timing import block, clocks, free, host_seconds, measure, rates, samples
 from fastlora import kernel_ops, plans, roofline, tuning
-from fastlora.cases import decoded, random_weight_4bit
+from fastlora.cases import decoded, poisoned, random_weight_4bit
 from fastlora.cli.info import versions
 from fastlora.roofline import Problem
 
@@ -132,7 +132,10 @@ def _sweep_case(run: Any, base: str, M: int, N: int, K: int, r: int) -> list[dic
         try:
             forward, adapted = make(layer), name != "frozen"
             way = partial(_forced, forced, partial(layers.step, layer, forward, adapted))
-            found[name] = layers.errors(way(), exact[adapted])
+            with poisoned():
+                results = way()
+            found[name] = layers.errors(results, exact[adapted])
+            del results
             if (reason := layers.inexact(found[name], bar)) is not None:
                 raise ArithmeticError(reason)
         except (ImportError, ArithmeticError, RuntimeError, ValueError) as error:
@@ -207,7 +210,9 @@ def step_decode(run: Any) -> Found:
             )
         rows, right = [], {}
         for (kernel, M), (moved, call, eager, truth) in ways.items():
-            (error,), (bar,) = (layers.errors((result,), (truth(),)) for result in (call(), eager()))
+            with poisoned():
+                result = call()
+            (error,), (bar,) = (layers.errors((each,), (truth(),)) for each in (result, eager()))
             row = {"kernel": kernel, "layer": names, "count": count, "N": N, "K": K, "M": M, "bytes": moved}
             reason = layers.inexact([error], [bar])
             rows.append(row | dict.fromkeys(("p20", "p50", "p80", "copy")) | {"relative_error": error, "error": reason})

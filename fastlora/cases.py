@@ -4,6 +4,7 @@ An implementation that does not pass `wrong` gets no timing.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -47,6 +48,18 @@ def kernels(device: torch.device) -> Iterator[None]:
             stack.callback(library._destroy)
             kernel_ops.register(library, key, compositions)
         yield
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """``torch.empty`` returns NaN: an element that nobody writes cannot pass for what was in that memory before."""
+    strict, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 
 
 Results = tuple[Tensor, ...]

@@ -164,7 +164,7 @@ def packed_bytes(c: Problem) -> int:
 
 
 def _dots(c: Problem, wide: int) -> int:
-    """Products of half precision that one with ``wide`` operands of the adapter takes: fp32 is a high and a low part."""
+    """Products that one with ``wide`` operands of the adapter takes: fp32 is two parts in half precision."""
     return 1 + wide if c.itemsize == 2 and c.adapter_itemsize == 4 else 1
 
 

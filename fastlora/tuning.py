@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlora import kernel_ops, plans, roofline
-from fastlora.cases import Case, Results, kernels, wrong
+from fastlora.cases import Case, Results, kernels, poisoned, wrong
 from fastlora.plans import Table
 from fastlora.roofline import Problem, Rates
 
@@ -177,7 +177,9 @@ class Tuner:
         right, bar, exact = {}, eager(), truth()
         for way, run in ways.items():
             try:
-                reason = wrong(run(), bar, exact, case.longest)
+                with poisoned():
+                    results = run()
+                reason = wrong(results, bar, exact, case.longest)
             except Exception as error:  # a tile that does not compile, or does not fit
                 reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             if reason is None:

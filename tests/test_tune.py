@@ -143,6 +143,25 @@ def test_a_tile_that_is_wrong_gets_no_timing(pretend, cache, capsys):
     assert sum(used == ("shrink", "", best[0]) for used in device.timed) == 1
 
 
+def test_what_nobody_writes_is_wrong(pretend, capsys, monkeypatch):
+    """It could hold the right result of the tile before, had memory not been poisoned."""
+    device = pretend(even)
+    launch = device.launch
+
+    def writes_half(op, composition, *args):
+        result = launch(op, composition, *args)
+        if op != "shrink" or tiles.tile("shrink", 32).BLOCK_M == 32:
+            return result
+        out = torch.empty_like(result)
+        out[::2] = result[::2]
+        return out
+
+    monkeypatch.setitem(kernel_ops._LAUNCHERS, "shrink", partial(writes_half, "shrink", ops.shrink))
+    assert main(["tune", *SHAPE, "--json"]) == 0
+    rejected = json.loads(capsys.readouterr().out)["rejected"]
+    assert any(line.startswith("shrink M64") and "error nan" in line for line in rejected)
+
+
 def test_a_tile_that_does_not_fit_is_passed_over(pretend, capsys):
     def seconds(op, plan="", tile=None):
         if tile is not None and tile.BLOCK_M > 32:
