@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.insert(0, str(ROOT / "tests"))
         import interpreter
 
-        interpreter.enable()
+        if "triton" not in sys.modules:
+            interpreter.enable()
         interpreter.repair()
     import torch
 

@@ -53,7 +53,10 @@ def kernels(device: torch.device) -> Iterator[None]:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """``torch.empty`` returns NaN: an element that nobody writes cannot pass for what was in that memory before."""
-    strict, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings(action="ignore"):
