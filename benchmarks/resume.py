@@ -52,8 +52,7 @@ class Resume:
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":  # a set-up that fails or skips has no call
-            reason = "" if report.outcome == "passed" else str(report.longrepr).strip().splitlines()[-1]
-            self._note(report.nodeid, report.outcome, report.duration, reason)
+            self._note(report.nodeid, report.outcome, report.duration, _reason(report))
 
     def _note(self, test, outcome, seconds=0.0, reason=""):
         with self.path.open("a") as file:
@@ -67,6 +66,15 @@ class Resume:
         if time.monotonic() > self.deadline:
             item.session.shouldstop = "time is spent"
         return result
+
+
+def _reason(report) -> str:
+    """Why a test failed or was skipped, in a line."""
+    if report.outcome == "passed":
+        return ""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash else report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+    return next(iter(text.strip().splitlines()), "")[:200]
 
 
 def _broken() -> bool:

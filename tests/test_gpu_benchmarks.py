@@ -177,21 +177,12 @@ def test_it(i):
 
     def pytest(self, folder, *more):
         (folder / "test_it.py").write_text(self.TESTS)
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "benchmarks.resume",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            "none",
-        ]
-        command += ["--rootdir", str(folder), "--outcomes", str(folder / "notes"), str(folder / "test_it.py"), *more]
+        plugins = ["-p", "benchmarks.resume", "-p", "no:cacheprovider", "-c", "pytest.ini", "--rootdir", str(folder)]
+        command = [sys.executable, "-m", "pytest", "-q", *plugins, "--outcomes", str(folder / "notes"), *more]
         (folder / "pytest.ini").write_text("[pytest]\n")
-        ran = subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        ran = subprocess.run(
+            [*command, "test_it.py"], cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
         return ran.returncode, {o["test"].partition("::")[2]: o for o in resume.read(folder / "notes")}
 
     def test_goes_on_where_time_ran_out(self, tmp_path):
