@@ -28,9 +28,11 @@ def goals(results: dict[str, Rows]) -> list[Goal]:
     ours, ours_nf4 = block_seconds(sweep, "bf16", "ours"), block_seconds(sweep, "nf4", "ours")
     outcomes = [row["outcome"] for row in results.get("correctness", [])]
     passed = sum(o == "passed" for o in outcomes) / len(outcomes) if outcomes else None
+    checks = [row["outcome"] for row in results.get("graph", []) if row["outcome"]]
     decode = results.get("decode", [])
     return [
         Goal("tests on the device that pass", 1.0, passed),
+        Goal("checks of CUDA graphs that hold", 1.0, sum(map("True".__eq__, checks)) / len(checks) if checks else None),
         Goal("bf16: faster than eager PEFT", 1.25, ratio(bf16["peft"], ours)),
         Goal("bf16: faster than the addmm style", 1.12, ratio(bf16["addmm"], ours)),
         Goal("bf16: time over the frozen layers", 1.10, ratio(ours, bf16["frozen"]), at_least=False),

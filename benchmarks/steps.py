@@ -107,7 +107,7 @@ def step_rates(run: Any) -> Found:
 
 
 def step_sweep(run: Any) -> Found:
-    tokens = (8, 1) if run.tiny else (8192, 1, 16, 4096, 1024, 256)
+    tokens = (8,) if run.tiny else (8192, 1, 16, 4096, 1024, 256)
     for r in (4,) if run.tiny else (16, 64):
         for M in tokens:
             for base in ("bf16", "nf4"):

@@ -7,7 +7,7 @@ than noise (`GAIN`). Problems that share an entry of the table are decided toget
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import median
@@ -71,16 +71,20 @@ class Tuner:
 
     def __init__(self, device: torch.device, clock: Clock, name: str) -> None:
         self.device, self.clock, self.name = device, clock, name
-        self.found = Tuning(Table(**vars(plans.table(name))))
-        self.found.table.plans, self.found.table.tiles = dict(self.found.table.plans), dict(self.found.table.tiles)
+        known = plans.table(name)
+        self.found = Tuning(replace(known, plans=dict(known.plans), tiles=dict(known.tiles)))
 
-    def run(self, problems: list[Case]) -> Iterator[tuple[int, int, str]]:
-        """Tune, and say before every step how many are done, how many there are, and what it is."""
+    def run(self, problems: list[Case], done: Container[str] = ()) -> Iterator[tuple[int, int, str]]:
+        """Tune, and say before every step how many are done, how many there are, and what it is.
+
+        Steps named in ``done`` are passed over: what they found is in the table already.
+        """
         from fastlora.kernels import tiles
 
-        yield 0, 1, "rates of the device"
+        yield 0, 1, (text := "rates of the device")
         with kernels(self.device):
-            self.found.table.rates = measure_rates(self.device, self.clock, roofline.modelled(self.name))
+            if text not in done:
+                self.found.table.rates = measure_rates(self.device, self.clock, roofline.modelled(self.name))
             used = self._tiles_used(problems)
             by_plan = defaultdict(list)
             for case in problems:
@@ -90,11 +94,13 @@ class Tuner:
             tiles.measured_by(lambda device: self.found.table.tiles)
             try:
                 for i, (at, (tile, users)) in enumerate(used.items()):
-                    yield 1 + i, total, f"tiles of {at[0]}, size {at[1]}"
-                    self._tune_tile(at, tile, users)
+                    yield 1 + i, total, (text := f"tiles of {at[0]}, size {at[1]}")
+                    if text not in done:
+                        self._tune_tile(at, tile, users)
                 for i, (key, sharing) in enumerate(by_plan.items()):
-                    yield 1 + len(used) + i, total, f"plans of {sharing[0].op}, {sharing[0].name}"
-                    self._tune_plan(key, sharing)
+                    yield 1 + len(used) + i, total, (text := f"plans of {sharing[0].op}, {sharing[0].name}")
+                    if text not in done:
+                        self._tune_plan(key, sharing)
             finally:
                 tiles.measured_by(lambda device: plans.table(device).tiles)
         yield total, total, "done"

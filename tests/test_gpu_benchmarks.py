@@ -277,6 +277,10 @@ class TestGoals:
         outcomes = [{"outcome": o} for o in ("passed", "passed", "failed", "did not end")]
         assert self.of(sweep={}, correctness=outcomes)["tests on the device that pass"] == (0.5, False)
 
+    def test_checks_of_graphs_that_fail_count(self):
+        graph = [{"outcome": o} for o in ("True", "False", None)]  # as a CSV has them
+        assert self.of(sweep={}, graph=graph)["checks of CUDA graphs that hold"] == (0.5, False)
+
     def test_tiny_sizes_meet_no_goal(self, tmp_path, capsys):
         assert run(tmp_path, "--only", "decode") == 0
         assert run(tmp_path, "--summary") == 0

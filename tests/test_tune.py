@@ -262,6 +262,18 @@ def test_out_names_the_file(pretend, cache, tmp_path):
     assert not cache.exists()
 
 
+def test_steps_that_are_done_are_passed_over(pretend):
+    device = pretend(even)
+    problems = cases([(32, 48, 64)], [4], torch.bfloat16, False)
+    steps = [text for _, _, text in tuning.Tuner(torch.device("cpu"), device.clock, "cpu").run(problems)]
+    assert len(steps) == len(set(steps)) > 4 and steps[-1] == "done"
+    device.timed.clear()
+    tuner = tuning.Tuner(torch.device("cpu"), device.clock, "cpu")
+    list(tuner.run(problems, steps))
+    assert len(device.timed) == sum(len(case.plans) for case in problems), "each once, to see which tiles are used"
+    assert tuner.found.table == Table()
+
+
 class TestMeasure:
     def test_ways_take_turns_and_the_first_rotates(self):
         calls = []
