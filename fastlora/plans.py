@@ -23,12 +23,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastlora import roofline
 from fastlora.files import replace_file
 from fastlora.roofline import Problem, Rates
+from fastlora.version import __version__
 
 PLANS = {
     "lora_matmul": ("tail", "base_last"),
@@ -102,7 +104,7 @@ def by_rule(op: str, problem: Problem, device: str = "") -> str:
 
 # What ``fastlora tune`` measured.
 
-VERSION = 1
+FORMAT = 1
 TABLE_FILE = "plans.json"
 
 
@@ -113,6 +115,7 @@ class Table:
     rates: Rates | None = None
     plans: dict[Key, str] = field(default_factory=dict)
     tiles: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)  # (kernel, bucket of its size) -> Tile
+    versions: dict[str, str] = field(default_factory=dict)  # of what compiled the tiles
     environment: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,13 +134,26 @@ def cache_file() -> Path:
 @cache
 def _tables() -> dict[str, Table]:
     try:
-        path = cache_file()
-        return read_tables(path)
+        tables = read_tables(cache_file())
     except FileNotFoundError:
         return {}
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home directory
         warnings.warn(f"fastlora ignores its measured plans and goes by its rules: {error}", stacklevel=2)
         return {}
+    for name, measured in tables.items():
+        if measured.tiles and measured.versions != versions():
+            was, now = (", ".join(map(" ".join, each.items())) for each in (measured.versions, versions()))
+            message = (
+                f"fastlora ignores the tiles measured on {name} with {was}: here is {now}. fastlora tune renews them"
+            )
+            warnings.warn(message, stacklevel=2)
+            measured.tiles.clear()
+    return tables
+
+
+def versions() -> dict[str, str]:
+    """What a tile depends on: the kernels and their compiler. Under another one it may not even fit."""
+    return {"fastlora": __version__, "triton": version("triton")}
 
 
 def read_tables(path: Path) -> dict[str, Table]:
@@ -145,8 +161,8 @@ def read_tables(path: Path) -> dict[str, Table]:
     writes."""
     try:
         found = json.loads(path.read_bytes())
-        if found["version"] != VERSION:
-            raise ValueError(f"version {VERSION} is understood here, the file has {found['version']!r}")
+        if found["version"] != FORMAT:
+            raise ValueError(f"format {FORMAT} is understood here, the file has {found['version']!r}")
         return {name: _table_from_json(entry) for name, entry in found["devices"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
@@ -156,7 +172,7 @@ def read_tables(path: Path) -> dict[str, Table]:
 def write_tables(path: Path, tables: dict[str, Table]) -> None:
     """Replace the file at once, and let this process choose by the new measurements from now on."""
     devices = {name: _table_to_json(measured) for name, measured in tables.items()}
-    text = json.dumps({"version": VERSION, "devices": devices}, indent=1, allow_nan=False)
+    text = json.dumps({"version": FORMAT, "devices": devices}, indent=1, allow_nan=False)
     replace_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     forget()
 
@@ -174,6 +190,7 @@ _TILE = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"}
 def _table_to_json(measured: Table) -> dict:
     return {
         "environment": measured.environment,
+        "versions": measured.versions,
         "rates": measured.rates and measured.rates.to_json(),
         "plans": [dict(zip(_KEY, at, strict=True)) | {"plan": plan} for at, plan in measured.plans.items()],
         "tiles": [{"kernel": name, "size": size, "tile": t} for (name, size), t in measured.tiles.items()],
@@ -181,7 +198,7 @@ def _table_to_json(measured: Table) -> dict:
 
 
 def _table_from_json(entry: dict) -> Table:
-    measured = Table(environment=dict(entry["environment"]))
+    measured = Table(versions=dict(entry["versions"]), environment=dict(entry["environment"]))
     if entry["rates"] is not None:
         measured.rates = Rates.from_json(entry["rates"])
     for row in entry["plans"]:

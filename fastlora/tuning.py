@@ -71,8 +71,8 @@ class Tuner:
 
     def __init__(self, device: torch.device, clock: Clock, name: str) -> None:
         self.device, self.clock, self.name = device, clock, name
-        known = plans.table(name)
-        self.found = Tuning(replace(known, plans=dict(known.plans), tiles=dict(known.tiles)))
+        known = plans.table(name)  # without tiles, if they are of other versions
+        self.found = Tuning(replace(known, plans=dict(known.plans), tiles=dict(known.tiles), versions=plans.versions()))
 
     def run(self, problems: list[Case], done: Container[str] = ()) -> Iterator[tuple[int, int, str]]:
         """Tune, and say before every step how many are done, how many there are, and what it is.

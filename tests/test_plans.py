@@ -110,7 +110,8 @@ def test_a_table_survives_its_file(cache):
         rates=replace(H100, measured=True),
         plans={plans.key("lora_grad", Problem(4096, 0, 4096, 16, 0.1)): "two_pass"},
         tiles={("shrink", 16): {"BLOCK_M": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 2}},
-        environment={"triton": "3.6.0"},
+        versions={"triton": "3.6.0"},
+        environment={"date": "today"},
     )
     plans.write_tables(cache, {GPU: table, "another": Table()})
     assert plans.read_tables(cache) == {GPU: table, "another": Table()}
@@ -196,13 +197,24 @@ def test_a_forced_plan_that_cannot_is_an_error_and_not_another_plan():
 
 
 class TestTiles:
+    @pytest.mark.parametrize("other", [{"triton": "1.0"}, {"fastlora": "0.0"}], ids=str)
+    def test_of_another_compiler_are_reported_once_and_ignored_plans_are_not(self, other, cache):
+        tile = {("shrink", 16): {"BLOCK_M": 16, "BLOCK_K": 64}}
+        measure(cache, tiles=tile, versions=plans.versions() | other)
+        with pytest.warns(UserWarning, match="fastlora ignores the tiles measured on NVIDIA H100") as caught:
+            assert not plans.table(GPU).tiles
+        assert len(caught) == 1 and "fastlora tune" in str(caught[0].message)
+        assert choose("lora_matmul", Problem(5000, 4096, 4096, 16), GPU) == "tail"
+        measure(cache, tiles=tile, versions=plans.versions())
+        assert plans.table(GPU).tiles == tile
+
     def test_measured_beats_the_table_and_forced_beats_both(self, cache):
         from fastlora import kernel_ops
         from fastlora.kernels import tiles
 
         usual = tiles.tile("shrink", 16)
         measured = {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 2, "num_stages": 5}
-        plans.write_tables(cache, {"cpu": Table(tiles={("shrink", 16): measured})})
+        plans.write_tables(cache, {"cpu": Table(tiles={("shrink", 16): measured}, versions=plans.versions())})
         kernel_ops.launcher("shrink", "shrink")
         assert tiles.tile("shrink", 16) == tiles.Tile(**measured) == tiles.tile("shrink", 9)
         assert tiles.tile("shrink", 32) == usual
@@ -222,7 +234,7 @@ class TestTiles:
 
         interpreter.repair()
         measured = {"BLOCK_M": 16, "BLOCK_K": 16}
-        plans.write_tables(cache, {"cpu": Table(tiles={("shrink", 16): measured})})
+        plans.write_tables(cache, {"cpu": Table(tiles={("shrink", 16): measured}, versions=plans.versions())})
         x, a = torch.randn(40, 48).bfloat16(), torch.randn(4, 48)
         truth = 2 * x.double() @ a.double().t()
         with tiles.watch() as used:
