@@ -26,7 +26,8 @@ def goals(results: dict[str, Rows]) -> list[Goal]:
     bf16 = {name: block_seconds(sweep, "bf16", name) for name in ("frozen", "peft", "addmm")}
     nf4 = {name: block_seconds(sweep, "nf4", name) for name in ("frozen", "peft")}
     ours, ours_nf4 = block_seconds(sweep, "bf16", "ours"), block_seconds(sweep, "nf4", "ours")
-    outcomes = [row["outcome"] for row in results.get("correctness", [])]
+    tests = results.get("smoke", []) + results.get("correctness", [])
+    outcomes = [row["outcome"] for row in tests if row["outcome"] != "skipped"]
     passed = sum(o == "passed" for o in outcomes) / len(outcomes) if outcomes else None
     checks = [row["outcome"] for row in results.get("graph", []) if row["outcome"]]
     decode = results.get("decode", [])

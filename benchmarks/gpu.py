@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                     every step that has no complete result yet
     python benchmarks/gpu.py --only sweep        one step
-    python benchmarks/gpu.py --from decode       a step and those after it
+    python benchmarks/gpu.py --from sweep        a step and those after it
     python benchmarks/gpu.py --summary           the goals, from what is there
     python benchmarks/gpu.py --device cpu --tiny the same code on tiny sizes, kernels interpreted: finds the typos
 
@@ -29,7 +29,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs without being installed, from anywhere
 
-STEPS = ("environment", "correctness", "rates", "sweep", "decode", "graph", "profile", "compare", "tune")
+# The cheapest and most decisive first: a machine may be lent for half an hour.
+STEPS = ("environment", "smoke", "rates", "decode", "graph", "sweep", "profile", "compare", "correctness", "tune")
 Rows = list[dict[str, Any]]
 
 

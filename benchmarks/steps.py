@@ -51,15 +51,25 @@ def _installed(name: str) -> str:
     return "installed" if importlib.util.find_spec(name) else "missing"
 
 
+def step_smoke(run: Any) -> Found:
+    """The tests of layers and of launches: a minute that says whether the rest is worth measuring."""
+    yield from _tests(run, "smoke", ["tests/test_gpu.py", "tests/test_gpu_runtime.py"])
+
+
 def step_correctness(run: Any) -> Found:
-    """pytest, its tests dealt out to several processes because most of the time is compiling."""
-    files = ["tests/test_gpu.py", "tests/test_gpu_runtime.py", "tests/test_kernels.py"]
+    """Every kernel against fp64 truth."""
+    files = ["tests/test_kernels.py"]
     if importlib.util.find_spec("bitsandbytes"):
         files.append("tests/test_nf4_kernels.py")
+    yield from _tests(run, "correctness", files)
+
+
+def _tests(run: Any, name: str, files: list[str]) -> Found:
+    """pytest, its tests dealt out to several processes because most of the time is compiling."""
     selection = ["-k", "TestShrink and fp32-"] if run.tiny else []
     shards = 1 if run.tiny else max(1, min(8, (os.cpu_count() or 1) // 2))
     run.folder.mkdir(parents=True, exist_ok=True)
-    notes = [run.folder / f"correctness-{shard}.jsonl" for shard in range(shards)]
+    notes = [run.folder / f"{name}-{shard}.jsonl" for shard in range(shards)]
     if run.again:
         for path in notes:
             path.unlink(missing_ok=True)

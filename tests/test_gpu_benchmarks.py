@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu, layers, resume, steps
+from benchmarks import evidence, gpu, layers, resume, steps, timing
 from benchmarks.goals import goals, lines
 from fastlora import tuning
 from fastlora.cases import MODELS, linears
@@ -70,8 +71,107 @@ def test_sweep_compares_every_provider(one_layer, tmp_path):
     assert {r["plan"] for r in found if r["provider"] == "ours" and r["base"] == "bf16"} == {"tail"}
 
 
+class TestOnlyOnAGPU:
+    """What no CPU runs, with the device pretended: it shall not fail on the day for a typo."""
+
+    @pytest.fixture
+    def given(self, tmp_path):
+        device = SimpleNamespace(type="cuda", index=0)
+        return gpu.Run(device, "a GPU", tmp_path, True, 1e12, False, {}, set())
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        """Streams that are none, and graphs whose replay is the call again, into the results of the first."""
+
+        class Graph:
+            def replay(self):
+                for old, new in zip(self.results, self.call(), strict=True):
+                    old.data.copy_(new.data)
+
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        pretended = {
+            "is_available": lambda: False, "Stream": lambda: nothing, "current_stream": lambda: nothing,
+            "stream": lambda stream: nullcontext(), "CUDAGraph": Graph, "graph": lambda graph: nullcontext(),
+            "synchronize": lambda device=None: None, "current_device": lambda: 0,
+        }  # fmt: skip
+        for name, function in pretended.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        capture = evidence.capture
+
+        def captured(call):
+            graph, results = capture(call)
+            graph.call, graph.results = call, results
+            return graph, results
+
+        monkeypatch.setattr(evidence, "capture", captured)
+        monkeypatch.setattr("triton.testing.do_bench", lambda call, **how: [call(), 3.0, 1.0, 2.0][1:])
+
+    def test_graphs(self, given, cuda, monkeypatch):
+        # the tensors are on a CPU all the same
+        torch_device = torch.device("cpu")
+        monkeypatch.setattr(evidence, "torch", SimpleNamespace(**vars(torch)))
+        for name in ("eye", "ones", "zeros"):
+            make = getattr(torch, name)
+            monkeypatch.setattr(
+                evidence.torch, name, lambda *a, make=make, device, **k: make(*a, device=torch_device, **k)
+            )
+        make_layer = layers.make_layer
+        monkeypatch.setattr(layers, "make_layer", lambda *a: make_layer(*a[:-1], torch_device))
+        found = dict(evidence.step_graph(given))
+        assert list(found) == ["masks", "bf16 M=4", "nf4 M=4"]
+        outcomes = [row["outcome"] for rows in found.values() for row in rows if "outcome" in row]
+        assert outcomes == [True] * 5
+        times = [row for rows in found.values() for row in rows if "p50" in row]
+        assert all((row["p20"], row["p50"], row["p80"]) == pytest.approx((1.4e-3, 2e-3, 2.6e-3)) for row in times)
+        given.done |= set(found)
+        assert not list(evidence.step_graph(given))
+
+    def test_clocks(self, monkeypatch):
+        line = "580.95.05, 1980 MHz, 1980 MHz, 2619 MHz, 92.20 W, 700.00 W, 31\n"
+        asked = []
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(
+            timing.subprocess, "run", lambda command, **how: asked.append(command) or SimpleNamespace(stdout=line)
+        )
+        found = timing.clocks(SimpleNamespace(type="cuda"))
+        assert found["driver_version"] == "580.95.05" and found["temperature.gpu"] == "31"
+        assert all(argument.startswith(("nvidia-smi", "--id", "--query", "--format")) for argument in asked[0])
+
+    def test_clocks_without_the_tool(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setenv("PATH", "")
+        assert timing.clocks(SimpleNamespace(type="cuda")) == {}
+
+    def test_kernels_of_a_profile(self):
+        def event(key, seconds, device):
+            return SimpleNamespace(
+                key=key, count=2, self_device_time_total=seconds * 1e6, self_cpu_time_total=0.0,
+                device_type=SimpleNamespace(name=device),
+            )  # fmt: skip
+
+        events = [event("aten::mm", 9.0, "CPU"), event("gemm", 3.0, "CUDA"), event("shrink", 1.0, "CUDA")]
+        assert evidence.kernel_rows(events, on_gpu=True) == [
+            {"kernel": "gemm", "calls": 2, "seconds": 3.0, "share": 0.75, "error": None},
+            {"kernel": "shrink", "calls": 2, "seconds": 1.0, "share": 0.25, "error": None},
+        ]
+
+    def test_a_row_of_launches(self, cuda, monkeypatch):
+        monkeypatch.setattr(tuning, "torch", SimpleNamespace(**vars(torch)))
+        monkeypatch.setattr(tuning.torch, "zeros", lambda n, device: torch.zeros(n))
+        replays = []
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph))
+        seconds = tuning._launch_seconds(SimpleNamespace(type="cuda"), lambda run: run() or 1.0)
+        assert seconds == 1 / tuning.LAUNCHES and len(replays) == 1
+
+    def test_the_clock(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr("triton.testing.do_bench", lambda run, **how: asked.append(how) or 2.0)
+        assert tuning.gpu_clock(lambda: None) == 2e-3
+        assert asked[0]["return_mode"] == "median"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["correctness", "sweep", "profile", "compare"])
+@pytest.mark.parametrize("step", ["smoke", "correctness", "sweep", "profile", "compare"])
 def test_slow_step(step, tmp_path):
     test_step(step, tmp_path, SimpleNamespace(readouterr=lambda: SimpleNamespace(out=f"{step}: complete, from")))
 
@@ -223,6 +323,18 @@ def test_correctness_counts_a_hanging_test_against_the_budget(tmp_path, monkeypa
     monkeypatch.setattr(steps, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Hanging}))
     assert run(tmp_path, "--only", "correctness") == 1
     assert Hanging.killed and json.loads((tmp_path / "cpu" / "gpu.json").read_text())["correctness"]["error"] is None
+
+
+def test_tests_of_a_step_that_is_measured_again_run_again(tmp_path, monkeypatch):
+    notes = tmp_path / "cpu" / "smoke-0.jsonl"
+    notes.parent.mkdir()
+    notes.write_text('{"test": "a", "outcome": "failed", "seconds": 1.0, "reason": "then"}\n')
+    ends = iter([(0, ""), (3, "internal error")])
+    monkeypatch.setattr(steps, "_pytest", lambda *args: next(ends))
+    assert run(tmp_path, "--only", "smoke") == 0
+    assert rows(tmp_path, "smoke") == [{"case": "a", "outcome": "failed", "seconds": 1, "reason": "then"}]
+    assert run(tmp_path, "--only", "smoke", "--again") == 1, "pytest could not run"
+    assert not notes.exists() and not rows(tmp_path, "smoke")
 
 
 class TestGoals:
