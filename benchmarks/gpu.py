@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs without being installed, from anywhere
 
-# The cheapest and most decisive first: a machine may be lent for half an hour.
+# The cheapest and most decisive first: time on a GPU is short.
 STEPS = ("environment", "smoke", "rates", "decode", "graph", "sweep", "profile", "compare", "correctness", "tune")
 Rows = list[dict[str, Any]]
 
