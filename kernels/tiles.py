@@ -157,14 +157,16 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
     },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
-        **dict.fromkeys(
-            ("sm_90", "sm_100"),
-            {
-                32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
-                64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
-                ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
-            },
-        ),
+        "sm_90": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
+        "sm_100": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
         "default": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
