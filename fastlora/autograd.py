@@ -82,7 +82,7 @@ def rows_of(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def _like_rows_of(x_shape: torch.Size, y: Tensor) -> Tensor:
+def like_rows_of(x_shape: torch.Size, y: Tensor) -> Tensor:
     return y if len(x_shape) == 2 else y.view(*x_shape[:-1], y.shape[-1])
 
 
@@ -105,7 +105,7 @@ def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any,
     else:
         w = weight.decode_merged(x.dtype, a, b, s).t()
         y = torch.mm(rows, w) if bias is None else torch.addmm(bias.to(x.dtype), rows, w)
-    return _like_rows_of(x.shape, y)
+    return like_rows_of(x.shape, y)
 
 
 class Part(NamedTuple):
@@ -243,7 +243,7 @@ class LoRALinear(Function):
             if ctx.chained:
                 parts += ctx.shared.take_over()
             if parts:
-                dx = _like_rows_of(ctx.x_shape, input_gradient(parts))
+                dx = like_rows_of(ctx.x_shape, input_gradient(parts))
         return (dx, da, db, dbias, *(None,) * (ctx.inputs - 4))
 
 
@@ -300,5 +300,5 @@ class AddLoRA(Function):
         dx = None
         if need_dx:
             no_base = rows.new_empty(a.shape[1], 0)  # only dropout(dxa @ a) is left of the product
-            dx = _like_rows_of(ctx.x_shape, lora_matmul(rows[:, :0], no_base, dxa, a.t(), None, ctx.p, seed))
+            dx = like_rows_of(ctx.x_shape, lora_matmul(rows[:, :0], no_base, dxa, a.t(), None, ctx.p, seed))
         return dx, da, db, dy if need_dy else None, None, None, None

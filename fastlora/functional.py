@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import autograd
+from fastlora import autograd, mlp
 from fastlora.fourbit import Weight4bit, is_4bit, weight_4bit
 from fastlora.siblings import SharedInput, Siblings
 
@@ -112,6 +112,27 @@ def adapted_forward(
     return _apply(x, _weight_of(base_layer), a, b, scaling, bias, p, shared).to(dtype)
 
 
+def mlp_forward(x: Tensor, layers: list[tuple[Any, Adapter]], activation: str) -> Tensor | None:
+    """``down(act(gate(x)) * up(x))`` for (gate, up, down), ``down(act(up(x)))`` for (up, down): bases and adapters.
+
+    None if they cannot be computed as one: a base layer computes itself, or in a dtype of its own.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    projections = []
+    for base_layer, adapter in layers:
+        kind = base_kind(base_layer)
+        if kind == "opaque" or (kind == "4bit" and compute_dtype_4bit(base_layer, x) != dtype):
+            return None
+        a, b, scaling, p, _ = adapter
+        if isinstance(scaling, Tensor):
+            b, scaling = b * scaling, 1.0
+        weight = _weight_of(base_layer) if kind == "4bit" else base_layer._parameters["weight"].to(dtype)
+        bias = whole_bias(base_layer, adapter)
+        projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
+    *first, down = projections
+    return mlp.mlp(x.to(dtype), first, down, activation)
+
+
 def whole_bias(base_layer: Any, adapter: Adapter) -> Tensor | None:
     """The base's bias and the adapter's."""
     bias, lora_bias = base_layer._parameters["bias"], adapter.bias
@@ -135,6 +156,19 @@ def base_kind(base_layer: nn.Module) -> str:
     if code is not None and code.co_qualname == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
         return "4bit"
     return "opaque"
+
+
+def is_hooked(module: Any) -> bool:
+    """Whether something is to run when this module is called, besides its class's forward."""
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "_hf_hook" in d
+        or "forward" in d
+    )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fastlora.fuse import fuse_mlps, unfuse_mlps
 from fastlora.nn import LoRALinear
 from fastlora.siblings import siblings_among
 
@@ -94,6 +95,7 @@ def merge(model: nn.Module, unload: bool = False) -> nn.Module:
             layer.unmerge()
         raise
     if unload:
+        unfuse_mlps(model)
         for name, layer in layers.items():
             model.set_submodule(name, layer.base_layer)
     return model
@@ -115,6 +117,7 @@ def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
         model.set_submodule(name, layer.train(layer.base_layer.training))
     for layer, siblings in siblings_among(layers):
         layer._siblings = siblings
+    fuse_mlps(model, lambda module: isinstance(module, LoRALinear))
 
 
 @contextmanager

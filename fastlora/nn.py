@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.fourbit import is_4bit, weight_4bit
-from fastlora.functional import Adapter, adapted_forward, base_kind, check_dropout
+from fastlora.functional import Adapter, adapted_forward, base_kind, check_dropout, is_hooked
 from fastlora.siblings import Siblings
 
 
@@ -128,6 +128,12 @@ class LoRALinear(nn.Module):
     def adapter(self) -> Adapter:
         """What this layer adds to its base layer now."""
         return Adapter(self.lora_A, self.lora_B, self.scaling, self.lora_dropout if self.training else 0.0)
+
+    def operands(self, x: Tensor) -> tuple[Any, Adapter] | None:
+        """The base layer and its adapter, for a block that computes several layers as one; None if it must not now."""
+        if self.merged or is_hooked(self) or is_hooked(self.base_layer):
+            return None
+        return self.base_layer, self.adapter()
 
     def adapter_without_dropout(self) -> tuple[Tensor, float] | None:
         """lora_A and scaling, for a sibling to begin with; None if that is not all there is to it."""

@@ -14,7 +14,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastlora.functional import Adapter, adapted_forward, add_lora_output, base_kind
+from fastlora.functional import Adapter, adapted_forward, add_lora_output, base_kind, is_hooked
+from fastlora.fuse import fuse_mlps, unfuse_mlps
 from fastlora.siblings import siblings_among
 
 try:
@@ -25,15 +26,18 @@ except ImportError:  # bitsandbytes is not installed
 
 @dataclass
 class PatchReport:
-    """What `patch` did: ``patched`` layer names, and ``skipped`` names with the reason each is left to PEFT."""
+    """What `patch` did, by name: layers ``patched``, MLP blocks ``fused`` into one function, and what was ``skipped``,
+    with the reason why it runs its own forward."""
 
     patched: list[str] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.patched and not self.skipped:
             return "fastlora: nothing to patch: the model has no PEFT LoRA layers"
-        lines = [f"fastlora: {len(self.patched)} LoRA layers patched, {len(self.skipped)} left to PEFT"]
+        patched, fused, skipped = len(self.patched), len(self.fused), len(self.skipped)
+        lines = [f"fastlora: {patched} LoRA layers patched, {fused} MLPs fused, {skipped} left as they were"]
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped.items()])
 
 
@@ -59,6 +63,9 @@ def patch(model: nn.Module) -> PatchReport:
             report.skipped[name] = reason
     for layer, siblings in siblings_among({name: model.get_submodule(name) for name in report.patched}):
         layer.__dict__[_SIBLINGS] = siblings
+    fused, kept = fuse_mlps(model, lambda module: type(module) in _THEIRS)
+    report.fused.extend(fused)
+    report.skipped.update(kept)
     return report
 
 
@@ -70,6 +77,7 @@ def unpatch(model: nn.Module) -> list[str]:
             layer.__class__ = _THEIRS[type(layer)]
             layer.__dict__.pop(_SIBLINGS, None)
             names.append(name)
+    unfuse_mlps(model)
     return names
 
 
@@ -108,20 +116,20 @@ def why_peft(layer: LoraLayer) -> str | None:
         for part, module in (("lora_A", lora_A[name]), ("lora_B", lora_B[name])):
             if type(module) is not nn.Linear:
                 return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
-            if _is_hooked(module):
+            if is_hooked(module):
                 return f"{part} of adapter {name!r} has hooks, which only run when it is called"
             if _is_sharded(module.weight):
                 return f"{part} of adapter {name!r} is sharded"
         dropout = dropouts[name]
         if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
             return f"dropout of adapter {name!r} is {dropout}"
-        if _is_hooked(dropout):
+        if is_hooked(dropout):
             return f"dropout of adapter {name!r} has hooks, which only run when it is called"
     return None
 
 
 def _base_reason(base: nn.Module) -> str | None:
-    if _is_hooked(base):
+    if is_hooked(base):
         return "its base layer has hooks, which only run when it is called"
     weight = base.__dict__["_parameters"].get("weight")
     if weight is None:
@@ -133,18 +141,6 @@ def _base_reason(base: nn.Module) -> str | None:
     return None
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    d = module.__dict__
-    return bool(
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "_hf_hook" in d
-        or "forward" in d
-    )
-
-
 def _is_sharded(weight: Tensor) -> bool:
     """On meta (offloaded), emptied by ZeRO-3, or a distributed tensor."""
     return weight.is_meta or hasattr(weight, "ds_id") or type(weight).__name__ == "DTensor"
@@ -152,20 +148,33 @@ def _is_sharded(weight: Tensor) -> bool:
 
 def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
     """The adapted layer through fastlora: the active adapters as one, fused with the base."""
-    modules = layer.__dict__["_modules"]
-    base = modules["base_layer"]
-    lora_A = modules["lora_A"]._modules
-    adapters = [_adapter(layer, name) for name in layer.active_adapters if name in lora_A]
+    base = layer.__dict__["_modules"]["base_layer"]
+    adapters = _adapters(layer)
     if not adapters:
         return base(x)
-    if len(adapters) > 1 and all(adapter.p == 0.0 for adapter in adapters):
-        adapters = [_stack(adapters)]
     y = adapted_forward(base, x, adapters[0], layer.__dict__.get(_SIBLINGS), layer)
     for a, b, scaling, p, bias in adapters[1:]:  # each with a dropout mask of its own
         y = add_lora_output(y, x, a, b, scaling, p)
         if bias is not None:
             y = y + (scaling * bias).to(y.dtype)
     return y
+
+
+def _adapters(layer: LoraLayer) -> list[Adapter]:
+    """The active adapters, as one where they can be."""
+    lora_A = layer.__dict__["_modules"]["lora_A"]._modules
+    adapters = [_adapter(layer, name) for name in layer.active_adapters if name in lora_A]
+    if len(adapters) > 1 and all(adapter.p == 0.0 for adapter in adapters):
+        return [_stack(adapters)]
+    return adapters
+
+
+def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
+    """The base layer and its one adapter, for a block that computes several layers as one; None if it must not now."""
+    if is_hooked(layer) or why_peft(layer) is not None or not _can_run(layer, x):
+        return None
+    adapters = _adapters(layer)
+    return (layer.__dict__["_modules"]["base_layer"], adapters[0]) if len(adapters) == 1 else None
 
 
 def _adapter(layer: LoraLayer, name: str) -> Adapter:
@@ -224,6 +233,7 @@ class FastLinear(PeftLinear):
     """`peft.tuners.lora.Linear` computed by fastlora."""
 
     forward = _forward_or_peft
+    operands = _operands
     adapter_without_dropout = _adapter_without_dropout
 
 
@@ -235,6 +245,7 @@ if PeftLinear4bit is not None:
         """`peft.tuners.lora.Linear4bit` computed by fastlora."""
 
         forward = _forward_or_peft
+        operands = _operands
         adapter_without_dropout = _adapter_without_dropout
 
     _OURS[PeftLinear4bit] = FastLinear4bit

@@ -15,7 +15,8 @@ namespace cpublas = at::native::cpublas;
 constexpr int64_t BLOCK_M = 32;   // rows of a product: two AMX tiles
 constexpr int64_t BLOCK_N = 256;  // columns of an expanded tile
 constexpr int64_t TAIL_M = 128;   // rows of a tile that the base product is in too,
-constexpr int64_t TAIL_N = 96;    // and its columns
+constexpr int64_t TAIL_N = 96;    // and its columns,
+constexpr int64_t TAIL_K = 512;   // summed up over about so much of the depth at a time
 constexpr int64_t BLOCK_C = 128;  // columns of an outer product, four cache lines
 constexpr int64_t BLOCK_L = 128;  // its depth
 
@@ -218,8 +219,12 @@ void tail(
             std::fill_n(copy.row(0) + rows * K, (TAIL_M - rows) * K, BFloat16(0));
             block = copy.row(0);
           }
-          cpublas::brgemm(
-              TAIL_M, padded, K, rows < TAIL_M ? K : ldx, TAIL_N, TAIL_N, true, block, as_bf16(packed), tile.row(0));
+          const int64_t steps = std::max<int64_t>(1, K / TAIL_K), step = round_up((K + steps - 1) / steps, 32);
+          for (int64_t k0 = 0; k0 < K; k0 += step) {
+            cpublas::brgemm(
+                TAIL_M, padded, std::min(step, K - k0), rows < TAIL_M ? K : ldx, TAIL_N, TAIL_N, true, block + k0,
+                as_bf16(packed + k0 / 2 * TAIL_N), tile.row(0));
+          }
           packed += K / 2 * TAIL_N;
         }
         for (int64_t i = 0; i < rows; ++i) round_to(tile.row(i), cols, y + (m0 + i) * N + n0);

@@ -1,0 +1,187 @@
+"""The MLP of a transformer block as one autograd Function: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``.
+
+What down is fed, h, is neither saved nor computed by itself again: backward makes it in the pass over gate and up that
+also makes their gradients, in place.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from fastlora.autograd import (
+    TENSORS,
+    Part,
+    Run,
+    Weight,
+    adapter_grads,
+    apply,
+    fields_of,
+    input_gradient,
+    is_merged,
+    is_packed,
+    like_rows_of,
+    new_handle,
+    product,
+    rows_of,
+    shrink,
+    without_autocast,
+)
+from fastlora.fourbit import Weight4bit
+
+shrink_group = torch.ops.fastlora.shrink_group.default
+swiglu = torch.ops.fastlora.swiglu.default
+swiglu_backward_ = torch.ops.fastlora.swiglu_backward_.default
+lora_grad_a = torch.ops.fastlora.lora_grad_a.default
+
+
+class Projection(NamedTuple):
+    """One adapted layer: ``x wᵀ + bias + s · drop(x) aᵀ bᵀ``."""
+
+    weight: Weight
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    s: float
+    p: float
+    seed: Tensor | None
+
+    @property
+    def merged(self) -> bool:
+        return is_merged(self.weight, self.p)
+
+    def forward(self, x: Tensor, xa: Tensor | None) -> Tensor:
+        return product(x, self.weight, self.a, self.b, self.bias, xa, self.s, self.p)
+
+    def part(self, dy: Tensor, dxa: Tensor | None) -> Part:
+        return Part(dy, self.weight, self.a, self.b, dxa, self.s, self.p, self.seed)
+
+    def flat(self) -> tuple[tuple, tuple]:
+        """SLOTS tensors or Nones, and the numbers among the fields."""
+        fields = fields_of(self.weight)
+        tensors = (self.a, self.b, self.bias, self.seed, *fields[:TENSORS])
+        return tensors + (None,) * (SLOTS - len(tensors)), (self.s, self.p, fields[TENSORS:])
+
+
+SLOTS = 4 + TENSORS  # of tensors: a, b, bias, seed and those of a 4-bit weight
+
+
+def unflat(tensors: tuple, numbers: tuple) -> Projection:
+    """The inverse of `Projection.flat`."""
+    a, b, bias, seed, *weight = tensors
+    s, p, rest = numbers
+    return Projection(Weight4bit(*weight, *rest) if rest else weight[0], a, b, bias, s, p, seed)
+
+
+def shrink_all(rows: Tensor, layers: list[Projection]) -> list[Tensor]:
+    """xa of several layers, in one read of rows."""
+    if not layers:
+        return []
+    a, s, p, seeds = zip(*((layer.a, layer.s, layer.p, layer.seed) for layer in layers), strict=True)
+    return shrink_group(rows, list(a), list(s), list(p), list(seeds))
+
+
+@without_autocast
+def mlp(x: Tensor, first: list[Projection], down: Projection, activation: str) -> Tensor:
+    """``down(swiglu(*(layer(x) for layer in first), activation))``: ``first`` is gate and up, or up alone.
+
+    Saves x and what the first layers put out. ``activation`` as in `fastlora.reference.activate`.
+    """
+    with torch.no_grad():
+        rows = rows_of(x)
+        made = iter(shrink_all(rows, [layer for layer in first if not layer.merged]))
+        xas = [None if layer.merged else next(made) for layer in first]
+        zs = [layer.forward(rows, xa) for layer, xa in zip(first, xas, strict=True)]
+        h = like_rows_of(x.shape, swiglu(zs[0], zs[1] if len(zs) == 2 else None, activation))
+        xa = shrink(rows_of(h), down.a, down.s, down.p, down.seed)
+    tensors, numbers = zip(*(layer.flat() for layer in (*first, down)), strict=True)
+    packed = is_packed()
+    y = apply(MLP, x, activation, numbers, None if packed else h, *sum(tensors, ()), *zs, *xas, xa)
+    return apply(Run, y, partial(down.forward, h, xa)) if packed else y
+
+
+class MLP(Function):
+    """`mlp`, given everything but its last product. Without h it puts out a handle."""
+
+    @staticmethod
+    def forward(x, activation, numbers, h, *tensors):
+        down = unflat(tensors[SLOTS * (len(numbers) - 1) : SLOTS * len(numbers)], numbers[-1])
+        return new_handle(x, down.b.shape[0]) if h is None else down.forward(h, tensors[-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.activation, ctx.numbers, _, *tensors = inputs
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(x, *tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        n = len(ctx.numbers)
+        before, after = 4, 2 * n - 1  # other arguments
+        if dy is None:
+            return (None,) * (before + n * SLOTS + after)
+        x, *tensors = ctx.saved_tensors
+        dy, rows = rows_of(dy), rows_of(x)
+        starts = range(0, n * SLOTS, SLOTS)
+        *first, down = (unflat(tensors[i : i + SLOTS], num) for i, num in zip(starts, ctx.numbers, strict=True))
+        need_dx = ctx.needs_input_grad[0]
+        *needs, need = (Need(*ctx.needs_input_grad[before + i : before + i + 3]) for i in starts)
+        zs, (*xas, xa) = tensors[n * SLOTS : -n], tensors[-n:]
+
+        need_dh = need_dx or any(map(any, needs))
+        need_dxa = need.a or (need_dh and not down.merged)
+        dxa, _, db = adapter_grads(dy, None, down.b if need_dxa else None, xa if need.b else None, down.s, 0.0, None)
+        h = da = None
+        if need_dh:
+            h = input_gradient([down.part(dy, dxa)])  # dh, still
+            if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+                zs = [z.clone() for z in zs]  # another backward will want them
+            swiglu_backward_(h, zs[0], zs[1] if n == 3 else None, ctx.activation)
+        elif need.a:
+            h = swiglu(zs[0], zs[1] if n == 3 else None, ctx.activation)
+        if need.a:
+            da = lora_grad_a(dxa, h, down.p, down.seed)
+        of_down = gradients_of(down, need, dy, da, db)
+
+        grads: list[Tensor | None] = []
+        parts: list[Part] = []
+        made = iter(
+            shrink_all(rows, [layer for layer, need in zip(first, needs, strict=True) if layer.merged and need.b])
+        )
+        for layer, need, dz, xa in zip(first, needs, zs, xas, strict=True):
+            if layer.merged and need.b:
+                xa = next(made)
+            need_dxa = need.a or (need_dx and not layer.merged)
+            dxa, da, db = adapter_grads(
+                dz,
+                rows if need.a else None,
+                layer.b if need_dxa else None,
+                xa if need.b else None,
+                layer.s,
+                layer.p,
+                layer.seed,
+            )
+            grads += gradients_of(layer, need, dz, da, db)
+            parts.append(layer.part(dz, dxa))
+        dx = like_rows_of(ctx.x_shape, input_gradient(parts)) if need_dx else None
+        return dx, None, None, None, *grads, *of_down, *(None,) * after
+
+
+class Need(NamedTuple):
+    """Which gradients of a `Projection` are asked for."""
+
+    a: bool
+    b: bool
+    bias: bool
+
+
+def gradients_of(layer: Projection, need: Need, dy: Tensor, da: Any, db: Any) -> tuple:
+    """In the order of `Projection.flat`."""
+    dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
+    grads = da.to(layer.a.dtype) if need.a else None, db.to(layer.b.dtype) if need.b else None, dbias
+    return grads + (None,) * (SLOTS - len(grads))
