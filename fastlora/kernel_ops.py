@@ -110,6 +110,17 @@ def decode_4bit(*args: Any) -> Tensor:
     return launcher("nf4", "decode_4bit")(*args)
 
 
+def nf4_matmul(x: Tensor, *args: Any) -> Tensor:
+    weight, (a, b, s, *rest) = args[:10], args[10:]
+    packed, blocksize, (N, K) = weight[0], weight[5], weight[8:]
+    bias, r = rest[0] if rest else None, 0 if a is None else a.shape[0]
+    fused = choose("linear_4bit", _problem(x, N, r), _name(x.device)) == "fused"
+    if fused and launcher("nf4_matmul", "has_kernel")(x.shape[0], packed, K, blocksize, r):
+        return launcher("nf4_matmul", "nf4_matmul")(x, *weight, a, b, s, bias)
+    w = decode_4bit(*weight, x.dtype, a, b, s)
+    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
+
+
 _LAUNCHERS = {
     "shrink": shrink,
     "shrink_group": shrink_group,
@@ -120,8 +131,8 @@ _LAUNCHERS = {
     "swiglu": swiglu,
     "swiglu_backward_": swiglu_backward_,
     "decode_4bit": decode_4bit,
+    "nf4_matmul": nf4_matmul,
 }
-OPS = tuple(_LAUNCHERS)
 
 
 def _problem(x: Tensor, N: int, r: int, K: int | None = None, parts: int = 1) -> Problem:

@@ -80,9 +80,10 @@ def _nf4_matmul_kernel(
 MAX_TOKENS, MAX_RANK = 64, 128  # what the accumulators of one program hold
 
 
-def has_kernel(M: int, K: int, blocksize: int, r: int = 0) -> bool:
-    """Whether `nf4_matmul` takes these sizes: rows of whole groups of 32 weights, few tokens, no huge rank."""
-    return 0 < M <= MAX_TOKENS and r <= MAX_RANK and K % 32 == 0 and blocksize % 32 == 0
+def has_kernel(M: int, packed: Tensor, K: int, blocksize: int, r: int = 0) -> bool:
+    """Whether `nf4_matmul` takes this: rows of whole groups of 32 weights, few tokens, no huge rank."""
+    aligned = K % 32 == 0 and blocksize % 32 == 0 and packed.data_ptr() % 4 == 0
+    return aligned and 0 < M <= MAX_TOKENS and r <= MAX_RANK
 
 
 def nf4_matmul(
@@ -105,7 +106,7 @@ def nf4_matmul(
 ) -> Tensor:
     """``x @ (decode + s * b @ a).T + bias``: [M, K] -> [M, N] in x's dtype, for sizes that `has_kernel` takes."""
     M, r = x.shape[0], 0 if a is None else a.shape[0]
-    assert has_kernel(M, K, blocksize, r) and packed.data_ptr() % 4 == 0
+    assert has_kernel(M, packed, K, blocksize, r)
     t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
     blocks = triton.cdiv(N, t.BLOCK_N)
     if splits is None:  # a split has at least four steps of the loop

@@ -73,8 +73,8 @@ def shrink_group(
     ranks, R = tuple(each.shape[0] for each in a), padded_rank(max(each.shape[0] for each in a))
     if K == 0 or M == 0:
         return [each.new_zeros(M, r) for each, r in zip(a, ranks, strict=True)]
-    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", R * len(a))
     BLOCK_R = max(16, min(R, 128, 256 // triton.next_power_of_2(len(a))))  # all sums stay in registers
+    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
     blocks = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(max(ranks), BLOCK_R)
     # A split has at least four steps of the loop; two programs a multiprocessor hide the latency of each other's loads.
     wanted = max(1, min(2 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))

@@ -161,11 +161,18 @@ def padded_rank(r: int) -> int:
 ANY = 1 << 30  # a bound that every size is under
 
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "shrink": {  # by padded rank, of all adapters together
-        "default": {
-            32: Tile(BLOCK_M=64, BLOCK_K=128, num_stages=3),
+    "shrink": {  # by the ranks that a program sums up, padded
+        "sm_90": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
-            ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
+        },
+        "default": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
     },
@@ -223,14 +230,16 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
     },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
-        **dict.fromkeys(
-            ("sm_90", "sm_100"),
-            {
-                32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
-                64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
-                ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
-            },
-        ),
+        "sm_90": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
+        "sm_100": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
         "default": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),

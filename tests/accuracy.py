@@ -137,7 +137,7 @@ def run_ours(c: Problem) -> Run:
     torch.manual_seed(c.seed)
     y = functional.lora_linear(x, c.base.weight, a, b, c.s, bias, c.p)
     torch.manual_seed(c.seed)
-    seed = functional._seed(x, c.p)
+    seed = functional.new_seed(x, c.p)
     D = reference.dropout(torch.ones(c.M, c.K, dtype=torch.float64), c.p, seed)
     return Run(gradients(y, c.dy, {"dx": x, "da": a, "db": b, "dbias": bias}), D)
 

@@ -78,8 +78,5 @@ def kernels(request):
     if not request.config.getoption("--kernels-in-interpreter"):
         yield
         return
-    from fastlora import kernel_ops, ops
-
-    interpreter.repair()
-    with kernel_ops.in_interpreter({name: getattr(ops, name) for name in kernel_ops.OPS}):
+    with interpreter.kernels():
         yield

@@ -7,6 +7,8 @@ its time. `repair` does all that right. It repairs the interpreter; no kernel wo
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +19,23 @@ def enable() -> None:
     if not torch.cuda.is_available():
         assert "triton" not in sys.modules, "too late: triton reads TRITON_INTERPRET when it is imported"
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def compositions() -> dict[str, Callable]:
+    """The ops in plain torch that a kernel can implement, by name."""
+    from fastlora import kernel_ops, ops, ops_4bit
+
+    return {name: getattr(ops, name, None) or getattr(ops_4bit, name) for name in kernel_ops._LAUNCHERS}
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Within this context the ops on CPU tensors run the kernels that a GPU would launch."""
+    from fastlora import kernel_ops
+
+    repair()
+    with kernel_ops.in_interpreter(compositions()):
+        yield
 
 
 def repair() -> None:

@@ -16,6 +16,7 @@ LAYERS = [  # each may import what stands before it
     {"plans"},
     {"kernel_ops"},
     {"ops"},
+    {"ops_4bit"},
     {"fourbit"},
     {"siblings"},
     {"autograd"},
