@@ -6,13 +6,13 @@ An implementation that does not pass `wrong` gets no timing.
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastlora import kernel_ops, ops, plans, reference
+from fastlora import kernel_ops, ops, ops_4bit, plans, reference
 from fastlora.fourbit import Weight4bit
 from fastlora.roofline import Problem
 
@@ -37,17 +37,21 @@ def linears(hidden: int, intermediate: int, kv: int, q: int | None = None) -> di
 
 @contextmanager
 def kernels(device: torch.device) -> Iterator[None]:
-    """Let the ops run the kernels on this device: in the interpreter on a CPU, registered already on a GPU."""
-    compositions = {name: getattr(ops, name) for name in kernel_ops.OPS}
-    with ExitStack() as stack:
-        key = device.type.upper()
-        if device.type == "cpu":
-            stack.enter_context(kernel_ops.in_interpreter(compositions))
-        elif not torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::lora_matmul", key):
-            library = torch.library.Library("fastlora", "IMPL")
-            stack.callback(library._destroy)
-            kernel_ops.register(library, key, compositions)
+    """Let all ops run the kernels on this device: on a CPU in the interpreter, on a GPU those not registered anyway."""
+    compositions = {name: getattr(ops, name, None) or getattr(ops_4bit, name) for name in kernel_ops._LAUNCHERS}
+    if device.type == "cpu":
+        with kernel_ops.in_interpreter(compositions):
+            yield
+        return
+    key = device.type.upper()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    library = torch.library.Library("fastlora", "IMPL")
+    missing = {name: f for name, f in compositions.items() if not has_kernel(f"fastlora::{name}", key)}
+    kernel_ops.register(library, key, missing)
+    try:
         yield
+    finally:
+        library._destroy()
 
 
 @contextmanager

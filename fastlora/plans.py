@@ -95,8 +95,9 @@ def choose(op: str, problem: Problem, device: str = "") -> str:
 @lru_cache(maxsize=4096)
 def by_rule(op: str, problem: Problem, device: str = "") -> str:
     """The plan that the roofline predicts to be fastest, with the device's measured rates where there are any."""
-    fit = possible(op, problem)
-    if len(fit) == 1 or min(problem.M, problem.K, problem.r) == 0 or (problem.N == 0 and op != "lora_grad"):
+    fit, c = possible(op, problem), problem
+    nothing = c.M == 0 or c.K == 0 or (c.N == 0 and op != "lora_grad") or (c.r == 0 and op != "linear_4bit")
+    if len(fit) == 1 or nothing:
         return fit[0]
     rates = table(device).rates or roofline.modelled(device)
     return min(fit, key=lambda plan: roofline.predict(op, plan, problem, rates).seconds)

@@ -134,7 +134,7 @@ def _tile(kernel: str, c: Problem, size: int):
 
 
 def _padded(r: int) -> int:
-    return max(16, 1 << (r - 1).bit_length())
+    return max(16, 1 << (r - 1).bit_length()) if r else 0
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -227,17 +227,19 @@ def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[Launch]:
 
 def _merged(c: Problem, rates: Rates) -> list[Launch]:
     moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize
-    return [*_decode(c, rates, merged=True), Launch("gemm", moved, 2 * c.M * c.N * c.K, vendor=True)]
+    return [*_decode(c, rates, merged=c.r > 0), Launch("gemm", moved, 2 * c.M * c.N * c.K, vendor=True)]
 
 
 def _decoded(c: Problem, rates: Rates) -> list[Launch]:
+    if not c.r:
+        return _merged(c, rates)
     dense = min(("tail", "base_last"), key=lambda plan: predict("lora_matmul", plan, c, rates).seconds)
     return [*_decode(c, rates), *_shrink(c, rates), *COSTS["lora_matmul", dense](c, rates)]
 
 
 def _fused(c: Problem, rates: Rates) -> list[Launch]:
     R = _padded(c.r)
-    t = _tile("nf4_matmul", c, max(c.M, R))
+    t = _tile("nf4_matmul", c, max(16, c.M, R))
     splits = _splits(c.K, t.BLOCK_K, _cdiv(c.N, t.BLOCK_N), 4, rates)
     moved = packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize
     moved += _partial_bytes(splits, c.M * c.N, c.itemsize)

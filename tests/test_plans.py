@@ -30,11 +30,22 @@ def cache(tmp_path, monkeypatch):
 def test_every_plan_chosen_is_possible():
     for op in plans.PLANS:
         for M in (0, 1, 64, 65, 8192):
-            for r in (1, 16, 512):
+            for r in (0, 1, 16, 512):
                 for p in (0.0, 0.1):
                     problem = Problem(M, 4096, 4096, r, p)
                     assert choose(op, problem) in plans.possible(op, problem)
                     assert set(plans.possible(op, problem)) <= set(plans.PLANS[op])
+
+
+def test_fused_is_possible_where_its_kernel_is():
+    from fastlora.kernels import nf4_matmul
+
+    packed = torch.empty(8, dtype=torch.uint8)
+    for M in (0, 1, 64, 65):
+        for r in (16, 128, 129):
+            for K in (64, 72):
+                fused = "fused" in plans.possible("linear_4bit", Problem(M, 64, K, r))
+                assert fused == nf4_matmul.has_kernel(M, packed, K, 64, r)
 
 
 def test_the_rule_is_the_fastest_prediction():
@@ -67,6 +78,7 @@ def test_rules_follow_from_what_moves():
     assert choose("linear_4bit", Problem(8192, 4096, 4096, 16)) == "merged"
     assert choose("linear_4bit", Problem(8192, 4096, 4096, 16, p=0.1)) == "decoded"
     assert choose("linear_4bit", Problem(1, 4096, 4096, 16)) == "fused"
+    assert choose("linear_4bit", Problem(1, 4096, 4096, 0)) == "fused", "without an adapter too"
 
 
 def measure(cache, op="lora_matmul", plan="tail", problem=None, **more):

@@ -166,6 +166,25 @@ def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):
     assert predict(op, plan, c, rates).bytes == sum(launched.bytes for launched in expected)
 
 
+@pytest.mark.parametrize("plan", ["merged", "fused"])
+def test_bytes_without_an_adapter(plan, monkeypatch):
+    from fastlora.kernels.nf4 import decode_4bit
+    from fastlora.kernels.nf4_matmul import nf4_matmul
+
+    interpreter.repair()
+    c = Problem(9, 320, 512, 0)
+    (weight, _), x = weight_4bit(c.N, c.K, 64, "nf4", True), torch.randn(c.M, c.K).to(BF16)
+    with Traffic(monkeypatch) as traffic:
+        if plan == "fused":
+            nf4_matmul(x, *weight, None, None, 1.0)
+        else:
+            torch.mm(x, decode_4bit(*weight, BF16, None, None, 1.0).t())
+    expected = COSTS["linear_4bit", plan](c, INTERPRETED)
+    assert [name for name, _ in traffic.launches] == [launched.name for launched in expected]
+    moved, modelled = (sum(each[1] for each in found) for found in (traffic.launches, expected))
+    assert modelled - CODE_BOOKS <= moved <= modelled
+
+
 def test_problems_above_split_reductions_and_do_not():
     found = {len(COSTS[op, ""](c, INTERPRETED)) for op in ("shrink", "lora_grad_a") for c in PROBLEMS}
     assert found == {1, 2}
@@ -173,7 +192,8 @@ def test_problems_above_split_reductions_and_do_not():
 
 def test_every_plan_has_a_cost():
     assert {(op, plan) for op, names in plans.PLANS.items() for plan in names} <= COSTS.keys()
-    assert {op for op, _ in COSTS} == {*kernel_ops.OPS, "linear_4bit"}
+    known_as = {"nf4_matmul": "linear_4bit"}
+    assert {op for op, _ in COSTS} == {known_as.get(op, op) for op in kernel_ops._LAUNCHERS}
 
 
 class TestSeconds:
