@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlora
-from fastlora import functional, plans
+from fastlora import functional, kernel_ops, plans
 from fastlora.cases import decoded, kernels, random_weight_4bit
 
 pytest.importorskip("triton")
@@ -41,6 +41,61 @@ def step_of(weight="dense", p=0.0, M=192, N=320, K=256, r=16, device="cuda"):
         return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
     return step
+
+
+def op_calls():
+    """Every op once, as a function without arguments that gives new tensors."""
+    M, N, K, r = 48, 192, 256, 16
+    device = torch.device("cuda")
+
+    def new(*shape, dtype=BF16):
+        return torch.randn(shape, device=device).to(dtype)
+
+    lora, seed, wide = torch.ops.fastlora, torch.tensor(5, device=device), torch.float32
+    x, w, dy = new(M, K), new(N, K), new(M, N)
+    a, b, xa = new(r, K, dtype=wide), new(N, r, dtype=wide), new(M, r, dtype=wide)
+    w4, gate, up = random_weight_4bit(N, K, device), new(M, K), new(M, K)
+
+    def swiglu_backward():
+        dh, dgate, dup = dy.new_ones(M, K), gate.clone(), up.clone()
+        lora.swiglu_backward_(dh, dgate, dup, "silu")
+        return dh, dgate, dup
+
+    return {
+        "shrink": lambda: (lora.shrink(x, a, S, P, seed),),
+        "shrink_group": lambda: tuple(lora.shrink_group(x, [a, a + 1], [S, S], [0.0, P], [None, seed])),
+        "lora_matmul": lambda: (lora.lora_matmul(x, w, xa, b, None, P, seed),),
+        "lora_matmul_group": lambda: (
+            lora.lora_matmul_group([x, gate], [w, w], [xa, xa], [b, b], [0.0, P], [None, seed]),
+        ),
+        "lora_grad": lambda: lora.lora_grad(dy, x, b, xa, S, P, seed),
+        "lora_grad_a": lambda: (lora.lora_grad_a(xa, x, P, seed),),
+        "swiglu": lambda: (lora.swiglu(gate, up, "gelu"),),
+        "swiglu_backward_": swiglu_backward,
+        "decode_4bit": lambda: (w4.decode(BF16), w4.decode_merged(BF16, a, b, S)),
+        "nf4_matmul": lambda: (lora.nf4_matmul(x, *w4, a, b, S),),
+    }
+
+
+def test_every_op_is_called_here():
+    assert op_calls().keys() == kernel_ops._LAUNCHERS.keys()
+
+
+@pytest.mark.parametrize("op", kernel_ops._LAUNCHERS)
+def test_every_op_is_captured_waits_for_nothing_and_repeats_its_bits(op):
+    call = op_calls()[op]
+    call()  # compiles
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    graph, results = capture(call)
+    for t in results:
+        t.fill_(float("nan"))
+    graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(expected, results, strict=True))
 
 
 STEPS = pytest.mark.parametrize("p", [0.0, P], ids=["", "dropout"])
@@ -210,8 +265,6 @@ class TestOffsets:
 
     @pytest.mark.parametrize("activation", ["silu"])
     def test_of_gate_and_up(self, activation):
-        if not hasattr(torch.ops.fastlora, "swiglu"):
-            pytest.skip("this op is not defined here")
         gate, up = self.far(512), torch.randn(self.M, 512, device="cuda").to(BF16)
         expected = F.silu(gate.float()) * up.float()
         h = torch.ops.fastlora.swiglu(gate, up, activation)
