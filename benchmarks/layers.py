@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from fastlora import functional, plans
+from fastlora import functional, plans, roofline
 from fastlora.cases import decoded, random_weight_4bit
 from fastlora.fourbit import Weight4bit, weight_4bit
+from fastlora.roofline import Problem, Rates
 
 S = 2.0  # lora_alpha / r
 PLANS = {
@@ -164,6 +165,20 @@ def step(layer: Layer, forward: Callable[[], Tensor], adapted: bool = True) -> t
     y = forward()
     leaves = (layer.x, layer.a, layer.b) if adapted else (layer.x,)
     return y, *torch.autograd.grad(y, leaves, layer.dy)
+
+
+def predicted(c: Problem, base: str, rates: Rates, device: str, backward: bool) -> float:
+    """Seconds that the roofline says our layer takes, by the plans that are in force on the device of this name."""
+    dy, dx = replace(c, N=0, K=c.N), replace(c, N=c.K, K=c.N)
+    matmul, grad = plans.choose("lora_matmul", c, device), plans.choose("lora_grad", dy, device)
+    calls = [("shrink", "", c), ("lora_matmul", matmul, c)] if base == "bf16" else [("linear_4bit", "merged", c)]
+    if backward and base == "bf16":
+        calls += [("lora_matmul", plans.choose("lora_matmul", dx, device), dx)]
+    elif backward:
+        calls += [("shrink", "", c), ("linear_4bit", "merged", c)]  # the same bytes and FLOPs for dx as for y
+    if backward:
+        calls += [("lora_grad", grad, dy), ("lora_grad_a", "", c)]
+    return sum(roofline.predict(op, plan, problem, rates).seconds for op, plan, problem in calls)
 
 
 def truth(layer: Layer, weight: Tensor, adapted: bool) -> tuple[Tensor, ...]:

@@ -138,7 +138,8 @@ def _sweep_case(run: Any, base: str, M: int, N: int, K: int, r: int) -> list[dic
     bar = layers.errors(layers.step(layer, layers.eager(layer)), exact[True])
     ways: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "step": {}}
     rows, found = [], {}
-    for name, (make, forced) in layers.providers(base).items():
+    providers = layers.providers(base)
+    for name, (make, forced) in providers.items():
         try:
             forward, adapted = make(layer), name != "frozen"
             way = partial(_forced, forced, partial(layers.step, layer, forward, adapted))
@@ -156,14 +157,18 @@ def _sweep_case(run: Any, base: str, M: int, N: int, K: int, r: int) -> list[dic
         ways["step"][name] = way
         ways["forward"][name] = partial(_without_grad, forced, forward)
     del exact
-    c = Problem(M, N, K, r)
+    c, at, device = Problem(M, N, K, r), rates(run), kernel_ops._name(run.device)
     for mode, named in ways.items():
-        floor = roofline.floor(c, rates(run), backward=mode == "step", packed=base == "nf4")
+        backward = mode == "step"
+        floor = roofline.floor(c, at, backward, packed=base == "nf4")
         for name, times in measure(run, named).items():
             row = {"provider": name, "mode": mode, **times, "host": host_seconds(run, named[name]), "floor": floor}
-            worst = max(found[name]) if mode == "step" else found[name][0]
-            chosen = plans.choose("lora_matmul", c, kernel_ops._name(run.device)) if base == "bf16" else ""
-            rows.append(row | {"relative_error": worst, "plan": chosen if name == "ours" else "", "error": None})
+            if name.startswith("ours"):
+                with plans.use(**providers[name][1]):
+                    row["predicted"] = layers.predicted(c, base, at, device, backward)
+                    row["plan"] = plans.choose("lora_matmul", c, device) if base == "bf16" else "merged"
+            worst = max(found[name]) if backward else found[name][0]
+            rows.append(row | {"relative_error": worst, "error": None})
     return rows
 
 
