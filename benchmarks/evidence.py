@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import layers
 from benchmarks.timing import block, free, measure, samples, synchronize
 from fastlora import functional, plans, tuning
-from fastlora.cases import cases
+from fastlora.cases import MODELS, cases
 from fastlora.cli.info import environment
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
@@ -134,47 +134,58 @@ def kernel_rows(events: Any, on_gpu: bool, most: int = 25) -> list[dict[str, Any
 
 
 def step_compare(run: Any) -> Found:
-    """Training steps of a model of SmolLM2's shape with random weights: frozen, PEFT, PEFT + fastlora, in turn."""
+    """Training steps of whole models with random weights: frozen, PEFT, PEFT + fastlora, in turn."""
     from fastlora.cli import models, training
 
-    tokens, batch, rounds = (8, 1, 1) if run.tiny else (512, 8, 20)
+    tokens, rounds, r = (8, 1, 4) if run.tiny else (2048, 20, 16)
     quantise = ("nf4",) if importlib.util.find_spec("bitsandbytes") else ()
+    makers: dict[str, tuple[int, Callable[[], Any]]] = {
+        "smollm2": (4, lambda: models.load_model("smollm2-random")),
+        "two blocks of llama-3-8b": (4, partial(llama, *MODELS["llama-3-8b"], heads=32, device=run.device)),
+    }
+    if run.tiny:
+        makers = {"tiny": (1, partial(llama, 64, 128, 64, heads=2, device=run.device))}
     for base in ("bf16", *quantise):
         for dropout in (0.0, 0.05):
-            case = f"{base} dropout={dropout}"
-            if case in run.done:
-                continue
-            run.case = case
-            loaded = tiny_model() if run.tiny else models.load_model("smollm2-random")
-            data = models.batches(loaded, None, batch, tokens, 1 + rounds)
-            model = models.to_base(loaded.model.to(run.device), base)
-            trainers = training.make_trainers(model, 4 if run.tiny else 16, dropout, False, False, 2e-4, 0)
-            for _ in training.train(trainers, data, 0):
-                pass
-            yield case, [_training_row(base, dropout, tokens * batch, trainer) for trainer in trainers]
-            del trainers, model, loaded
-            free()
+            for name, (batch, make) in makers.items():
+                case = f"{name} {base} dropout={dropout}"
+                if case in run.done:
+                    continue
+                run.case = case
+                loaded = make()
+                data = models.batches(loaded, None, batch, tokens, 1 + rounds)
+                model = models.to_base(loaded.model.to(run.device), base)
+                trainers = training.make_trainers(model, r, dropout, False, False, 2e-4, 0)
+                for _ in training.train(trainers, data, 0):
+                    pass
+                known = {"model": name, "base": base, "dropout": dropout, "tokens": tokens * batch}
+                yield case, [known | _training_row(trainer) for trainer in trainers]
+                del trainers, model, loaded
+                free()
 
 
-def _training_row(base: str, dropout: float, tokens: int, trainer: Any) -> dict[str, Any]:
+def _training_row(trainer: Any) -> dict[str, Any]:
     found = trainer.results
     timed = torch.tensor(found.step_seconds[1:], dtype=torch.float64)
-    return {
-        "provider": trainer.name, "base": base, "dropout": dropout, "tokens": tokens,
-        **{f"p{q}": torch.quantile(timed, q / 100).item() for q in (20, 50, 80)},
-        "saved_bytes": found.saved_bytes, "peak_bytes": found.peak_bytes, "final_loss": found.losses[-1],
-    }  # fmt: skip
+    quantiles = {f"p{q}": torch.quantile(timed, q / 100).item() for q in (20, 50, 80)}
+    memory = {"saved_bytes": found.saved_bytes, "peak_bytes": found.peak_bytes}
+    return {"provider": trainer.name, **quantiles, **memory, "final_loss": found.losses[-1]}
 
 
-def tiny_model() -> Any:
+def llama(hidden: int, intermediate: int, kv: int, heads: int, device: torch.device) -> Any:
+    """A model of two blocks of this size and hardly a vocabulary: its time is that of the blocks."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fastlora.cli.models import LoadedModel
 
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2,
+        num_attention_heads=heads, num_key_value_heads=kv * heads // hidden,
     )  # fmt: skip
-    return LoadedModel(LlamaForCausalLM(config).bfloat16(), "tiny", None)
+    torch.manual_seed(0)
+    with device:
+        model = LlamaForCausalLM(config)
+    return LoadedModel(model.bfloat16(), "two blocks, RANDOM weights", None)
 
 
 def step_tune(run: Any) -> Found:

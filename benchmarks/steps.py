@@ -61,12 +61,12 @@ def step_correctness(run: Any) -> Found:
     files = ["tests/test_kernels.py"]
     if importlib.util.find_spec("bitsandbytes"):
         files.append("tests/test_nf4_kernels.py")
-    yield from _tests(run, "correctness", files)
-
-
-def _tests(run: Any, name: str, files: list[str]) -> Found:
-    """pytest, its tests dealt out to several processes because most of the time is compiling."""
     selection = ["-k", "TestShrink and fp32-"] if run.tiny else []
+    yield from _tests(run, "correctness", files + selection)
+
+
+def _tests(run: Any, name: str, arguments: list[str]) -> Found:
+    """pytest, its tests dealt out to several processes because most of the time is compiling."""
     shards = 1 if run.tiny else max(1, min(8, (os.cpu_count() or 1) // 2))
     run.folder.mkdir(parents=True, exist_ok=True)
     notes = [run.folder / f"{name}-{shard}.jsonl" for shard in range(shards)]
@@ -74,7 +74,7 @@ def _tests(run: Any, name: str, files: list[str]) -> Found:
         for path in notes:
             path.unlink(missing_ok=True)
     with ThreadPoolExecutor(shards) as pool:
-        ends = list(pool.map(partial(_pytest, run, [*files, *selection], shards), range(shards), notes))
+        ends = list(pool.map(partial(_pytest, run, arguments, shards), range(shards), notes))
     for outcome in (outcome for path in notes for outcome in resume.read(path)):
         if outcome["test"] not in run.done:
             yield outcome["test"], [{name: outcome[name] for name in ("outcome", "seconds", "reason")}]
