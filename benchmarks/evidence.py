@@ -206,5 +206,5 @@ def step_tune(run: Any) -> Found:
             yield step, [asdict(change) for change in tuner.found.changes[changes:]] or [{"kind": "nothing changed"}]
             changes = len(tuner.found.changes)
         step = text
-        print(f"  tune: {done}/{total} {text}", flush=True)
+        print(f"  {done}/{total} {text}", flush=True)
     yield "rejected", [{"kind": "rejected", "op": line} for line in tuner.found.rejected]

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +54,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: all that was asked for is complete; 1: something failed or time ran out; 2: the arguments are no use."""
+    """0: all that was asked for is complete; 1: something failed or time ran out; 2: no use; 130: interrupted."""
     args = _parse(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
@@ -78,7 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.summary:
         return _summary(folder)
     steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
-    complete = [_run_step(step, args, device, name, folder, argv) for step in steps]
+    try:
+        complete = [_run_step(step, args, device, name, folder, argv) for step in steps]
+    except KeyboardInterrupt:
+        return 130
     _summary(folder)
     return 0 if all(complete) else 1
 
@@ -108,37 +111,46 @@ def _run_step(
     from benchmarks import evidence, steps
     from fastlora.cases import kernels
 
-    state = read_state(folder)
-    if state.get(step, {}).get("complete") and not args.again:
-        print(f"{step}: complete, from {state[step]['environment']['date']}")
-        return True
-    rows = [] if args.again else read_rows(folder / f"{step}.csv")
+    state, environment = read_state(folder), _environment(device, args)
+    before = state.get(step)
+    again = args.again or before is None
+    if before is not None and not again:
+        of = before["environment"]
+        if before["complete"]:
+            print(f"{step}: complete, from {of['date']}, commit {of['commit']}")
+            return True
+        again = of["commit"] != environment["commit"]  # what one commit did and another do not belong in one file
+    rows = [] if again else read_rows(folder / f"{step}.csv")
     start = time.monotonic()
     others = {other: read_rows(folder / f"{other}.csv") for other in STEPS}
     done = {row["case"] for row in rows}
-    run = Run(device, name, folder, args.tiny, start + args.budget, args.again, others, done)
-    complete, failed, broken = False, None, False
-    find = getattr(steps, f"step_{step}", None) or getattr(evidence, f"step_{step}")
-    environment = _environment(device, args)
+    run = Run(device, name, folder, args.tiny, start + args.budget, again, others, done)
+    complete, failed, broken, interrupted = False, None, False, None
+
+    def write() -> None:
+        write_rows(folder / f"{step}.csv", rows)
+        seconds = round(time.monotonic() - start, 1)
+        state[step] = {"complete": complete, "error": failed, "seconds": seconds, "environment": environment}
+        write_state(folder, state)
+
+    write()
     try:
         with kernels(device):
-            complete = _collect(find(run), run, rows, folder, step)
+            find = getattr(steps, f"step_{step}", None) or getattr(evidence, f"step_{step}")
+            complete = _collect(find(run), run, rows, write)
+    except KeyboardInterrupt as error:
+        interrupted = error
     except Exception as error:
         failed = f"{type(error).__name__}: {error}"
         traceback.print_exc()
         broken = _broken(device)
         if broken and run.case is not None:
             rows.append({"case": run.case, "error": failed})  # the next call passes over it
-    write_rows(folder / f"{step}.csv", rows)
-    state[step] = {
-        "complete": complete,
-        "error": failed,
-        "seconds": round(time.monotonic() - start, 1),
-        "environment": environment,
-    }
-    write_state(folder, state)
-    outcome = "complete" if complete else f"failed, {failed}" if failed else "time is spent; the next call goes on"
+    write()
+    outcome = "complete" if complete else f"failed, {failed}" if failed else "not complete; the next call goes on"
     print(f"{step}: {outcome} ({len(rows)} rows, {state[step]['seconds']} s)", flush=True)
+    if interrupted:
+        raise interrupted
     if broken:
         _start_anew(step, run.case, argv)
     return complete
@@ -155,14 +167,14 @@ def _start_anew(step: str, case: str | None, argv: list[str] | None) -> None:
     os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
 
-def _collect(found: Iterator[tuple[str, Rows]], run: Run, rows: Rows, folder: Path, step: str) -> bool:
+def _collect(found: Iterator[tuple[str, Rows]], run: Run, rows: Rows, write: Callable[[], None]) -> bool:
     """Take a step's cases, writing them now and then. False if time ran out before the last."""
     written = time.monotonic()
     for case, measured in found:
         rows += [{"case": case, **row} for row in measured]
-        print(f"  {step}: {case}", flush=True)
+        print(f"  {case}", flush=True)
         if time.monotonic() - written > 10:
-            write_rows(folder / f"{step}.csv", rows)
+            write()
             written = time.monotonic()
         if run.seconds_left <= 0:
             # Asking for the next case would measure it; a step whose last case this was finds that out at once.

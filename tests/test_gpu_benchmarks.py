@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("bitsandbytes_eager"),
 ]
+ARGS = SimpleNamespace(commit=None, tiny=True)
 ROOT = Path(__file__).parents[1]
 
 
@@ -239,6 +240,20 @@ class TestBudget:
         assert cases.measured == list("abcdabcd")
         assert len(rows(tmp_path, "rates")) == 4
 
+    def test_interrupted_it_writes(self, cases, tmp_path):
+        cases.fail = KeyboardInterrupt()
+        assert run(tmp_path, "--only", "rates") == 130
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a", "b"]
+
+    def test_what_another_commit_began_is_measured_again(self, cases, tmp_path, monkeypatch):
+        cases.spend = 1e9
+        environment = gpu._environment
+        for commit in ("one", "one", "other"):
+            monkeypatch.setattr(gpu, "_environment", lambda *args, c=commit: environment(*args) | {"commit": c})
+            run(tmp_path, "--only", "rates", "--budget", "-1")
+        assert cases.measured == ["a", "b", "a"]
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a"]
+
     def test_a_failure_keeps_what_was_measured_and_the_other_steps_run(self, cases, tmp_path, capsys, monkeypatch):
         cases.fail = RuntimeError("no such luck")
         monkeypatch.setattr(gpu, "STEPS", ("rates", "graph"))
@@ -337,6 +352,13 @@ def test_tests_of_a_step_that_is_measured_again_run_again(tmp_path, monkeypatch)
     notes.write_text('{"test": "a", "outcome": "failed", "seconds": 1.0, "reason": "then"}\n')
     ends = iter([(0, ""), (3, "internal error")])
     monkeypatch.setattr(steps, "_pytest", lambda *args: next(ends))
+    state = {
+        "complete": False,
+        "error": None,
+        "seconds": 1.0,
+        "environment": gpu._environment(torch.device("cpu"), ARGS),
+    }
+    gpu.write_state(tmp_path / "cpu", {"smoke": state})
     assert run(tmp_path, "--only", "smoke") == 0
     assert rows(tmp_path, "smoke") == [{"case": "a", "outcome": "failed", "seconds": 1, "reason": "then"}]
     assert run(tmp_path, "--only", "smoke", "--again") == 1, "pytest could not run"
