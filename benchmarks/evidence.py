@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks import layers
 from benchmarks.timing import block, free, measure, samples, synchronize
 from fastlora import functional, plans, tuning
-from fastlora.cases import MODELS, cases
+from fastlora.cases import MODELS, cases, groups, linears
 from fastlora.cli.info import environment
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
@@ -191,7 +191,8 @@ def llama(hidden: int, intermediate: int, kv: int, heads: int, device: torch.dev
 def step_tune(run: Any) -> Found:
     """`fastlora tune` for Llama-3-8B at 8192 and 16 tokens; the table goes beside the results, not to the user's."""
     shapes = [(M, N, K) for M in ((8,) if run.tiny else (8192, 16)) for N, K, _ in block(run).values()]
-    problems = cases(shapes, [4 if run.tiny else 16], torch.bfloat16, True)
+    siblings = [(M, Ns, K) for M, *_ in shapes[::4] for Ns, K in groups(linears(*MODELS["llama-3-8b"]))]
+    problems = cases(shapes, [4 if run.tiny else 16], torch.bfloat16, True, siblings)
     if run.tiny:
         tuning.SIZE, problems = 64, problems[:1]
     tuner = tuning.Tuner(run.device, lambda call: median(samples(run, call)), run.name)

@@ -5,7 +5,7 @@ An implementation that does not pass `wrong` gets no timing.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,14 @@ def linears(hidden: int, intermediate: int, kv: int, q: int | None = None) -> di
         "q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q),
         "gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate),
     }  # fmt: skip
+
+
+SIBLINGS = (("q", "k", "v"), ("gate", "up"))  # take the same x, and are computed together
+
+
+def groups(layers: dict[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], int]]:
+    """(N of each, K) of the layers of a block that take the same x."""
+    return [(tuple(layers[name][0] for name in names), layers[names[0]][1]) for names in SIBLINGS]
 
 
 @contextmanager
@@ -150,8 +158,14 @@ class Case:
 S = 0.5  # the adapter's scaling
 
 
-def cases(shapes: list[tuple[int, int, int]], ranks: list[int], dtype: torch.dtype, four_bit: bool) -> list[Case]:
-    """What a training step calls for layers ``(M, N, K)``, each problem once."""
+def cases(
+    shapes: list[tuple[int, int, int]],
+    ranks: list[int],
+    dtype: torch.dtype,
+    four_bit: bool,
+    siblings: Sequence[tuple[int, tuple[int, ...], int]] = (),
+) -> list[Case]:
+    """What a training step calls for layers ``(M, N, K)`` and for groups of them ``(M, (N, ...), K)``, each once."""
     found: dict[tuple[str, str, Problem], Case] = {}
 
     def add(op: str, name: str, problem: Problem, make: Callable) -> None:
@@ -167,6 +181,12 @@ def cases(shapes: list[tuple[int, int, int]], ranks: list[int], dtype: torch.dty
             add("lora_grad", size, Problem(M, 0, N, r, 0.0, i), _lora_grad(M, N, K, r, dtype))
             if four_bit:
                 add("linear_4bit", size, Problem(M, N, K, r, 0.0, i), _linear_4bit(M, N, K, r, dtype))
+    for M, Ns, K in siblings:
+        for r in ranks:
+            n, size = len(Ns), f"M={M} N={'+'.join(map(str, Ns))} K={K} r={r}"
+            xa, dx = Problem(M, 0, K, n * r, 0.0, i, parts=n), Problem(M, K, sum(Ns), n * r, 0.0, i, parts=n)
+            add("shrink_group", f"M={M} K={K} r={n}x{r}", xa, _shrink_group(M, n, K, r, dtype))
+            add("lora_matmul", f"{size}, dx", dx, _lora_matmul_group(M, Ns, K, r, dtype))
     return list(found.values())
 
 
@@ -195,6 +215,40 @@ def _lora_matmul(M: int, N: int, K: int, r: int, dtype: torch.dtype, transposed:
             _forcing("lora_matmul", lambda: (torch.ops.fastlora.lora_matmul(x, w, xa, b),)),
             lambda: (ops.lora_matmul(x, w, xa, b),),
             lambda: (reference.lora_matmul(x.double(), w.double(), xa.double(), b.double()),),
+        )
+
+    return make
+
+
+def _shrink_group(M: int, n: int, K: int, r: int, dtype: torch.dtype) -> Callable:
+    def make(device: torch.device):
+        x, a = _normal(device, M, K, dtype=dtype), [_normal(device, r, K) for _ in range(n)]
+        s, p, seed = [S] * n, [0.0] * n, [None] * n
+        return (
+            lambda plan: tuple(torch.ops.fastlora.shrink_group(x, a, s, p, seed)),
+            lambda: tuple(ops.shrink_group(x, a, s, p, seed)),
+            lambda: tuple(reference.shrink(x.double(), each.double(), S) for each in a),
+        )
+
+    return make
+
+
+def _lora_matmul_group(M: int, Ns: tuple[int, ...], K: int, r: int, dtype: torch.dtype) -> Callable:
+    """dx of layers that take the same x."""
+
+    def make(device: torch.device):
+        dy, w = [_normal(device, M, N, dtype=dtype) for N in Ns], [_normal(device, N, K, dtype=dtype).t() for N in Ns]
+        dxa, a = [_normal(device, M, r) for _ in Ns], [_normal(device, r, K).t() for _ in Ns]
+        p, seed = [0.0] * len(Ns), [None] * len(Ns)
+
+        def truth() -> Results:
+            exact = ([t.double() for t in each] for each in (dy, w, dxa, a))
+            return (reference.lora_matmul_group(*exact, p, seed),)
+
+        return (
+            _forcing("lora_matmul", lambda: (torch.ops.fastlora.lora_matmul_group(dy, w, dxa, a, p, seed),)),
+            lambda: (ops.lora_matmul_group(dy, w, dxa, a, p, seed),),
+            truth,
         )
 
     return make

@@ -10,6 +10,9 @@
 |             | decoded   | decode, then as lora_matmul                           | the same, and xa                 |
 |             | fused     | decode inside the product                             | decoding in every row of tiles   |
 
+A group's lora_matmul (the dx of layers that share their x) has the same plans; `base_last` then passes over y once for
+each of them.
+
 A plan is, in this order: forced by `use`, measured by ``fastlora tune`` (`TABLE_FILE` in the user's cache directory),
 or the one that `roofline` predicts to be fastest. Nothing is measured behind a caller's back, and the file is read when
 the first plan is chosen, not at import.

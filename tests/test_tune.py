@@ -317,13 +317,29 @@ class TestWrong:
 def test_every_case_is_right_by_every_plan_of_the_real_kernels(dtype):
     interpreter.repair()
     device = torch.device("cpu")
-    problems = cases([(17, 48, 64)], [4], dtype, True)
-    assert {case.op for case in problems} == {"shrink", "lora_matmul", "lora_grad", "linear_4bit"}
+    problems = cases([(17, 48, 64)], [4], dtype, True, [(17, (48, 32, 32), 64)])
+    assert {case.op for case in problems} == {"shrink", "shrink_group", "lora_matmul", "lora_grad", "linear_4bit"}
+    assert {case.problem.parts for case in problems} == {1, 3}
     with kernels(device):
         for case in problems:
             run, eager, truth = case.make(device)
             for plan in case.plans:
                 assert wrong(run(plan), eager(), truth(), case.longest) is None, f"{case.op} {plan}"
+
+
+def test_a_group_is_measured_as_it_is_called(cache):
+    """The entry that tuning writes is the one that a call looks up."""
+    interpreter.repair()
+    (case,) = (c for c in cases([], [4], torch.bfloat16, False, [(17, (48, 32, 32), 64)]) if c.op == "lora_matmul")
+    asked = []
+    choose = kernel_ops.choose
+    with pytest.MonkeyPatch.context() as patch, kernels(torch.device("cpu")):
+        patch.setattr(
+            kernel_ops, "choose", lambda op, problem, device: asked.append((op, problem)) or choose(op, problem)
+        )
+        case.make(torch.device("cpu"))[0]("tail")
+    ((op, problem),) = asked
+    assert plans.key(op, problem) == plans.key(case.op, case.problem)
 
 
 def test_neighbours_differ_in_one_size():
@@ -367,6 +383,8 @@ class TestDryRun:
         assert main(["tune", "--model", str(tmp_path), "--dry-run", "--json", *sizes]) == 0
         rows = json.loads(capsys.readouterr().out)["plans"]
         forward = {row["problem"] for row in rows if row["op"] == "lora_matmul" and "dx" not in row["problem"]}
+        siblings = {row["problem"] for row in rows if "+" in row["problem"]}
+        assert siblings == {"M=7 N=128+64+64 K=64 r=16, dx", "M=7 N=160+160 K=64 r=16, dx"}
         assert forward == {
             f"M=7 N={N} K={K} r=16" for N, K in ((128, 64), (64, 64), (64, 128), (160, 64), (64, 160))
         }  # fmt: skip

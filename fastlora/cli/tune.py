@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastlora import plans, roofline, tuning
-from fastlora.cases import MODELS, Case, cases, linears
+from fastlora.cases import MODELS, Case, cases, groups, linears
 from fastlora.cli import INTERRUPTED
 from fastlora.cli.arguments import UsageError
 from fastlora.cli.info import environment
@@ -67,14 +67,15 @@ def gpu() -> tuple[torch.device, str]:
 def _problems(args: Namespace) -> list[Case]:
     if not args.model and not args.shape:
         raise UsageError("one of --model and --shape must say what to tune for")
-    shapes = list(args.shape)
+    shapes, siblings = list(args.shape), []
     for name in args.model:
-        layers = dict.fromkeys(linears(*_sizes(name)).values())
-        shapes += [(M, N, K) for M in args.tokens for N, K in layers]
+        layers = linears(*_sizes(name))
+        shapes += [(M, N, K) for M in args.tokens for N, K in dict.fromkeys(layers.values())]
+        siblings += [(M, Ns, K) for M in args.tokens for Ns, K in groups(layers)]
     found: list[Case] = []
     for dtype in dict.fromkeys(DTYPES[base] for base in args.base):
         four_bit = dtype == torch.bfloat16 and "nf4" in args.base
-        found += cases(shapes, args.r, dtype, four_bit)
+        found += cases(shapes, args.r, dtype, four_bit, siblings)
     return found
 
 
