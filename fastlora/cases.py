@@ -242,8 +242,8 @@ def _lora_matmul_group(M: int, Ns: tuple[int, ...], K: int, r: int, dtype: torch
         p, seed = [0.0] * len(Ns), [None] * len(Ns)
 
         def truth() -> Results:
-            exact = ([t.double() for t in each] for each in (dy, w, dxa, a))
-            return (reference.lora_matmul_group(*exact, p, seed),)
+            x, weights, xa, b = ([t.double() for t in each] for each in (dy, w, dxa, a))
+            return (reference.lora_matmul_group(x, weights, xa, b, p, seed),)
 
         return (
             _forcing("lora_matmul", lambda: (torch.ops.fastlora.lora_matmul_group(dy, w, dxa, a, p, seed),)),
