@@ -28,7 +28,7 @@ LAYERS = [  # each may import what stands before it
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
-    {"aot", "cases"},
+    {"aot", "cases", "ledger"},
     {"tuning"},
     {"cli"},
     {"__main__"},
