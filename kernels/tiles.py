@@ -75,6 +75,11 @@ def has_tma() -> bool:
     return family() in ("sm_90", "sm_100")
 
 
+def has_ptx() -> bool:
+    """Whether kernels for the current device may contain PTX."""
+    return not triton.knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+
+
 def intensity() -> float:
     """FLOPs that the device does on its tensor cores in the time of moving one byte (modelled, not measured)."""
     return {"sm_90": 214.0, "sm_100": 214.0}.get(family(), 147.0)
@@ -203,13 +208,13 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
     "nf4_matmul": {  # by the larger of M and the padded rank
         "default": {
-            16: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+            16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+            ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
     "nf4_matmul fp32": {
-        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)},
+        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=2)},
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
 }
