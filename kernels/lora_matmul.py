@@ -200,7 +200,8 @@ def _lora_matmul(
     if tiles.has_tma() and _fits_tma(xs, ws, y):
         _launch_tma(xs, ws, y, operands, flags)
         return y
-    t = tile("lora_matmul" if x.element_size() == 2 else "lora_matmul fp32", M)
+    group_dropout = " group dropout" if len(xs) > 1 and any(flags["HAS_DROPOUT"]) else ""
+    t = tile(f"lora_matmul{group_dropout}" if x.element_size() == 2 else "lora_matmul fp32", M)
     grid = (triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)
     _lora_matmul_kernel[grid](
         xs, _strides(xs), ws, _strides(ws), tuple(x.shape[1] for x in xs), y, y.stride(0), *operands,

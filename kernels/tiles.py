@@ -111,7 +111,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
             128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
-            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
     },
@@ -130,11 +130,19 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
         },
     },
+    "lora_matmul group dropout": {  # the mask and an accumulator of its own for every part
+        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
     "lora_matmul fp32": {
         "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3)},
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2)},
     },
     "lora_matmul tma": {
+        "sm_100": {  # beside fp32 adapters a larger tile does not fit its tensor memory
+            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
+        },
         "default": {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
@@ -207,9 +215,12 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "interpreter": {ANY: Tile(BLOCK_M=2, BLOCK_K=32)},
     },
     "nf4_matmul": {  # by the larger of M and the padded rank
+        "sm_90": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
+        "sm_100": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
+        "gfx942": {ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)},
         "default": {
             16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
-            ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
