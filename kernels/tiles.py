@@ -107,6 +107,12 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
         },
+        "gfx942": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=2),
+        },
         "default": {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
