@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastlora.adapter_files import load_adapter, save_adapter
 from fastlora.functional import lora_linear
 from fastlora.model import add_lora, merge, unmerge
-from fastlora.nn import LoRALinear
+from fastlora.nn import LoRALinear, LoRAMLP
 from fastlora.version import __version__
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoRALinear",
+    "LoRAMLP",
     "PatchReport",
     "__version__",
     "add_lora",

@@ -255,26 +255,31 @@ def adapter_grads(dy: Tensor, x: Tensor | None, b: Tensor | None, xa: Tensor | N
 
 
 @without_autocast
-def add_lora(x: Tensor, a: Tensor, b: Tensor, y: Tensor, s: float, p: float, seed: Tensor | None) -> Tensor:
+def add_lora(
+    x: Tensor, a: Tensor, b: Tensor, y: Tensor, s: float, p: float, seed: Tensor | None, in_place: bool = False
+) -> Tensor:
     """``y + s · drop(x) aᵀ bᵀ`` for the output y of a base layer that computes itself (the `opaque` plan)."""
-    return apply(AddLoRA, x, a, b, y, s, p, seed)[0]
+    with torch.no_grad():
+        xa = shrink(rows_of(x), a, s, p, seed)
+    return apply(AddLoRA, x, a, b, y, xa, s, p, seed, in_place)
 
 
 class AddLoRA(Function):
-    """`add_lora`. Also returns xa, which is not differentiable."""
+    """`add_lora`, given xa."""
 
     @staticmethod
-    def forward(x, a, b, y, s, p, seed):
-        xa = shrink(rows_of(x), a, s, p, seed)
-        # Out of place: whether a foreign layer saved its output for its own backward cannot be known.
-        out = torch.addmm(rows_of(y), xa.to(y.dtype), b.to(y.dtype).t())
-        return out.view(y.shape), xa
+    def forward(x, a, b, y, xa, s, p, seed, in_place):
+        rows, xa, b = rows_of(y), xa.to(y.dtype), b.to(y.dtype).t()
+        if in_place:
+            rows.addmm_(xa, b)
+            return y
+        return torch.addmm(rows, xa, b).view(y.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, b, _, ctx.s, ctx.p, seed = inputs
-        xa = output[1]
-        ctx.mark_non_differentiable(xa)
+        x, a, b, y, xa, ctx.s, ctx.p, seed, in_place = inputs
+        if in_place:
+            ctx.mark_dirty(y)
         need_dx, need_da, need_db = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
             x if need_da else None,
@@ -283,15 +288,14 @@ class AddLoRA(Function):
             xa if need_db else None,
             seed,
         )
-        ctx.x_shape, ctx.a_dtype, ctx.b_dtype = x.shape, a.dtype, b.dtype
-        ctx.x_dtype = x.dtype
+        ctx.x_shape, ctx.x_dtype, ctx.a_dtype, ctx.b_dtype = x.shape, x.dtype, a.dtype, b.dtype
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, _):
+    def backward(ctx, dy):
         if dy is None:
-            return (None,) * 7
+            return (None,) * 9
         need_dx, need_da, need_db, need_dy = ctx.needs_input_grad[:4]
         x, a, b, xa, seed = ctx.saved_tensors
         rows = rows_of(dy).to(ctx.x_dtype)
@@ -301,4 +305,4 @@ class AddLoRA(Function):
         if need_dx:
             no_base = rows.new_empty(a.shape[1], 0)  # only dropout(dxa @ a) is left of the product
             dx = like_rows_of(ctx.x_shape, lora_matmul(rows[:, :0], no_base, dxa, a.t(), None, ctx.p, seed))
-        return dx, da, db, dy if need_dy else None, None, None, None
+        return dx, da, db, dy if need_dy else None, *(None,) * 5

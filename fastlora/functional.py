@@ -1,6 +1,8 @@
 """The adapted linear layer as a function of tensors, and of a base layer and an adapter."""
 
 import math
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -70,12 +72,14 @@ def _apply(
     return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
 
 
-def add_lora_output(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, p: float) -> Tensor:
+def add_lora_output(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, p: float, in_place: bool = False
+) -> Tensor:
     """``y + scaling * linear(linear(dropout(x, p), a), b)`` for the output y of any base layer of the same x."""
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     x = x.to(autocast_dtype(x) or x.dtype)
-    return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p))
+    return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p), in_place)
 
 
 class Adapter(NamedTuple):
@@ -100,7 +104,13 @@ def adapted_forward(
     a, b, scaling, p, lora_bias = adapter
     kind = base_kind(base_layer)
     if kind == "opaque":
-        y = add_lora_output(base_layer(x), x, a, b, scaling, p)
+        y = base_layer(x)
+        references = sys.getrefcount(y)
+        in_place = is_nobody_elses(y, references)
+        shape = y.shape
+        if in_place and y._is_view():  # of the matrix that the layer's product put out
+            y = y._base
+        y = add_lora_output(y, x, a, b, scaling, p, in_place).view(shape)
         return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
     shared = None if siblings is None else siblings.share(layer, x)
     bias = whole_bias(base_layer, adapter)
@@ -110,6 +120,30 @@ def adapted_forward(
     if compute_dtype != dtype:
         x = x.to(compute_dtype) if shared is None else shared.converted(x, compute_dtype)
     return _apply(x, _weight_of(base_layer), a, b, scaling, bias, p, shared).to(dtype)
+
+
+def is_nobody_elses(y: Tensor, references: int) -> bool:
+    """Whether the memory of y, a local variable with so many references, can be written: nobody else has it, such as
+    the layer that made y (as its input, a buffer, or saved for its backward)."""
+    if type(y) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    base: Any = y
+    if y._is_view():
+        base = y._base
+        if base._is_view() or not base.is_contiguous() or base.numel() != y.numel() or base.dim() != 2:
+            return False
+    holders = torch._C._storage_Use_Count(y.untyped_storage()._cdata)
+    tensors = y._use_count()  # type: ignore[attr-defined]
+    alone = references == _REFERENCES and tensors == 1 and holders == (2 if base is y else 3)
+    return alone and y.is_contiguous() and not (base.is_leaf and base.requires_grad)
+
+
+def _references(make: Callable[[], Tensor]) -> int:
+    y = make()
+    return sys.getrefcount(y)
+
+
+_REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that nobody else has
 
 
 def mlp_forward(x: Tensor, layers: list[tuple[Any, Adapter]], activation: str) -> Tensor | None:

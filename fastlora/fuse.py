@@ -34,14 +34,14 @@ def fuse_mlps(model: nn.Module, is_layer: Callable[[Any], bool]) -> tuple[dict[s
     """
     fused, kept = {}, {}
     for name, module in model.named_modules():
-        orders = list(_orders(module, is_layer))
+        orders = list(orders_of(module, is_layer))
         if not orders:
             continue
         block = _block_of(module)
         if block is None and "forward" in module.__dict__:
             kept[name] = "its forward was already wrapped on the instance: patch before that"
             continue
-        probed = block or _probe(module, orders)
+        probed = block or probe(module, orders)
         if isinstance(probed, str):
             kept[name] = probed
             continue
@@ -49,6 +49,12 @@ def fuse_mlps(model: nn.Module, is_layer: Callable[[Any], bool]) -> tuple[dict[s
         module.__dict__["forward"] = partial(forward_as_one, module, block)
         fused[name] = block
     return fused, kept
+
+
+def block_of(module: nn.Module, is_layer: Callable[[Any], bool]) -> Block | str:
+    """The MLP that this module's adapted layers make up, as its forward shows, or why they make up none."""
+    orders = list(orders_of(module, is_layer))
+    return probe(module, orders) if orders else "it has not two or three linear layers in the shape of an MLP"
 
 
 def unfuse_mlps(model: nn.Module) -> list[str]:
@@ -85,7 +91,7 @@ def _block_of(module: nn.Module) -> Block | None:
     return None
 
 
-def _orders(module: nn.Module, is_layer: Callable[[Any], bool]) -> Iterator[tuple[str, ...]]:
+def orders_of(module: nn.Module, is_layer: Callable[[Any], bool]) -> Iterator[tuple[str, ...]]:
     """The ways in which the layers of this module could be (gate, up, down) or (up, down), none if in no way."""
     layers = {name: child for name, child in module.named_children() if is_layer(child)}
     owned = {id(p) for layer in layers.values() for p in layer.parameters()}
@@ -97,35 +103,44 @@ def _orders(module: nn.Module, is_layer: Callable[[Any], bool]) -> Iterator[tupl
             yield *first, down
 
 
-def _probe(module: nn.Module, orders: list[tuple[str, ...]]) -> Block | str:
+def probe(module: nn.Module, orders: list[tuple[str, ...]]) -> Block | str:
     """What this module's forward computes, as shown by a random input, or why that is not known."""
     modes = {child: child.training for child in module.modules()}
-    layers = [module._modules[name] for name in orders[0]]
-    others = [module, *(child for child in module.children() if child not in layers)]
     device = next(module.parameters()).device
+    reason = ""
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             module.eval()
-            x = _input(module._modules[orders[0][0]], device)
-            own = type(module).forward(module, x)
-            for other in others:  # the adapters' dropout stays off: only that of the block itself would show
-                other.training = True
-            if not torch.equal(type(module).forward(module, x), own):
-                return "its forward is another one in training"
-            for order in orders:
-                for activation in _activations(others[1:], x.dtype):
-                    block = Block(order, activation)
-                    operands = _operands(module, block, x)
-                    ours = None if operands is None else mlp_forward(x, operands, activation)
-                    if ours is None:
-                        return "its layers cannot be computed as one"
-                    if (ours - own).norm() <= max(1e-5, 4 * torch.finfo(x.dtype).eps) * own.norm():
-                        return block
-    except Exception as error:  # of a forward that is not ours
-        return f"a probe of its forward failed: {error}"
+            for first in {module._modules[order[0]].in_features: order[0] for order in orders}.values():  # type: ignore[union-attr]
+                try:
+                    return _probe(module, orders, _input(module._modules[first], device))
+                except Exception as error:  # of a forward that is not ours
+                    reason = reason or f"a probe of its forward failed: {error}"
     finally:
         for child, training in modes.items():
             child.training = training
+    return reason
+
+
+def _probe(module: nn.Module, orders: list[tuple[str, ...]], x: Tensor) -> Block | str:
+    own = type(module).forward(module, x)
+    layers = [module._modules[name] for name in orders[0]]
+    others = [child for child in module.children() if child not in layers]
+    for other in (module, *others):  # the adapters' dropout stays off: only that of the block itself would show
+        other.training = True
+    if not torch.equal(type(module).forward(module, x), own):
+        return "its forward is another one in training"
+    for order in orders:
+        if module._modules[order[0]].in_features != x.shape[-1]:  # type: ignore[union-attr]
+            continue
+        for activation in _activations(others, x.dtype):
+            block = Block(order, activation)
+            operands = _operands(module, block, x)
+            ours = None if operands is None else mlp_forward(x, operands, activation)
+            if ours is None:
+                return "its layers cannot be computed as one"
+            if (ours - own).norm() <= max(1e-5, 4 * torch.finfo(x.dtype).eps) * own.norm():
+                return block
     return f"its forward is not that of an MLP with one of the activations {', '.join(ACTIVATIONS)}"
 
 

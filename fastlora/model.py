@@ -3,13 +3,12 @@
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from fastlora.fuse import fuse_mlps, unfuse_mlps
-from fastlora.nn import LoRALinear
+from fastlora.nn import LoRALinear, unchanged_on_error
 from fastlora.siblings import siblings_among
 
 
@@ -118,18 +117,6 @@ def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
     for layer, siblings in siblings_among(layers):
         layer._siblings = siblings
     fuse_mlps(model, lambda module: isinstance(module, LoRALinear))
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Give every parameter its requires_grad back if the block raises: making adapted layers freezes their bases."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
-        raise
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

@@ -1,15 +1,19 @@
-"""The adapted linear layer as a module."""
+"""The adapted linear layer, and the MLP of three of them, as modules."""
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.fourbit import is_4bit, weight_4bit
-from fastlora.functional import Adapter, adapted_forward, base_kind, check_dropout, is_hooked
-from fastlora.siblings import Siblings
+from fastlora.functional import Adapter, adapted_forward, base_kind, check_dropout, is_hooked, mlp_forward
+from fastlora.fuse import ACTIVATIONS, block_of
+from fastlora.reference import activate
+from fastlora.siblings import Siblings, siblings_among
 
 
 class LoRALinear(nn.Module):
@@ -212,6 +216,102 @@ class LoRALinear(nn.Module):
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
             f"use_rslora={self.use_rslora}{', merged' if self.merged else ''}"
         )
+
+
+class LoRAMLP(nn.Module):
+    """The MLP of a transformer block, frozen, with a trainable low-rank adapter on each layer, as one function.
+
+    Equivalent: ``down_proj(act(gate_proj(x)) * up_proj(x))``, or ``down_proj(act(up_proj(x)))`` without a gate, for the
+    `LoRALinear` layers of these names. What down_proj is fed is not saved for backward but computed again in it.
+    Takes ``[..., in_features]``, gives ``[..., out_features]``.
+
+    Args:
+        in_features, hidden_features, out_features: of the layers made here; out_features is in_features unless given.
+            See also `from_mlp`.
+        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        gated: whether there is a gate_proj (SwiGLU, GeGLU).
+        bias, device, dtype, and the adapters' arguments: as for `LoRALinear`.
+
+    Raises: ValueError if the activation is unknown, and what `LoRALinear` raises.
+
+    Source: arXiv:2002.05202 (GLU variants).
+    """
+
+    gate_proj: LoRALinear | None
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        activation: str = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        wide = (in_features, hidden_features)
+        layers = [LoRALinear(*wide, bias=bias, **arguments) for _ in range(2 if gated else 1)]
+        narrow = (hidden_features, in_features if out_features is None else out_features)
+        self._compose([*layers, LoRALinear(*narrow, bias=bias, **arguments)], activation)
+
+    @classmethod
+    def from_mlp(cls, mlp: nn.Module, **arguments: Any) -> "LoRAMLP":
+        """Adapt the layers of an existing MLP, which are not copied; ``arguments`` as for `LoRALinear.from_linear`.
+
+        Which layer is which, and the activation, is found out by calling it. Raises ValueError if it is no such MLP.
+        """
+        names = [name for name, child in mlp.named_children() if hasattr(child, "in_features")]
+        bases = {name: mlp.get_submodule(name) for name in names}
+        with unchanged_on_error(mlp):
+            try:
+                layers = {name: LoRALinear.from_linear(base, **arguments) for name, base in bases.items()}
+                for name, layer in layers.items():
+                    mlp.set_submodule(name, layer)
+                block = block_of(mlp, lambda module: isinstance(module, LoRALinear))
+            finally:
+                for name, base in bases.items():
+                    mlp.set_submodule(name, base)
+            if isinstance(block, str):
+                raise ValueError(f"cannot make a LoRAMLP of this {type(mlp).__name__}: {block}")
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new._compose([layers[name] for name in block.layers], block.activation)
+        return new.train(mlp.training)
+
+    def _compose(self, layers: list[Any], activation: str) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        *gate, self.up_proj, self.down_proj = layers
+        self.gate_proj = gate[0] if gate else None
+        self.activation = activation
+        for layer, siblings in siblings_among({str(i): layer for i, layer in enumerate((*gate, self.up_proj))}):
+            layer._siblings = siblings
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [layer for layer in (self.gate_proj, self.up_proj, self.down_proj) if layer is not None]
+        operands = [layer.operands(x) for layer in layers]
+        y = mlp_forward(x, operands, self.activation) if None not in operands else None  # type: ignore[arg-type]
+        if y is not None:
+            return y
+        *first, down = layers
+        h = activate(first[0](x), self.activation)
+        return down(h if len(first) == 1 else h * first[1](x))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give every parameter its requires_grad back if the block raises: making adapted layers freezes their bases."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def _requantise(weight: Tensor, like: Any) -> Any:

@@ -202,15 +202,12 @@ def _adapter_without_dropout(layer: LoraLayer) -> tuple[Tensor, float] | None:
 
     Whether this layer will then run fastlora is not asked: if not, what was begun is not taken.
     """
-    modules = layer.__dict__["_modules"]
     names = layer.active_adapters
-    if len(names) != 1 or names[0] not in modules["lora_A"]._modules:
+    module = layer.__dict__["_modules"]["lora_A"]._modules.get(names[0]) if len(names) == 1 else None
+    if type(module) is not nn.Linear or _is_sharded(module.weight):
         return None
-    weight = getattr(modules["lora_A"]._modules[names[0]], "weight", None)
-    adapter = _adapter(layer, names[0]) if isinstance(weight, Tensor) and why_peft(layer) is None else None
-    if adapter is None or adapter.p != 0.0 or isinstance(adapter.scaling, Tensor):
-        return None
-    return adapter.a, adapter.scaling
+    a, _, scaling, p, _ = _adapter(layer, names[0])
+    return None if p != 0.0 or isinstance(scaling, Tensor) else (a, scaling)
 
 
 def _can_run(layer: LoraLayer, x: Tensor) -> bool:

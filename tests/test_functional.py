@@ -2,6 +2,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accuracy import linear, linear_4bit
+from blocks import CountOps
 from torch import nn
 from torch.nn import functional as F
 
@@ -217,3 +218,68 @@ def test_4bit_base_computes_in_its_compute_dtype(x_dtype, compute_dtype):
         twin.compute_type_is_set,
     )
     assert torch.equal(ours, theirs)
+
+
+class Opaque(nn.Module):
+    """A layer that fastlora knows nothing of: ``finish(linear(x))``."""
+
+    def __init__(self, finish):
+        super().__init__()
+        self.linear, self.finish = linear(torch.randn(N, K)), finish
+        self.register_buffer("kept", None)
+
+    def forward(self, x):
+        return self.finish(self, self.linear(x), x)
+
+
+def keep(layer, y, x):
+    layer.kept = y
+    return y
+
+
+OURS_ALONE = {
+    "a product": lambda layer, y, x: y,
+    "a sum": lambda layer, y, x: y + 1,
+}
+NOT_OURS_ALONE = {
+    "saved for backward": lambda layer, y, x: y.exp(),
+    "saved before it was viewed": lambda layer, y, x: y.sigmoid().view(y.shape),
+    "a buffer": keep,
+    "a part": lambda layer, y, x: torch.cat([y, y], -1)[..., :N],
+    "expanded": lambda layer, y, x: y[..., :1].expand(*y.shape),
+    "another view": lambda layer, y, x: (setattr(layer, "kept", y.flatten()), y)[1],
+}
+
+
+@pytest.mark.parametrize("shape", [(6, K), (2, 3, K)], ids=str)
+@pytest.mark.parametrize("no_grad", [False, True], ids=["grad", "no grad"])
+@pytest.mark.parametrize("finish", [*OURS_ALONE, *NOT_OURS_ALONE])
+def test_opaque_output_is_added_to_in_place_where_it_is_ours_alone(finish, no_grad, shape):
+    layer = Opaque((OURS_ALONE | NOT_OURS_ALONE)[finish])
+    x, a, b = (
+        torch.randn(shape).requires_grad_(),
+        torch.randn(r, K).requires_grad_(),
+        torch.randn(N, r).requires_grad_(),
+    )
+    if no_grad and finish in ("saved for backward", "saved before it was viewed"):
+        pytest.skip("nothing is saved")
+    base = layer(x).detach().clone()
+    expected = base + 0.3 * x @ a.t() @ b.t()
+    with torch.set_grad_enabled(not no_grad), CountOps() as count:
+        y = adapted_forward(layer, x, Adapter(a, b, 0.3))
+    assert (count.names["aten::addmm_"] == 1) == (finish in OURS_ALONE)
+    torch.testing.assert_close(y, expected)
+    if layer.kept is not None:
+        torch.testing.assert_close(layer.kept.view(base.shape), base)
+    if not no_grad:
+        ours = torch.autograd.grad(y.square().sum(), (x, a, b))
+        theirs = torch.autograd.grad((layer(x) + 0.3 * x @ a.t() @ b.t()).square().sum(), (x, a, b))
+        for t, truth in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(t, truth, rtol=1e-4, atol=1e-4)
+
+
+def test_opaque_output_that_is_the_input_is_left_alone():
+    x = torch.randn(3, K)
+    before = x.clone()
+    adapted_forward(nn.Identity(), x, Adapter(torch.randn(r, K), torch.randn(K, r), 1.0))
+    assert torch.equal(x, before)

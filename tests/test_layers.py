@@ -27,7 +27,7 @@ LAYERS = [  # each may import what stands before it
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
-    {"aot"},
+    {"aot", "ledger"},
     {"cli"},
     {"__main__"},
 ]

