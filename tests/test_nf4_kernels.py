@@ -71,6 +71,16 @@ def test_merge_of_any_shape(shape):
     torch.testing.assert_close(decode(weight, torch.float32, a, b, 0.3), reference.merge(w, a, b, 0.3))
 
 
+def test_only_the_first_decode_copies_from_the_host(monkeypatch):
+    """So that later ones can be captured in a CUDA graph."""
+    weight, w = weight_4bit()
+    decode(weight, torch.float32)
+    monkeypatch.delattr(torch, "tensor")
+    monkeypatch.delattr(torch, "as_tensor")
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    assert torch.equal(decode(weight, torch.float32), w)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_decode_reads_any_quant_storage(storage):
     weight, w = weight_4bit(storage=storage)
