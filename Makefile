@@ -27,7 +27,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --no-cpu-kernels tests/test_ops.py tests/test_autograd.py tests/test_accuracy.py
-	$(BIN)/python -m pytest --kernels-in-interpreter tests/test_functional.py tests/test_autograd.py tests/test_nn.py tests/test_model.py
+	$(BIN)/python -m pytest --kernels-in-interpreter \
+		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp nn model))
 
 lint: setup
 	$(BIN)/ruff check .

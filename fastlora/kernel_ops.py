@@ -2,7 +2,7 @@
 
 PyTorch's dispatcher picks them for tensors on a GPU. A launch happens under the tensor's device, on the stream that is
 current at the call, and never waits for the device; dropout's seed stays a tensor on it. So calls can be captured in a
-CUDA graph (after a first call outside it, which compiles) and replayed by checkpointing.
+CUDA graph (after a first call outside it, which compiles and copies code books) and replayed by checkpointing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -191,16 +191,18 @@ def _lora_matmul(
         xas, _strides(xas), bs, _strides(bs), ranks, seeds, tuple(map(dropped_levels, ps)),
         tuple(map(dropout_scale, ps)), bias, M, N,
     )  # fmt: skip
+    drops = tuple(p != 0.0 for p in ps)
     flags = {
         "PARTS": len(xs),
         "HAS_BIAS": bias is not None,
-        "HAS_DROPOUT": tuple(p != 0.0 for p in ps),
+        "HAS_DROPOUT": drops,
         "BLOCK_R": min(padded_rank(max(ranks)), 16 if wide else 32),
     }
     if tiles.has_tma() and _fits_tma(xs, ws, y):
         _launch_tma(xs, ws, y, operands, flags)
         return y
-    t = tile("lora_matmul" if x.element_size() == 2 else "lora_matmul fp32", M)
+    name = "lora_matmul group dropout" if len(xs) > 1 and any(drops) else "lora_matmul"
+    t = tile(name if x.element_size() == 2 else "lora_matmul fp32", M)
     grid = (triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)
     _lora_matmul_kernel[grid](
         xs, _strides(xs), ws, _strides(ws), tuple(x.shape[1] for x in xs), y, y.stride(0), *operands,

@@ -33,6 +33,13 @@ def code_book(quant_type: str, device: torch.device) -> Tensor:
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
+@functools.cache
+def code_pairs(quant_type: str, device: torch.device) -> Tensor:
+    """The two values of a byte, the even weight's (of the high nibble) in the low half: ``int64[256]``."""
+    code = torch.tensor(CODES[quant_type], dtype=torch.float32)
+    return torch.cartesian_prod(code, code).view(torch.int64).flatten().to(device)
+
+
 @triton.jit
 def load_scales(
     block, mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED: tl.constexpr, BLOCKSIZE2: tl.constexpr
@@ -50,7 +57,7 @@ def load_scales(
 # fmt: off
 @triton.jit
 def _decode_4bit_kernel(
-    packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, code_ptr,
+    packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, pairs_ptr,
     a_ptr, stride_ar, stride_ak,
     b_ptr, stride_bn, stride_br,
     s, w_ptr, N, K, r, numel,
@@ -81,30 +88,32 @@ def _decode_4bit_kernel(
         GROUPS: tl.constexpr = BLOCK_K // GROUP
         offs_g = pid_k * GROUPS + tl.arange(0, GROUPS)
         group = offs_n[:, None] * (K // GROUP) + offs_g[None, :]
-        mask = mask_n & (offs_g < K // GROUP)[None, :] & (group < numel // GROUP)
-        word_ptrs = packed_ptr.to(tl.pointer_type(tl.int32)) + (group * WORDS)[:, :, None] + tl.arange(0, WORDS)
+        mask = mask_n & (offs_g < K // GROUP)[None, :]
+        if not MERGE:
+            mask &= group < numel // GROUP
+        word_ptrs = packed_ptr.to(tl.pointer_type(tl.uint32)) + (group * WORDS)[:, :, None] + tl.arange(0, WORDS)
         words = tl.load(word_ptrs, mask=mask[:, :, None], other=0)
-        block = group // (BLOCKSIZE // GROUP)
+        block = group.to(tl.uint32) // (BLOCKSIZE // GROUP)  # unsigned division is a shift
         scale = load_scales(block, mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2)
-        shifts = (tl.arange(0, 8) ^ 1) * 4  # the even weight of a byte is its high nibble
-        nibbles = (words[:, :, :, None] >> shifts) & 15
-        code = tl.load(code_ptr + tl.arange(0, 16))
-        values = tl.gather(code, tl.reshape(nibbles, BLOCK_N * BLOCK_K), 0)
+        bytes = (words[:, :, :, None] >> (tl.arange(0, 4) * 8)) & 255
+        bytes = tl.reshape(bytes.to(tl.int32), BLOCK_N * BLOCK_K // 2)
+        pairs = tl.gather(tl.load(pairs_ptr + tl.arange(0, 256)), bytes, 0)
+        values = tl.join(pairs.to(tl.int32), (pairs >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
         w = tl.reshape(tl.reshape(values, BLOCK_N, GROUPS, GROUP) * scale[:, :, None], BLOCK_N, BLOCK_K)
     else:  # rows that are no whole words: one weight at a time
         flat = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
         byte = tl.load(packed_ptr + flat // 2, mask=mask_n & mask_k, other=0).to(tl.int32)
-        nibbles = (byte >> ((flat + 1) % 2 * 4).to(tl.int32)) & 15
         scale = load_scales(
             flat // BLOCKSIZE, mask_n & mask_k, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2
         )
-        w = tl.load(code_ptr + nibbles) * scale
+        code_ptr = pairs_ptr.to(tl.pointer_type(tl.float32))
+        w = tl.load(code_ptr + 2 * byte + (flat % 2).to(tl.int32)) * scale
 
     if MERGE:
         w = tl.fma(delta, s, w)
     else:
         mask_n &= offs_n.to(tl.int64)[:, None] * K + offs_k[None, :] < numel
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    w_ptrs = w_ptr + pid_n.to(tl.int64) * BLOCK_N * K + (tl.arange(0, BLOCK_N)[:, None] * K + offs_k[None, :])
     tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=mask_n & mask_k)
 
 
@@ -154,7 +163,7 @@ def decode_4bit(
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](
         packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
-        code_book(quant_type, packed.device),
+        code_pairs(quant_type, packed.device),
         a, *((0, 0) if a is None else a.stride()), b, *((0, 0) if b is None else b.stride()), s, w, N, K, r, numel,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None, WORDS=WORDS,
         MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION=PRECISION, BLOCK_R=BLOCK_R,

@@ -146,6 +146,11 @@ def has_tma() -> bool:
     return family() in ("sm_90", "sm_100")
 
 
+def has_ptx() -> bool:
+    """Whether kernels for the current device may contain PTX."""
+    return not triton.knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many programs fill the device once."""
     if device.type == "cuda":
@@ -168,11 +173,17 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
         },
+        "gfx942": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=2),
+        },
         "default": {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
             128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
-            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
     },
@@ -191,11 +202,19 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
         },
     },
+    "lora_matmul group dropout": {  # the mask and an accumulator of its own for every part
+        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+    },
     "lora_matmul fp32": {
         "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3)},
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2)},
     },
     "lora_matmul tma": {
+        "sm_100": {  # beside fp32 adapters a larger tile does not fit its tensor memory
+            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
+        },
         "default": {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
@@ -268,14 +287,17 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "interpreter": {ANY: Tile(BLOCK_M=2, BLOCK_K=32)},
     },
     "nf4_matmul": {  # by the larger of M and the padded rank
+        "sm_90": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
+        "sm_100": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
+        "gfx942": {ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)},
         "default": {
-            16: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
-            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
+            16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
     "nf4_matmul fp32": {
-        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)},
+        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=2)},
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
 }
