@@ -40,7 +40,7 @@ PLANS = {
     "lora_grad": ("one_pass", "two_pass"),
     "linear_4bit": ("merged", "decoded", "fused"),
 }
-MAX_FUSED_TOKENS, MAX_FUSED_RANK = 64, 128  # what the accumulators of nf4_matmul hold
+MAX_FUSED_TOKENS, MAX_FUSED_RANK, FUSED_STEP = 64, 128, 64  # what nf4_matmul takes: tokens, rank, multiples of K
 
 Key = tuple[str, int, int, int, int, int, int, bool]
 
@@ -63,7 +63,7 @@ def possible(op: str, c: Problem) -> tuple[str, ...]:
         return PLANS[op]
     if c.p > 0:
         return ("decoded",)
-    fits = 0 < c.M <= MAX_FUSED_TOKENS and c.r <= MAX_FUSED_RANK and c.K % 32 == 0
+    fits = 0 < c.M <= MAX_FUSED_TOKENS and c.r <= MAX_FUSED_RANK and c.K % FUSED_STEP == 0
     return PLANS[op] if fits else ("merged", "decoded")
 
 

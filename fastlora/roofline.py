@@ -157,10 +157,10 @@ def _partial_bytes(splits: int, numel: int, itemsize: int) -> int:
 
 
 def packed_bytes(c: Problem) -> int:
-    """A 4-bit weight with nested statistics, blocks of 64 weights and 256 of their scales, code books and offset."""
+    """A 4-bit weight with nested statistics, in blocks of 64 weights and of 256 scales; code books are not counted."""
     weights = c.N * c.K
     blocks = _cdiv(weights, 64)
-    return _cdiv(weights, 2) + blocks + 4 * _cdiv(blocks, 256) + 4 * (256 + 1 + 16)
+    return _cdiv(weights, 2) + blocks + 4 * _cdiv(blocks, 256)
 
 
 def _dots(c: Problem, wide: int) -> int:
@@ -213,8 +213,8 @@ def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
     return [walk, *_sum(splits, c.K * c.r, e), *(_sum(slabs, c.M * c.r, e) if with_b else [])]
 
 
-# Instructions that the compiler spends on one decoded weight (``fastlora inspect --arch sm_90``).
-DECODE_INSTRUCTIONS = 12
+# Instructions that the compiler spends on one weight at r=16 with fp32 adapters (``fastlora inspect --arch sm_90``).
+DECODE, DECODE_MERGED, DECODE_FUSED = 7, 10, 8
 
 
 def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[Launch]:
@@ -222,7 +222,8 @@ def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[Launch]:
     if merged:
         moved += c.r * (c.K + c.N) * c.adapter_itemsize
         flops = 2 * c.N * c.K * _padded(c.r)
-    return [Launch("decode_4bit", moved, flops, instructions=DECODE_INSTRUCTIONS * c.N * c.K)]
+    instructions = (DECODE_MERGED if merged else DECODE) * c.N * c.K
+    return [Launch("decode_4bit", moved, flops, instructions=instructions)]
 
 
 def _merged(c: Problem, rates: Rates) -> list[Launch]:
@@ -244,7 +245,7 @@ def _fused(c: Problem, rates: Rates) -> list[Launch]:
     moved = packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize
     moved += _partial_bytes(splits, c.M * c.N, c.itemsize)
     flops = 2 * max(16, c.M) * (c.N * c.K + R * (c.K * _cdiv(c.N, t.BLOCK_N) + c.N * splits))
-    fused = Launch("nf4_matmul", moved, flops, instructions=DECODE_INSTRUCTIONS * c.N * c.K)
+    fused = Launch("nf4_matmul", moved, flops, instructions=DECODE_FUSED * c.N * c.K)
     return [fused, *_sum(splits, c.M * c.N, c.itemsize)]
 
 

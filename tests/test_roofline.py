@@ -20,7 +20,7 @@ pytestmark = [
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
 INTERPRETED = replace(H100, multiprocessors=4)  # as kernels believe of the interpreter
-CODE_BOOKS = 4 * (256 + 16)  # of which a launch reads the entries that occur
+CODE_BOOKS = 8 * 256 + 4 * 256 + 4  # of bytes, of nested statistics and their offset: not counted by the model
 
 
 class Traffic(TorchDispatchMode):
@@ -148,8 +148,9 @@ PROBLEMS = [
 @pytest.mark.parametrize(("op", "plan"), COSTS, ids=map(" ".join, COSTS))
 def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):
     interpreter.repair()
-    if (op, plan) == ("linear_4bit", "fused") and c.M > plans.MAX_FUSED_TOKENS:
-        c = replace(c, M=plans.MAX_FUSED_TOKENS)
+    if plan == "fused":
+        step = plans.FUSED_STEP
+        c = replace(c, M=min(c.M, plans.MAX_FUSED_TOKENS), K=c.K // step * step)
     if op.startswith("swiglu"):
         c = replace(c, M=min(c.M, 9))  # tiles of the interpreter are small, and this has many
     if op.endswith("_group"):
@@ -160,9 +161,9 @@ def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):
     rates = replace(INTERPRETED, kernel_gemm=1e15, kernel_gemm_fp32=1e15)  # `decoded` then goes on by `tail`
     expected = COSTS[op, plan](c, rates)
     assert [name for name, _ in traffic.launches] == [launched.name for launched in expected]
-    slack = CODE_BOOKS if "4bit" in op else 0
     for (name, moved), launched in zip(traffic.launches, expected, strict=True):
-        assert launched.bytes - (slack if "sum" not in name and name != "gemm" else 0) <= moved <= launched.bytes, name
+        slack = CODE_BOOKS if name in ("decode_4bit", "nf4_matmul") else 0
+        assert launched.bytes <= moved <= launched.bytes + slack, name
     assert predict(op, plan, c, rates).bytes == sum(launched.bytes for launched in expected)
 
 
@@ -182,7 +183,7 @@ def test_bytes_without_an_adapter(plan, monkeypatch):
     expected = COSTS["linear_4bit", plan](c, INTERPRETED)
     assert [name for name, _ in traffic.launches] == [launched.name for launched in expected]
     moved, modelled = (sum(each[1] for each in found) for found in (traffic.launches, expected))
-    assert modelled - CODE_BOOKS <= moved <= modelled
+    assert modelled <= moved <= modelled + CODE_BOOKS
 
 
 def test_problems_above_split_reductions_and_do_not():
