@@ -130,7 +130,7 @@ def _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, offs_r, r, mask_k, mask_n)
 
 @triton.jit
 def _add_product(b, a, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc + b @ a``, exact enough to be rounded to DTYPE: TF32 keeps three bits more than bf16, none more than fp16."""
+    """``acc + b @ a``, exact enough to be rounded to DTYPE: TF32 has three bits more than bf16, none more than fp16."""
     if tl.float16 == DTYPE:
         acc = wide_dot(b, a, acc, DTYPE, PRECISION)
     elif a.dtype == b.dtype:
