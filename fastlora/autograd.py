@@ -120,24 +120,30 @@ class Part(NamedTuple):
     p: float
     seed: Tensor | None
 
+    def alone(self) -> Tensor:
+        """``dy w + D ∘ (dxa a)``"""
+        dy, weight, a, b, dxa, s, p, seed = self
+        if not isinstance(weight, Tensor):
+            if p == 0.0:
+                return torch.mm(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[arg-type]
+            weight = weight.decode(dy.dtype)
+        return lora_matmul(dy, weight.t(), dxa, a.t(), None, p, seed)
+
 
 def input_gradient(parts: list[Part]) -> Tensor:
-    """``sum(dy w + D ∘ (dxa a))`` over layers of one x: one product, or such as accumulate into one tensor."""
-    dx: Tensor | None = None
+    """The sum of the parts: one product, or such as accumulate into one tensor."""
+    if len(parts) == 1:
+        return parts[0].alone()
+    merged = [part for part in parts if is_merged(part.weight, part.p)]
     plain = [part for part in parts if not is_merged(part.weight, part.p)]
-    if plain:
-        dys, weights, As, _, dxa, _, ps, seeds = zip(*plain, strict=True)
-        w = [(w if isinstance(w, Tensor) else w.decode(dys[0].dtype)).t() for w in weights]
-        at = [a.t() for a in As]
-        if len(plain) == 1:
-            dx = lora_matmul(dys[0], w[0], dxa[0], at[0], None, ps[0], seeds[0])
-        else:
-            dx = lora_matmul_group(dys, w, dxa, at, ps, seeds)
-    for dy, weight, a, b, _, s, p, _ in parts:
-        if is_merged(weight, p):
-            merged = weight.decode_merged(dy.dtype, a, b, s)  # type: ignore[union-attr, arg-type]
-            dx = torch.mm(dy, merged) if dx is None else dx.addmm_(dy, merged)
-    assert dx is not None
+    if len(plain) > 1:
+        dys, weights, As, _, dxas, _, ps, seeds = zip(*plain, strict=True)
+        ws = [(w if isinstance(w, Tensor) else w.decode(dys[0].dtype)).t() for w in weights]
+        dx = lora_matmul_group(dys, ws, dxas, [a.t() for a in As], ps, seeds)
+    else:
+        dx = (plain or merged).pop(0).alone()
+    for dy, weight, a, b, _, s, _, _ in merged:
+        dx.addmm_(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[union-attr, arg-type]
     return dx
 
 
@@ -152,7 +158,18 @@ def weight_of(fields: Any) -> Weight:
 TENSORS = 5  # of the fields of a Weight4bit
 
 
-@without_autocast
+class Static(NamedTuple):
+    """What of a call is no tensor."""
+
+    s: float
+    p: float
+    numbers: tuple  # of a 4-bit weight
+    shared: SharedInput | None
+    place: int  # in shared.adapters, if xa is made in backward
+    chained: bool  # to the other layers of x, by tokens
+    run: bool  # compute, or put out a handle
+
+
 def lora_linear(
     x: Tensor,
     weight: Weight,
@@ -164,87 +181,96 @@ def lora_linear(
     seed: Tensor | None,
     shared: SharedInput | None = None,
 ) -> Tensor:
-    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight; ``shared`` if x is that of siblings."""
-    xa, index = None, -1
-    with torch.no_grad():
-        if not is_merged(weight, p):
-            rows = rows_of(x)
-            xa = shrink(rows, a, s, p, seed) if shared is None or p != 0.0 else shared.shrink(rows, a, s)
-        elif shared is not None:
-            index = len(shared.adapters)
-            shared.adapters.append((a, s))
-    fields = fields_of(weight)
+    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight; ``shared`` if x is that of siblings. Not for autocast."""
+    merged = is_merged(weight, p)
+    if not torch.is_grad_enabled():
+        xa = None if merged else _shrink(x, a, s, p, seed, shared)
+        return product(x, weight, a, b, bias, xa, s, p)
+    xa, place = None, -1
+    if not merged:
+        torch._C._set_grad_enabled(False)  # torch.no_grad() takes six times as long, and this is every layer's way
+        try:
+            xa = _shrink(x, a, s, p, seed, shared)
+        finally:
+            torch._C._set_grad_enabled(True)
+    elif shared is not None:
+        place = shared.wanted(a, s)
     chain = shared if shared is not None and shared.may_hold_graph_of(x) else None
     token = None if chain is None else chain.token
     packed = is_packed()
-    y = apply(LoRALinear, x, a, b, bias, xa, token, s, p, seed, shared, index, chain is not None, not packed, *fields)
+    fields = fields_of(weight)
+    static = Static(s, p, fields[TENSORS:], shared, place, chain is not None, not packed)
+    y = apply(LoRALinear, x, a, b, bias, xa, token, seed, static, *fields[:TENSORS])
     if chain is not None:
         y, chain.token = y
-    if not packed:
-        return y
-    return apply(Run, y, partial(product, x, weight, a, b, bias, xa, s, p))
+    return apply(Run, y, partial(product, x, weight, a, b, bias, xa, s, p)) if packed else y
+
+
+def _shrink(x: Tensor, a: Tensor, s: float, p: float, seed: Tensor | None, shared: SharedInput | None) -> Tensor:
+    rows = rows_of(x)
+    return shrink(rows, a, s, p, seed) if shared is None or p != 0.0 else shared.shrink(rows, a, s)
 
 
 class LoRALinear(Function):
-    """`lora_linear`. Its outputs are y (a handle, unless ``run``) and, if ``chained``, a token."""
+    """`lora_linear`, given xa. Its outputs are y (a handle, unless ``run``) and, if ``chained``, a token."""
 
     @staticmethod
-    def forward(x, a, b, bias, xa, token, s, p, seed, shared, index, chained, run, *fields):
-        y = product(x, weight_of(fields), a, b, bias, xa, s, p) if run else new_handle(x, b.shape[0])
-        return (y, x.new_empty(0)) if chained else y
+    def forward(x, a, b, bias, xa, token, seed, static, *weight):
+        if static.run:
+            y = product(x, weight_of(weight + static.numbers), a, b, bias, xa, static.s, static.p)
+        else:
+            y = new_handle(x, b.shape[0])
+        return (y, x.new_empty(0)) if static.chained else y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, b, bias, xa, token, ctx.s, ctx.p, seed, ctx.shared, ctx.index, ctx.chained, _, *fields = inputs
+        x, a, b, bias, xa, token, seed, static, *weight = inputs
         need_dx, need_da, need_db = ctx.needs_input_grad[:3]
         need_xa = need_db and xa is None
-        kept = x.detach() if ctx.chained else x  # see SharedInput
-        tensors, ctx.numbers = fields[:TENSORS], fields[TENSORS:]
+        kept = x.detach() if static.chained else x  # see SharedInput
         ctx.save_for_backward(
             kept if need_da or need_xa else None,
             a if need_dx or need_xa else None,
             b if need_dx or need_da else None,
             xa if need_db else None,
             seed,
-            *(tensors if need_dx else [None] * len(tensors)),
+            *(weight if need_dx else ()),
         )
-        ctx.first, ctx.merged = token is None, is_merged(weight_of(fields), ctx.p)
-        ctx.x_shape, ctx.a_dtype, ctx.b_dtype = x.shape, a.dtype, b.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.inputs = len(inputs)
+        ctx.static, ctx.first, ctx.merged = static, token is None, len(weight) > 1 and static.p == 0.0
+        ctx.x_shape, ctx.dtypes = x.shape, (a.dtype, b.dtype, None if bias is None else bias.dtype)
+        ctx.unused = len(inputs) - 4
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _=None):
         need_dx, need_da, need_db, need_dbias = ctx.needs_input_grad[:4]
-        if ctx.chained:
-            ctx.shared.release()
+        s, p, numbers, shared, place, chained, _ = ctx.static
+        if chained:
+            shared.release()
         dx = da = db = dbias = part = None
         if dy is not None:
             dy = rows_of(dy)
-            x, a, b, xa, seed, *tensors = ctx.saved_tensors
+            x, a, b, xa, seed, *weight = ctx.saved_tensors
             if need_db and xa is None:
-                shared = ctx.shared
-                xa = (
-                    shrink(rows_of(x), a, ctx.s) if shared is None else shared.shrink_in_backward(ctx.index, rows_of(x))
-                )
-            need_dxa = need_da or not ctx.merged  # dx is of the merged weight
-            dxa, da, db = adapter_grads(dy, x if need_da else None, b if need_dxa else None, xa, ctx.s, ctx.p, seed)
-            da, db = da.to(ctx.a_dtype) if need_da else None, db.to(ctx.b_dtype) if need_db else None
-            dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_dbias else None
+                xa = shrink(rows_of(x), a, s) if shared is None else shared.shrink_in_backward(place, rows_of(x))
+            need_dxa = need_da or (need_dx and not ctx.merged)  # dx is of the merged weight
+            dxa, da, db = adapter_grads(dy, x if need_da else None, b if need_dxa else None, xa, s, p, seed)
+            a_dtype, b_dtype, bias_dtype = ctx.dtypes
+            da, db = da.to(a_dtype) if need_da else None, db.to(b_dtype) if need_db else None
+            dbias = dy.sum(0, dtype=bias_dtype) if need_dbias else None
             if need_dx:
-                part = Part(dy, weight_of((*tensors, *ctx.numbers)), a, b, dxa, ctx.s, ctx.p, seed)
+                part = Part(dy, weight_of((*weight, *numbers)), a, b, dxa, s, p, seed)
         if need_dx and not ctx.first:
             if part is not None:
-                ctx.shared.hand_over(part)
+                shared.hand_over(part)
         elif need_dx:
             parts = [] if part is None else [part]
-            if ctx.chained:
-                parts += ctx.shared.take_over()
+            if chained:
+                parts += shared.take_over()
             if parts:
                 dx = like_rows_of(ctx.x_shape, input_gradient(parts))
-        return (dx, da, db, dbias, *(None,) * (ctx.inputs - 4))
+        return (dx, da, db, dbias, *(None,) * ctx.unused)
 
 
 def adapter_grads(dy: Tensor, x: Tensor | None, b: Tensor | None, xa: Tensor | None, s: float, p: float, seed: Any):

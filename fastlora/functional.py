@@ -64,12 +64,13 @@ def _apply(
     """lora_linear without its checks."""
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
-    dtype = autocast_dtype(x) or x.dtype
     seed = new_seed(x, p)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
     x = x.to(dtype) if shared is None else shared.converted(x, dtype)
-    if isinstance(weight, Tensor):
-        weight = weight.to(dtype)
-    return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
+    weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+    return autograd.without_autocast(autograd.lora_linear)(x, weight, a, b, bias, scaling, p, seed, shared)
 
 
 def add_lora_output(
@@ -113,7 +114,7 @@ def adapted_forward(
         y = add_lora_output(y, x, a, b, scaling, p, in_place).view(shape)
         return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
     shared = None if siblings is None else siblings.share(layer, x)
-    bias = whole_bias(base_layer, adapter)
+    bias = base_layer._parameters["bias"] if lora_bias is None else whole_bias(base_layer, adapter)
     if kind == "dense":
         return _apply(x, base_layer._parameters["weight"], a, b, scaling, bias, p, shared)
     dtype, compute_dtype = x.dtype, compute_dtype_4bit(base_layer, x)

@@ -4,6 +4,8 @@ Dispatch is PyTorch's own. The composition of torch ops below serves every devic
 a kernel registered for a device's key takes its place there. `fastlora.reference` says what each op computes, in the
 same signatures; this file says how, without any [M, N] or [M, K] temporary that the maths does not need.
 
+The ops themselves have no gradients: `fastlora.autograd` gives them to whole layers.
+
 Adapters may have another dtype than x: they are converted (they are small), x never is. xa and dxa have the
 adapters' dtype.
 """
@@ -30,6 +32,8 @@ def _op(schema: str, fake: Callable) -> Callable:
 
     def register(composition: Callable) -> Callable:
         _library.impl(name, composition, "CompositeExplicitAutograd")
+        # `autograd` differentiates. PyTorch's own answer, a warning in backward, costs 2 µs a call to prepare.
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         op = getattr(torch.ops.fastlora, name).default
         for device in ("cpu", "cuda", "xpu"):
             _library.impl(name, partial(_without_autocast, op, device), f"Autocast{device.upper()}")

@@ -122,6 +122,11 @@ class SharedInput:
             self.made[id(a)] = a, a._version, s, xa
         return first
 
+    def wanted(self, a: Tensor, s: float) -> int:
+        """Note that this adapter's xa will be wanted in backward. Returns what to ask for it by."""
+        self.adapters.append((a, s))
+        return len(self.adapters) - 1
+
     def shrink_in_backward(self, index: int, rows: Tensor) -> Tensor:
         """xa of ``adapters[index]``: the first layer whose backward runs makes those of all of them."""
         task = torch._C._current_graph_task_id(), "xa"

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels.precision import wide_dot
 from fastlora.kernels.tiles import padded_rank, tile
 
 _NF4 = (
@@ -66,6 +67,7 @@ def _decode_4bit_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     # fmt: on
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
     pid_k, pid_n = tl.program_id(0), tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -77,11 +79,11 @@ def _decode_4bit_kernel(
         b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn
         offs_r = tl.arange(0, BLOCK_R)
         a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, offs_r, r, mask_k, mask_n)
-        delta = tl.dot(b, a, input_precision=PRECISION)
+        delta = _add_product(b, a, tl.zeros([BLOCK_N, BLOCK_K], tl.float32), dtype, PRECISION)
         if LARGE_RANK:
             for start in tl.range(BLOCK_R, r, BLOCK_R, num_stages=2):
                 a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, start + offs_r, r, mask_k, mask_n)
-                delta = tl.dot(b, a, delta, input_precision=PRECISION)
+                delta = _add_product(b, a, delta, dtype, PRECISION)
 
     if WORDS:  # a thread loads WORDS words of 8 weights, all of one block, with one scale
         GROUP: tl.constexpr = 8 * WORDS
@@ -114,18 +116,28 @@ def _decode_4bit_kernel(
     else:
         mask_n &= offs_n.to(tl.int64)[:, None] * K + offs_k[None, :] < numel
     w_ptrs = w_ptr + pid_n.to(tl.int64) * BLOCK_N * K + (tl.arange(0, BLOCK_N)[:, None] * K + offs_k[None, :])
-    tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=mask_n & mask_k)
+    tl.store(w_ptrs, w.to(dtype), mask=mask_n & mask_k)
 
 
 @triton.jit
 def _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, offs_r, r, mask_k, mask_n):
-    """The rows offs_r of a and columns offs_r of b, in one dtype."""
+    """The rows offs_r of a and columns offs_r of b."""
     mask_r = offs_r < r
     a = tl.load(a_ptrs + offs_r[:, None].to(tl.int64) * stride_ar, mask=mask_r[:, None] & mask_k, other=0.0)
     b = tl.load(b_ptrs + offs_r[None, :].to(tl.int64) * stride_br, mask=mask_r[None, :] & mask_n, other=0.0)
-    if a.dtype != b.dtype:
-        a, b = a.to(tl.float32), b.to(tl.float32)
     return a, b
+
+
+@triton.jit
+def _add_product(b, a, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + b @ a``, exact enough to be rounded to DTYPE: TF32 has three bits more than bf16, none more than fp16."""
+    if tl.float16 == DTYPE:
+        acc = wide_dot(b, a, acc, DTYPE, PRECISION)
+    elif a.dtype == b.dtype:
+        acc = tl.dot(b, a, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(b.to(tl.float32), a.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
 
 
 def decode_4bit(
@@ -157,7 +169,6 @@ def decode_4bit(
     if not r and WORDS:
         K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = triton.cdiv(numel, K)
-    # TF32 keeps three bits more of a and b than the merged weight does in bf16; other dtypes need them all.
     PRECISION, BLOCK_R = ("tf32", 32) if dtype == torch.bfloat16 else ("ieee", 16)
     BLOCK_R = min(padded_rank(r), BLOCK_R)
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))

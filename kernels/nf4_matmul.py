@@ -100,13 +100,17 @@ def _nf4_matmul_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-MAX_TOKENS, MAX_RANK = 64, 128  # what the accumulators of one program hold
+MAX_TOKENS, MAX_XA = 64, 2048  # tokens, and elements of xa: what the registers of one program hold
 
 
 def has_kernel(M: int, packed: Tensor, K: int, blocksize: int, r: int = 0) -> bool:
-    """Whether `nf4_matmul` takes this: rows and blocks of whole steps, few tokens, no huge rank."""
+    """Whether `nf4_matmul` takes this: rows and blocks of whole steps, few tokens, the fewer the larger the rank."""
     aligned = K % STEP == 0 and blocksize % STEP == 0 and packed.data_ptr() % 4 == 0
-    return aligned and 0 < M <= MAX_TOKENS and r <= MAX_RANK
+    return aligned and 0 < M <= MAX_TOKENS and (r == 0 or _padded(M) * padded_rank(r) <= MAX_XA)
+
+
+def _padded(M: int) -> int:
+    return max(16, triton.next_power_of_2(M))
 
 
 def nf4_matmul(
@@ -145,7 +149,7 @@ def nf4_matmul(
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None,
         ASM=lookup_asm(CODES[quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
         HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=dot_precision(x),
-        BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_R=padded_rank(r),
+        BLOCK_M=_padded(M), BLOCK_R=padded_rank(r),
         **t.kwargs(),
     )  # fmt: skip
     return sum_splits(out, x.dtype)

@@ -173,6 +173,12 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
         },
+        "sm_100": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            128: Tile(BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
+        },
         "gfx942": {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
@@ -213,7 +219,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "lora_matmul tma": {
         "sm_100": {  # beside fp32 adapters a larger tile does not fit its tensor memory
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
-            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
         },
         "default": {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
@@ -271,7 +277,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
     },
     "decode_4bit": {
-        "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=512, num_warps=4)},
+        "default": {ANY: Tile(BLOCK_N=8, BLOCK_K=1024, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
     "decode_4bit narrow": {  # rows that are no whole groups of 32 weights
@@ -292,7 +298,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "gfx942": {ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)},
         "default": {
             16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
-            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },

@@ -114,6 +114,24 @@ def test_checkpointing_replays_the_mask(in_interpreter):
         assert torch.equal(ours, value)
 
 
+@pytest.mark.parametrize("fourbit_base", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_layer_compiles_around_the_kernels(in_interpreter, p, fourbit_base):
+    t = leaves(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    w = accuracy.linear_4bit(t["w"].detach()).weight if fourbit_base else t["w"].detach()
+
+    def layer(x, a, b):
+        return fastlora.lora_linear(x, w, a, b, 0.7, None, p).square()
+
+    results = []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(1)
+        y = run(t["x"], t["a"], t["b"])
+        results.append((y, *torch.autograd.grad(y.sum(), (t["x"], t["a"], t["b"]))))
+    for eager, compiled in zip(*results, strict=True):
+        assert (eager - compiled).norm() <= 4 * torch.finfo(eager.dtype).eps * eager.norm()
+
+
 def test_other_dtypes_stay_with_the_composition(in_interpreter):
     t = leaves(dtype=torch.float64)
     assert torch.equal(ops.shrink(t["x"], t["a"], 2.0), torch.ops.fastlora.shrink(t["x"], t["a"], 2.0))

@@ -150,7 +150,6 @@ def test_profile_writes_a_report_and_a_picture(profiled):
     assert ours["weights"] == theirs["weights"] and ours["optimizer state"] == theirs["optimizer state"] > 0
     for provider in (frozen, theirs, ours):
         assert sum(provider["saved"].values()) == provider["saved for backward"]
-        assert sum(entry["bytes"] for entry in provider["entries"]) == provider["saved for backward"]
     assert "model.layers.0.mlp" in ours["saved"] and "model.layers.0.mlp.down_proj" in theirs["saved"]
     pixels = imread(out / "memory.png")
     assert pixels.shape[0] > 300 and pixels.shape[1] > 900

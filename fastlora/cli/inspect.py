@@ -94,7 +94,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "lora_grad", "fp32", _call(lora_grad, dy, x, b, xa, 2.0)
     yield "swiglu", "forward", _call(swiglu, _meta(M, K), _meta(M, K), "silu")
     yield "swiglu", "backward", _call(swiglu_backward_, *(_meta(M, K) for _ in range(3)), "silu")
-    for m, rank, dtype in ((1, 16, BF16), (16, 16, FP32), (64, 64, FP32)):
+    for m, rank, dtype in ((1, 16, BF16), (16, 16, FP32), (16, 128, FP32), (32, 64, FP32), (64, 32, FP32)):
         x, a, b = _meta(m, K), _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
         case = f"M={m}, r={rank}, {_name(dtype)} adapters"
         yield "nf4_matmul", case, _call(nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)

@@ -82,7 +82,6 @@ def _record(trainer: training.Trainer, ids: Any) -> dict:
         "saved": books.by_module(),
         "shared": books.shared(),
         "recomputed_products": books.recomputed,
-        "entries": [vars(kept) for kept in books.kept],
     }
 
 
