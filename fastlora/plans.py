@@ -40,7 +40,7 @@ PLANS = {
     "lora_grad": ("one_pass", "two_pass"),
     "linear_4bit": ("merged", "decoded", "fused"),
 }
-MAX_FUSED_TOKENS, MAX_FUSED_RANK, FUSED_STEP = 64, 128, 64  # what nf4_matmul takes: tokens, rank, multiples of K
+MAX_FUSED_TOKENS, MAX_FUSED_XA, FUSED_STEP = 64, 2048, 64  # what nf4_matmul takes: tokens, elements of xa, steps of K
 
 Key = tuple[str, int, int, int, int, int, int, bool]
 
@@ -63,8 +63,8 @@ def possible(op: str, c: Problem) -> tuple[str, ...]:
         return PLANS[op]
     if c.p > 0:
         return ("decoded",)
-    fits = 0 < c.M <= MAX_FUSED_TOKENS and c.r <= MAX_FUSED_RANK and c.K % FUSED_STEP == 0
-    return PLANS[op] if fits else ("merged", "decoded")
+    fits = 0 < c.M <= MAX_FUSED_TOKENS and roofline.padded(c.M) * roofline.padded(c.r) <= MAX_FUSED_XA
+    return PLANS[op] if fits and c.K % FUSED_STEP == 0 else ("merged", "decoded")
 
 
 @contextmanager

@@ -133,7 +133,8 @@ def _tile(kernel: str, c: Problem, size: int):
     return import_module("fastlora.kernels.tiles").tile(kernel if c.itemsize == 2 else f"{kernel} fp32", size)
 
 
-def _padded(r: int) -> int:
+def padded(r: int) -> int:
+    """A rank, or a number of tokens, as the tensor core takes it."""
     return max(16, 1 << (r - 1).bit_length()) if r else 0
 
 
@@ -170,7 +171,7 @@ def _dots(c: Problem, wide: int) -> int:
 
 def _shrink(c: Problem, rates: Rates) -> list[Launch]:
     r, e = c.r // c.parts, c.adapter_itemsize
-    R = _padded(r)
+    R = padded(r)
     t = _tile("shrink", c, R * c.parts)
     block_r = max(16, min(R, 128, 256 // (1 << (c.parts - 1).bit_length())))
     blocks = _cdiv(c.M, t.BLOCK_M) * _cdiv(r, block_r)
@@ -185,7 +186,7 @@ def _adapter_bytes(c: Problem) -> int:
 
 
 def _adapter_flops(c: Problem) -> int:
-    return 2 * c.M * c.N * _padded(c.r // c.parts) * c.parts * _dots(c, 2)
+    return 2 * c.M * c.N * padded(c.r // c.parts) * c.parts * _dots(c, 2)
 
 
 def _tail(c: Problem, rates: Rates) -> list[Launch]:
@@ -202,7 +203,7 @@ def _base_last(c: Problem, rates: Rates) -> list[Launch]:
 
 def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
     """A walk down the rows of dy[M, K] (or x): db, and with b also dxa."""
-    R, e = _padded(c.r), c.adapter_itemsize
+    R, e = padded(c.r), c.adapter_itemsize
     t = _tile("lora_grad", c, min(R, 128))
     slabs, blocks = _cdiv(c.K, t.BLOCK_N), _cdiv(c.r, min(R, 128))
     splits = _splits(c.M, t.BLOCK_M, slabs * blocks, 2, rates)
@@ -221,7 +222,7 @@ def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[Launch]:
     moved, flops = packed_bytes(c) + c.N * c.K * c.itemsize, 0
     if merged:
         moved += c.r * (c.K + c.N) * c.adapter_itemsize
-        flops = 2 * c.N * c.K * _padded(c.r)
+        flops = 2 * c.N * c.K * padded(c.r)
     instructions = (DECODE_MERGED if merged else DECODE) * c.N * c.K
     return [Launch("decode_4bit", moved, flops, instructions=instructions)]
 
@@ -239,7 +240,7 @@ def _decoded(c: Problem, rates: Rates) -> list[Launch]:
 
 
 def _fused(c: Problem, rates: Rates) -> list[Launch]:
-    R = _padded(c.r)
+    R = padded(c.r)
     t = _tile("nf4_matmul", c, max(16, c.M, R))
     splits = _splits(c.K, t.BLOCK_K, _cdiv(c.N, t.BLOCK_N), 4, rates)
     moved = packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize

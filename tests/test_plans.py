@@ -41,8 +41,8 @@ def test_fused_is_possible_where_its_kernel_is():
     from fastlora.kernels import nf4_matmul
 
     packed = torch.empty(8, dtype=torch.uint8)
-    for M in (0, 1, 64, 65):
-        for r in (16, 128, 129):
+    for M in (0, 1, 17, 32, 64, 65):
+        for r in (0, 5, 16, 17, 32, 64, 128, 129):
             for K in (64, 72, 96):
                 fused = "fused" in plans.possible("linear_4bit", Problem(M, 64, K, r))
                 assert fused == nf4_matmul.has_kernel(M, packed, K, 64, r)
