@@ -27,6 +27,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --no-cpu-kernels tests/test_ops.py tests/test_autograd.py tests/test_accuracy.py
+	$(BIN)/python -m pytest --kernels-in-interpreter \
+		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp nn model))
 
 lint: setup
 	$(BIN)/ruff check .
@@ -41,11 +43,10 @@ bench: setup
 	$(BIN)/fastlora profile --out benchmarks/results/cpu/profile
 	$(BIN)/python benchmarks/host_overhead.py --json > benchmarks/results/cpu/host_overhead.json
 
-# On a machine with a GPU, with whatever torch it has and without installing: correctness first, then the comparison.
+# On a machine with a GPU, with whatever torch it has and without installing: correctness, rates, sweeps, in steps of
+# under ten minutes that go on where they stopped. make gpu ARGS='--only sweep', and see benchmarks/gpu.py --help.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m fastlora info
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
-	PYTHONPATH=. $(PYTHON) -m fastlora compare --model smollm2-random --base bf16 --steps 50 --device cuda
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastlora/*.so .mypy_cache .pytest_cache .ruff_cache

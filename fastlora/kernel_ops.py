@@ -2,21 +2,30 @@
 
 PyTorch's dispatcher picks them for tensors on a GPU. A launch happens under the tensor's device, on the stream that is
 current at the call, and never waits for the device; dropout's seed stays a tensor on it. So calls can be captured in a
-CUDA graph and replayed by checkpointing.
+CUDA graph (after a first call outside it, which compiles and copies code books) and replayed by checkpointing.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastlora import plans
 from fastlora.plans import Problem, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def register_gpus(library: torch.library.Library, compositions: Mapping[str, Callable]) -> None:
+    """Let the kernels implement these ops on every GPU that PyTorch and Triton share, if Triton is installed."""
+    if find_spec("triton") is not None:
+        for key in ("CUDA", "XPU"):
+            register(library, key, compositions)
 
 
 def register(library: torch.library.Library, key: str, compositions: Mapping[str, Callable]) -> None:
@@ -31,7 +40,7 @@ def register(library: torch.library.Library, key: str, compositions: Mapping[str
 
 def _implementation(name: str, composition: Callable) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not all(_has_kernel(value) for value in (*args, *kwargs.values())):
+        if not all(map(_has_kernel, (*args, *kwargs.values()))):
             return composition(*args, **kwargs)
         with _device_of(args[0]):
             return _LAUNCHERS[name](*args, **kwargs)
@@ -40,13 +49,21 @@ def _implementation(name: str, composition: Callable) -> Callable:
 
 
 def _has_kernel(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_has_kernel, value))
     dtype = value.dtype if isinstance(value, Tensor) else value
     return not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype in _DTYPES
 
 
 @cache
+def _use_measured_tiles() -> None:
+    import_module("fastlora.kernels.tiles").measured_by(lambda device: plans.table(device).tiles)
+
+
+@cache
 def launcher(module: str, name: str) -> Callable:
     """A function of `fastlora.kernels`. Triton is imported by the first call, not with fastlora."""
+    _use_measured_tiles()
     return getattr(import_module(f"fastlora.kernels.{module}"), name)
 
 
@@ -54,9 +71,21 @@ def shrink(*args: Any) -> Tensor:
     return launcher("shrink", "shrink")(*args)
 
 
+def shrink_group(*args: Any) -> list[Tensor]:
+    return launcher("shrink", "shrink_group")(*args)
+
+
 def lora_matmul(x: Tensor, w: Tensor, xa: Tensor, b: Tensor, *args: Any) -> Tensor:
     plan = choose("lora_matmul", _problem(x, w.shape[0], b.shape[1]), _name(x.device))
     return launcher("lora_matmul", "lora_matmul" if plan == "tail" else "lora_matmul_base_last")(x, w, xa, b, *args)
+
+
+def lora_matmul_group(x: Sequence[Tensor], w: Sequence[Tensor], xa: Any, b: Sequence[Tensor], *args: Any) -> Tensor:
+    rank = sum(each.shape[1] for each in b)
+    problem = _problem(x[0], w[0].shape[0], rank, sum(each.shape[1] for each in x), len(x))
+    plan = choose("lora_matmul", problem, _name(x[0].device))
+    name = "lora_matmul_group" if plan == "tail" else "lora_matmul_group_base_last"
+    return launcher("lora_matmul", name)(x, w, xa, b, *args)
 
 
 def lora_grad(dy: Tensor, x: Any, b: Any, xa: Any, s: float, p: float = 0.0, seed: Tensor | None = None) -> Any:
@@ -65,28 +94,63 @@ def lora_grad(dy: Tensor, x: Any, b: Any, xa: Any, s: float, p: float = 0.0, see
     return launcher("lora_grad", "lora_grad")(dy, x, b, xa, s, p, seed, plan == "one_pass")
 
 
+def lora_grad_a(*args: Any) -> Tensor:
+    return launcher("lora_grad", "lora_grad_a")(*args)
+
+
+def swiglu(*args: Any) -> Tensor:
+    return launcher("swiglu", "swiglu")(*args)
+
+
+def swiglu_backward_(*args: Any) -> None:
+    launcher("swiglu", "swiglu_backward_")(*args)
+
+
 def decode_4bit(*args: Any) -> Tensor:
     return launcher("nf4", "decode_4bit")(*args)
 
 
-_LAUNCHERS = {"shrink": shrink, "lora_matmul": lora_matmul, "lora_grad": lora_grad, "decode_4bit": decode_4bit}
+def nf4_matmul(x: Tensor, *args: Any) -> Tensor:
+    weight, (a, b, s, *rest) = args[:10], args[10:]
+    packed, blocksize, (N, K) = weight[0], weight[5], weight[8:]
+    bias, r = rest[0] if rest else None, 0 if a is None else a.shape[0]
+    fused = choose("linear_4bit", _problem(x, N, r), _name(x.device)) == "fused"
+    if fused and launcher("nf4_matmul", "has_kernel")(x.shape[0], packed, K, blocksize, r):
+        return launcher("nf4_matmul", "nf4_matmul")(x, *weight, a, b, s, bias)
+    w = decode_4bit(*weight, x.dtype, a, b, s)
+    return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
 
 
-def _problem(x: Tensor, N: int, r: int) -> Problem:
-    intensity = launcher("tiles", "intensity")()
-    return Problem(x.shape[0], N, x.shape[1], r, itemsize=x.element_size(), intensity=intensity)
+_LAUNCHERS = {
+    "shrink": shrink,
+    "shrink_group": shrink_group,
+    "lora_matmul": lora_matmul,
+    "lora_matmul_group": lora_matmul_group,
+    "lora_grad": lora_grad,
+    "lora_grad_a": lora_grad_a,
+    "swiglu": swiglu,
+    "swiglu_backward_": swiglu_backward_,
+    "decode_4bit": decode_4bit,
+    "nf4_matmul": nf4_matmul,
+}
+
+
+def _problem(x: Tensor, N: int, r: int, K: int | None = None, parts: int = 1) -> Problem:
+    return Problem(x.shape[0], N, x.shape[1] if K is None else K, r, itemsize=x.element_size(), parts=parts)
 
 
 @cache
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return device.type if device.type in ("cpu", "meta") else torch.get_device_module(device).get_device_name(device)
 
 
-def _device_of(t: Tensor) -> AbstractContextManager:
+def _device_of(value: Tensor | list[Tensor]) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    if t.device.type == "cuda" and t.device.index != torch.cuda.current_device():
-        return torch.cuda.device(t.device)
-    return nullcontext()
+    device = (value[0] if isinstance(value, list) else value).device
+    if device.index is None or device.type == "cpu":
+        return nullcontext()
+    module = torch.get_device_module(device)
+    return nullcontext() if device.index == module.current_device() else module.device(device)
 
 
 @contextmanager

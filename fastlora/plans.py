@@ -10,51 +10,69 @@
 |             | decoded   | decode, then as lora_matmul                           | the same, and xa                 |
 |             | fused     | decode inside the product                             | decoding in every row of tiles   |
 
-A plan is, in this order: forced by `use`, measured (an entry of `MEASURED`), or by the rule of its op, which follows
-from counting bytes and FLOPs. Nothing is measured behind a caller's back.
+A group's lora_matmul (the dx of layers that share their x) has the same plans; `base_last` then passes over y once for
+each of them.
+
+A plan is, in this order: forced by `use`, measured by ``fastlora tune`` (`TABLE_FILE` in the user's cache directory),
+or the one that `roofline` predicts to be fastest. Nothing is measured behind a caller's back, and the file is read when
+the first plan is chosen, not at import.
 """
 
-from collections.abc import Callable, Iterator
+import json
+import os
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastlora import roofline
+from fastlora.files import replace_file
+from fastlora.roofline import Problem, Rates
+from fastlora.version import __version__
 
 PLANS = {
     "lora_matmul": ("tail", "base_last"),
     "lora_grad": ("one_pass", "two_pass"),
     "linear_4bit": ("merged", "decoded", "fused"),
 }
+MAX_FUSED_TOKENS, MAX_FUSED_XA, FUSED_STEP = 64, 2048, 64  # what nf4_matmul takes: tokens, elements of xa, steps of K
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One call: ``x[M, K]`` (or dy), ``w[N, K]``, rank r, dropout p, bytes an element of x."""
-
-    M: int
-    N: int
-    K: int
-    r: int
-    p: float = 0.0
-    itemsize: int = 2
-    intensity: float = 150.0  # FLOPs that the device does in the time of moving one byte
-
-    @property
-    def bucket(self) -> int:
-        """M rounded up to a power of two: problems that share a measured plan."""
-        return 1 << max(0, self.M - 1).bit_length()
-
-
-# (device name, op, bucket of M, N, K, r) -> plan
-MEASURED: dict[tuple[str, str, int, int, int, int], str] = {}
+Key = tuple[str, int, int, int, int, int, int, bool]
 
 _forced: ContextVar[dict[str, str]] = ContextVar("forced", default={})  # noqa: B039  (never changed in place)
+
+
+def bucket(size: int) -> int:
+    """A size rounded up to a power of two: sizes that share a measurement."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def key(op: str, c: Problem) -> Key:
+    """What problems that share a measured plan have in common."""
+    return op, bucket(c.M), c.N, c.K, c.r, c.parts, c.itemsize, c.p > 0
+
+
+def possible(op: str, c: Problem) -> tuple[str, ...]:
+    """The plans that can carry out this problem."""
+    if op != "linear_4bit":
+        return PLANS[op]
+    if c.p > 0:
+        return ("decoded",)
+    fits = 0 < c.M <= MAX_FUSED_TOKENS and roofline.padded(c.M) * roofline.padded(c.r) <= MAX_FUSED_XA
+    return PLANS[op] if fits and c.K % FUSED_STEP == 0 else ("merged", "decoded")
 
 
 @contextmanager
 def use(**plans: str) -> Iterator[None]:
     """Force plans within this context: ``with plans.use(lora_matmul="base_last"): ...``
 
-    Raises ValueError for an op or a plan that does not exist.
+    Raises ValueError for an op or a plan that does not exist, and then from `choose` if the plan cannot carry out a
+    problem.
     """
     for op, plan in plans.items():
         if plan not in PLANS.get(op, ()):
@@ -70,41 +88,140 @@ def use(**plans: str) -> Iterator[None]:
 def choose(op: str, problem: Problem, device: str = "") -> str:
     """The plan for this problem on the device of this name."""
     forced = _forced.get().get(op)
-    if forced is not None:
-        return forced
-    key = (device, op, problem.bucket, problem.N, problem.K, problem.r)
-    return MEASURED.get(key) or RULES[op](problem)
+    if forced is None:
+        return table(device).plans.get(key(op, problem)) or by_rule(op, problem, device)
+    if forced not in (fit := possible(op, problem)):
+        raise ValueError(f"{op}={forced} cannot carry out {problem}: use {' or '.join(fit)}")
+    return forced
 
 
-GEMM_GAP = 0.05  # assumed, not measured: how much longer our GEMM may take than the vendor's
+@lru_cache(maxsize=4096)
+def by_rule(op: str, problem: Problem, device: str = "") -> str:
+    """The plan that the roofline predicts to be fastest, with the device's measured rates where there are any."""
+    fit, c = possible(op, problem), problem
+    nothing = c.M == 0 or c.K == 0 or (c.N == 0 and op != "lora_grad") or (c.r == 0 and op != "linear_4bit")
+    if len(fit) == 1 or nothing:
+        return fit[0]
+    rates = table(device).rates or roofline.modelled(device)
+    return min(fit, key=lambda plan: roofline.predict(op, plan, problem, rates).seconds)
 
 
-def _lora_matmul(c: Problem) -> str:
-    """`base_last` writes and reads y once more, 2 M N itemsize bytes; `tail` pays the gap and 2 M N r more FLOPs."""
-    if c.itemsize == 4:  # without tensor cores the gap is large
-        return "base_last"
-    base = 2 * c.M * c.N * c.K
-    tail = GEMM_GAP * base + 2 * c.M * c.N * c.r
-    base_last = 2 * c.M * c.N * c.itemsize * c.intensity
-    return "tail" if tail < base_last else "base_last"
+# What ``fastlora tune`` measured.
+
+FORMAT = 1
+TABLE_FILE = "plans.json"
 
 
-def _lora_grad(c: Problem) -> str:
-    """Partial dxa moves 8R / 256 bytes an element of dy (written and read, 256 columns a slab), a second read 2."""
-    return "one_pass" if c.r <= 32 else "two_pass"
+@dataclass
+class Table:
+    """What was measured on one device."""
+
+    rates: Rates | None = None
+    plans: dict[Key, str] = field(default_factory=dict)
+    tiles: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)  # (kernel, bucket of its size) -> Tile
+    versions: dict[str, str] = field(default_factory=dict)  # of what compiled the tiles
+    environment: dict[str, Any] = field(default_factory=dict)
 
 
-FUSED_TOKENS = 16  # modelled: above, decoding in every row of tiles costs more than writing the weight once
+def table(device: str) -> Table:
+    """The measurements of the device of this name; empty if there are none."""
+    return _tables().get(device) or _EMPTY
 
 
-def _linear_4bit(c: Problem) -> str:
-    if 0 < c.M <= FUSED_TOKENS and c.p == 0.0 and c.r <= 128 and c.K % 32 == 0:
-        return "fused"
-    return "merged" if c.p == 0.0 else "decoded"
+def cache_file() -> Path:
+    """Where the user's measurements are: ``$XDG_CACHE_HOME/fastlora``, by default ``~/.cache/fastlora``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return folder / "fastlora" / TABLE_FILE
 
 
-RULES: dict[str, Callable[[Problem], str]] = {
-    "lora_matmul": _lora_matmul,
-    "lora_grad": _lora_grad,
-    "linear_4bit": _linear_4bit,
-}
+@cache
+def _tables() -> dict[str, Table]:
+    try:
+        tables = read_tables(cache_file())
+    except FileNotFoundError:
+        return {}
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home directory
+        warnings.warn(f"fastlora ignores its measured plans and goes by its rules: {error}", stacklevel=2)
+        return {}
+    for name, measured in tables.items():
+        if measured.tiles and measured.versions != versions():
+            was, now = (", ".join(map(" ".join, each.items())) for each in (measured.versions, versions()))
+            message = (
+                f"fastlora ignores the tiles measured on {name} with {was}: here is {now}. fastlora tune renews them"
+            )
+            warnings.warn(message, stacklevel=2)
+            measured.tiles.clear()
+    return tables
+
+
+def versions() -> dict[str, str]:
+    """What a tile depends on: the kernels and their compiler. Under another one it may not even fit."""
+    return {"fastlora": __version__, "triton": version("triton")}
+
+
+def read_tables(path: Path) -> dict[str, Table]:
+    """Measurements by device name. Raises OSError, or ValueError naming the file if it is not one that this version
+    writes."""
+    try:
+        found = json.loads(path.read_bytes())
+        if found["version"] != FORMAT:
+            raise ValueError(f"format {FORMAT} is understood here, the file has {found['version']!r}")
+        return {name: _table_from_json(entry) for name, entry in found["devices"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} is not a table of plans: {reason}") from error
+
+
+def write_tables(path: Path, tables: dict[str, Table]) -> None:
+    """Replace the file at once, and let this process choose by the new measurements from now on."""
+    devices = {name: _table_to_json(measured) for name, measured in tables.items()}
+    text = json.dumps({"version": FORMAT, "devices": devices}, indent=1, allow_nan=False)
+    replace_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+    forget()
+
+
+def forget() -> None:
+    """Read the file again when the next plan is chosen."""
+    _tables.cache_clear()
+    by_rule.cache_clear()
+
+
+_KEY = {"op": str, "M": int, "N": int, "K": int, "r": int, "parts": int, "itemsize": int, "dropout": bool}
+_TILE = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"}
+
+
+def _table_to_json(measured: Table) -> dict:
+    return {
+        "environment": measured.environment,
+        "versions": measured.versions,
+        "rates": measured.rates and measured.rates.to_json(),
+        "plans": [dict(zip(_KEY, at, strict=True)) | {"plan": plan} for at, plan in measured.plans.items()],
+        "tiles": [{"kernel": name, "size": size, "tile": t} for (name, size), t in measured.tiles.items()],
+    }
+
+
+def _table_from_json(entry: dict) -> Table:
+    measured = Table(versions=dict(entry["versions"]), environment=dict(entry["environment"]))
+    if entry["rates"] is not None:
+        measured.rates = Rates.from_json(entry["rates"])
+    for row in entry["plans"]:
+        at: Any = tuple(_typed(row, name, type_) for name, type_ in _KEY.items())
+        if row["plan"] not in PLANS.get(row["op"], ()):
+            raise ValueError(f"there is no plan {row['op']}={row['plan']}")
+        measured.plans[at] = row["plan"]
+    for row in entry["tiles"]:
+        sizes = {name: _typed(row["tile"], name, int) for name in row["tile"]}
+        if not sizes.keys() <= _TILE:
+            raise ValueError(f"a tile has {', '.join(sorted(_TILE))}, got {row['tile']!r}")
+        measured.tiles[_typed(row, "kernel", str), _typed(row, "size", int)] = sizes
+    return measured
+
+
+def _typed(row: dict, name: str, type_: type) -> Any:
+    if type(row[name]) is not type_:
+        raise ValueError(f"{name} must be of type {type_.__name__}, got {row[name]!r}")
+    return row[name]
+
+
+_EMPTY = Table()

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
@@ -42,7 +42,7 @@ def _lora_grad_kernel(
     seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
     if HAS_B:
         b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
-        b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0).to(g_ptr.dtype.element_ty)
+        b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
         gb_ptrs = gb_ptr + slab.to(tl.int64) * stride_gs + rows * stride_gbm + offs_r[None, :] * stride_gbr
 
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -52,12 +52,12 @@ def _lora_grad_kernel(
         g = tl.load(g_ptrs, mask=mask_m[:, None] & mask_n[None, :], other=0.0)
         z = tl.load(z_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         if HAS_B:
-            gb = tl.dot(g, b, input_precision=PRECISION)
+            gb = wide_dot(g, b, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), g_ptr.dtype.element_ty, PRECISION)
             tl.store(gb_ptrs, (gb * s).to(gb_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
             gb_ptrs += BLOCK_M * stride_gbm
         if HAS_DROPOUT:
             g = tl.where(keep_mask(seed, offs_m, slab * BLOCK_N, dropped, BLOCK_M, BLOCK_N), g, 0.0)
-        acc = tl.dot(g.T, z.to(g.dtype), acc, input_precision=PRECISION)
+        acc = wide_dot(g.T, z, acc, g_ptr.dtype.element_ty, PRECISION)
         g_ptrs += BLOCK_M * stride_gm
         z_ptrs += BLOCK_M * stride_zm
 
@@ -92,8 +92,13 @@ def lora_grad(
         if xa is not None:
             db, _ = _walk_down(dy, xa)
     if b is not None and x is not None:
-        da = _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
+        da = lora_grad_a(dxa, x, p, seed)
     return dxa, da, db
+
+
+def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """``dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype."""
+    return _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
 
 
 def _walk_down(

@@ -8,6 +8,8 @@ The dx of projections that share their x (q, k, v; gate, up) is the sum of their
 operands, a reduction over all their columns: dx is written once instead of being read and written for each.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
 
 
@@ -49,17 +51,17 @@ def _adapters(
         xa_tile = xa_ptrs[i] + offs_m[:, None].to(tl.int64) * xa_strides[i][0] + offs_r[None, :] * xa_strides[i][1]
         b_tile = b_ptrs[i] + offs_n[None, :].to(tl.int64) * b_strides[i][0]
         b_tile += offs_r[:, None].to(tl.int64) * b_strides[i][1]
-        part = tl.zeros_like(acc) if HAS_DROPOUT else acc
+        part = tl.zeros_like(acc) if HAS_DROPOUT[i] else acc
         for start in tl.range(0, ranks[i], BLOCK_R, num_stages=2):
             mask_r = start + offs_r < ranks[i]
             xa = tl.load(xa_tile, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)
             b = tl.load(b_tile, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
-            part = tl.dot(xa.to(DTYPE), b.to(DTYPE), part, input_precision=PRECISION)
+            part = wide_dot(xa, b, part, DTYPE, PRECISION)
             xa_tile += BLOCK_R * xa_strides[i][1]
             b_tile += BLOCK_R * b_strides[i][1]
-        if HAS_DROPOUT:
-            keep = keep_mask(tl.load(seed_ptrs[i]), offs_m, pid_n * BLOCK_N, dropped, BLOCK_M, BLOCK_N)
-            part = acc + tl.where(keep, part * scale, 0.0)
+        if HAS_DROPOUT[i]:
+            keep = keep_mask(tl.load(seed_ptrs[i]), offs_m, pid_n * BLOCK_N, dropped[i], BLOCK_M, BLOCK_N)
+            part = acc + tl.where(keep, part * scale[i], 0.0)
         acc = part
     return acc
 
@@ -132,7 +134,7 @@ def lora_matmul(
     x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
 ) -> Tensor:
     """``x @ w.T + bias + dropout(xa @ b.T, p)``: [M, K], [N, K], [M, r], [N, r] -> [M, N] in x's dtype."""
-    return lora_matmul_group((x,), (w,), (xa,), (b,), bias, p, (seed,))
+    return _lora_matmul((x,), (w,), (xa,), (b,), bias, (p,), (seed,))
 
 
 def lora_matmul_base_last(
@@ -143,39 +145,67 @@ def lora_matmul_base_last(
 
 
 def lora_matmul_group(
+    x: Sequence[Tensor],
+    w: Sequence[Tensor],
+    xa: Sequence[Tensor],
+    b: Sequence[Tensor],
+    p: Sequence[float],
+    seed: Sequence[Tensor | None],
+) -> Tensor:
+    """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...)``, rounded once; K, r and masks may differ."""
+    return _lora_matmul(tuple(x), tuple(w), tuple(xa), tuple(b), None, tuple(p), tuple(seed))
+
+
+def lora_matmul_group_base_last(
+    x: Sequence[Tensor],
+    w: Sequence[Tensor],
+    xa: Sequence[Tensor],
+    b: Sequence[Tensor],
+    p: Sequence[float],
+    seed: Sequence[Tensor | None],
+) -> Tensor:
+    """The same, each base product accumulated by the vendor's GEMM, which rounds the sum every time."""
+    y = lora_matmul_group([each[:, :0] for each in x], [each[:, :0] for each in w], xa, b, p, seed)
+    for x_i, w_i in zip(x, w, strict=True):
+        y.addmm_(x_i, w_i.t())
+    return y
+
+
+def _lora_matmul(
     xs: tuple[Tensor, ...],
     ws: tuple[Tensor, ...],
     xas: tuple[Tensor, ...],
     bs: tuple[Tensor, ...],
-    bias: Tensor | None = None,
-    p: float = 0.0,
-    seeds: tuple[Tensor | None, ...] = (None, None, None),
+    bias: Tensor | None,
+    ps: tuple[float, ...],
+    seeds: tuple[Tensor | None, ...],
 ) -> Tensor:
-    """``sum(lora_matmul(x, w, xa, b, None, p, seed) for ...) + bias``, rounded once; K and r may differ."""
     x = xs[0]
     M, N = x.shape[0], ws[0].shape[0]
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
     ranks = tuple(b.shape[1] for b in bs)
+    wide = any(t.dtype != x.dtype for t in (*xas, *bs))  # two tiles of each wait in registers
     operands = (
-        xas, _strides(xas), bs, _strides(bs), ranks, tuple(seeds[: len(xs)]), dropped_levels(p), dropout_scale(p),
-        bias, M, N,
+        xas, _strides(xas), bs, _strides(bs), ranks, seeds, tuple(map(dropped_levels, ps)),
+        tuple(map(dropout_scale, ps)), bias, M, N,
     )  # fmt: skip
+    drops = tuple(p != 0.0 for p in ps)
     flags = {
         "PARTS": len(xs),
         "HAS_BIAS": bias is not None,
-        "HAS_DROPOUT": p != 0.0,
-        "BLOCK_R": min(padded_rank(max(ranks)), 32),
+        "HAS_DROPOUT": drops,
+        "BLOCK_R": min(padded_rank(max(ranks)), 16 if wide else 32),
     }
     if tiles.has_tma() and _fits_tma(xs, ws, y):
         _launch_tma(xs, ws, y, operands, flags)
         return y
-    lengths = tuple(x.shape[1] for x in xs)
-    t = tile("lora_matmul" if x.element_size() == 2 else "lora_matmul fp32", M)
+    name = "lora_matmul group dropout" if len(xs) > 1 and any(drops) else "lora_matmul"
+    t = tile(name if x.element_size() == 2 else "lora_matmul fp32", M)
     grid = (triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)
     _lora_matmul_kernel[grid](
-        xs, _strides(xs), ws, _strides(ws), lengths, y, y.stride(0), *operands,
+        xs, _strides(xs), ws, _strides(ws), tuple(x.shape[1] for x in xs), y, y.stride(0), *operands,
         PRECISION=dot_precision(x), **flags, **t.kwargs(),
     )  # fmt: skip
     return y
@@ -183,7 +213,7 @@ def lora_matmul_group(
 
 def _launch_tma(xs, ws, y, operands, flags) -> None:
     M, N = y.shape
-    name = "lora_matmul tma" + " group" * (len(xs) > 1) + " dropout" * flags["HAS_DROPOUT"]
+    name = "lora_matmul tma" + " group" * (len(xs) > 1) + " dropout" * any(flags["HAS_DROPOUT"])
     t = tile(name, M)
     transposed = tuple(w.stride(1) != 1 for w in ws)
     x_block, y_block = [t.BLOCK_M, t.BLOCK_K], [t.BLOCK_M, t.BLOCK_N]

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels.precision import wide_dot
 from fastlora.kernels.tiles import padded_rank, tile
 
 _NF4 = (
@@ -31,6 +32,13 @@ CODES = {"nf4": _NF4, "fp4": (*_FP4, *(-v or 0.0 for v in _FP4))}
 def code_book(quant_type: str, device: torch.device) -> Tensor:
     """The 16 values of a nibble: ``fp32[16]``."""
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
+
+
+@functools.cache
+def code_pairs(quant_type: str, device: torch.device) -> Tensor:
+    """The two values of a byte, the even weight's (of the high nibble) in the low half: ``int64[256]``."""
+    code = torch.tensor(CODES[quant_type], dtype=torch.float32)
+    return torch.cartesian_prod(code, code).view(torch.int64).flatten().to(device)
 
 
 @triton.jit
@@ -50,7 +58,7 @@ def load_scales(
 # fmt: off
 @triton.jit
 def _decode_4bit_kernel(
-    packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, code_ptr,
+    packed_ptr, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, pairs_ptr,
     a_ptr, stride_ar, stride_ak,
     b_ptr, stride_bn, stride_br,
     s, w_ptr, N, K, r, numel,
@@ -59,6 +67,7 @@ def _decode_4bit_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     # fmt: on
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
     pid_k, pid_n = tl.program_id(0), tl.program_id(1)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -70,53 +79,65 @@ def _decode_4bit_kernel(
         b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn
         offs_r = tl.arange(0, BLOCK_R)
         a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, offs_r, r, mask_k, mask_n)
-        delta = tl.dot(b, a, input_precision=PRECISION)
+        delta = _add_product(b, a, tl.zeros([BLOCK_N, BLOCK_K], tl.float32), dtype, PRECISION)
         if LARGE_RANK:
             for start in tl.range(BLOCK_R, r, BLOCK_R, num_stages=2):
                 a, b = _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, start + offs_r, r, mask_k, mask_n)
-                delta = tl.dot(b, a, delta, input_precision=PRECISION)
+                delta = _add_product(b, a, delta, dtype, PRECISION)
 
     if WORDS:  # a thread loads WORDS words of 8 weights, all of one block, with one scale
         GROUP: tl.constexpr = 8 * WORDS
         GROUPS: tl.constexpr = BLOCK_K // GROUP
         offs_g = pid_k * GROUPS + tl.arange(0, GROUPS)
         group = offs_n[:, None] * (K // GROUP) + offs_g[None, :]
-        mask = mask_n & (offs_g < K // GROUP)[None, :] & (group < numel // GROUP)
-        word_ptrs = packed_ptr.to(tl.pointer_type(tl.int32)) + (group * WORDS)[:, :, None] + tl.arange(0, WORDS)
+        mask = mask_n & (offs_g < K // GROUP)[None, :]
+        if not MERGE:
+            mask &= group < numel // GROUP
+        word_ptrs = packed_ptr.to(tl.pointer_type(tl.uint32)) + (group * WORDS)[:, :, None] + tl.arange(0, WORDS)
         words = tl.load(word_ptrs, mask=mask[:, :, None], other=0)
-        block = group // (BLOCKSIZE // GROUP)
+        block = group.to(tl.uint32) // (BLOCKSIZE // GROUP)  # unsigned division is a shift
         scale = load_scales(block, mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2)
-        shifts = (tl.arange(0, 8) ^ 1) * 4  # the even weight of a byte is its high nibble
-        nibbles = (words[:, :, :, None] >> shifts) & 15
-        code = tl.load(code_ptr + tl.arange(0, 16))
-        values = tl.gather(code, tl.reshape(nibbles, BLOCK_N * BLOCK_K), 0)
+        bytes = (words[:, :, :, None] >> (tl.arange(0, 4) * 8)) & 255
+        bytes = tl.reshape(bytes.to(tl.int32), BLOCK_N * BLOCK_K // 2)
+        pairs = tl.gather(tl.load(pairs_ptr + tl.arange(0, 256)), bytes, 0)
+        values = tl.join(pairs.to(tl.int32), (pairs >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
         w = tl.reshape(tl.reshape(values, BLOCK_N, GROUPS, GROUP) * scale[:, :, None], BLOCK_N, BLOCK_K)
     else:  # rows that are no whole words: one weight at a time
         flat = offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
         byte = tl.load(packed_ptr + flat // 2, mask=mask_n & mask_k, other=0).to(tl.int32)
-        nibbles = (byte >> ((flat + 1) % 2 * 4).to(tl.int32)) & 15
         scale = load_scales(
             flat // BLOCKSIZE, mask_n & mask_k, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2
         )
-        w = tl.load(code_ptr + nibbles) * scale
+        code_ptr = pairs_ptr.to(tl.pointer_type(tl.float32))
+        w = tl.load(code_ptr + 2 * byte + (flat % 2).to(tl.int32)) * scale
 
     if MERGE:
         w = tl.fma(delta, s, w)
     else:
         mask_n &= offs_n.to(tl.int64)[:, None] * K + offs_k[None, :] < numel
-    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=mask_n & mask_k)
+    w_ptrs = w_ptr + pid_n.to(tl.int64) * BLOCK_N * K + (tl.arange(0, BLOCK_N)[:, None] * K + offs_k[None, :])
+    tl.store(w_ptrs, w.to(dtype), mask=mask_n & mask_k)
 
 
 @triton.jit
 def _rank_chunk(a_ptrs, stride_ar, b_ptrs, stride_br, offs_r, r, mask_k, mask_n):
-    """The rows offs_r of a and columns offs_r of b, in one dtype."""
+    """The rows offs_r of a and columns offs_r of b."""
     mask_r = offs_r < r
     a = tl.load(a_ptrs + offs_r[:, None].to(tl.int64) * stride_ar, mask=mask_r[:, None] & mask_k, other=0.0)
     b = tl.load(b_ptrs + offs_r[None, :].to(tl.int64) * stride_br, mask=mask_r[None, :] & mask_n, other=0.0)
-    if a.dtype != b.dtype:
-        a, b = a.to(tl.float32), b.to(tl.float32)
     return a, b
+
+
+@triton.jit
+def _add_product(b, a, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + b @ a``, exact enough to be rounded to DTYPE: TF32 has three bits more than bf16, none more than fp16."""
+    if tl.float16 == DTYPE:
+        acc = wide_dot(b, a, acc, DTYPE, PRECISION)
+    elif a.dtype == b.dtype:
+        acc = tl.dot(b, a, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(b.to(tl.float32), a.to(tl.float32), acc, input_precision=PRECISION)
+    return acc
 
 
 def decode_4bit(
@@ -148,13 +169,12 @@ def decode_4bit(
     if not r and WORDS:
         K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = triton.cdiv(numel, K)
-    # TF32 keeps three bits more of a and b than the merged weight does in bf16; other dtypes need them all.
     PRECISION, BLOCK_R = ("tf32", 32) if dtype == torch.bfloat16 else ("ieee", 16)
     BLOCK_R = min(padded_rank(r), BLOCK_R)
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](
         packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
-        code_book(quant_type, packed.device),
+        code_pairs(quant_type, packed.device),
         a, *((0, 0) if a is None else a.stride()), b, *((0, 0) if b is None else b.stride()), s, w, N, K, r, numel,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None, WORDS=WORDS,
         MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION=PRECISION, BLOCK_R=BLOCK_R,

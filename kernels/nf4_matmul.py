@@ -2,9 +2,11 @@
 
 With up to some dozens of tokens the time is that of reading the weight, so it is read once, as 4 bits, never written.
 It is the left operand of the product, y comes out transposed in registers: Hopper's tensor core takes only its left
-operand from registers, and the weight has the rows that the instruction wants. K is split so that every multiprocessor
-has work; each split adds the adapter's part of its own range of K, (sum of xa_k) b = sum of (xa_k b), so that no split
-waits for another. Splits are added up in a fixed order.
+operand from registers, and the weight has the rows that the instruction wants. What is multiplied is the code, rounded
+once to x's dtype; a block's scale multiplies the product of the block, in fp32.
+
+K is split so that every multiprocessor has work; each split adds the adapter's part of its own range of K,
+(sum of xa_k) b = sum of (xa_k b), so that no split waits for another. Splits are added up in a fixed order.
 """
 
 import torch
@@ -12,10 +14,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels.nf4 import code_book, load_scales
-from fastlora.kernels.precision import dot_precision
+from fastlora.kernels import tiles
+from fastlora.kernels.nf4 import CODES, code_book, load_scales
+from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
+from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
+
+STEP = 64  # weights of a row that are multiplied at once: of one block, in eight words
+
+
+@triton.jit
+def _codes(words, like, code_ptr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr):
+    """The codes of int32[N, 8] words as [N, 64] in the dtype of ``like``, the eight first weights of the words before
+    the eight second.
+
+    In this order of K a thread of the tensor core's left operand needs whole words: nothing moves between threads.
+    """
+    if ASM is not None:
+        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, [words], dtype=(like.dtype,) * 8, is_pure=True, pack=2
+        )
+        even, odd = tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7))
+        values = tl.reshape(tl.join(even, odd), words.shape[0], 8, 8)
+    else:
+        shifts = (tl.arange(0, 8) ^ 1) * 4  # the even weight of a byte is its high nibble
+        values = tl.load(code_ptr + ((words[:, :, None] >> shifts) & 15)).to(like.dtype)
+    return tl.reshape(tl.permute(values, 0, 2, 1), words.shape[0], 64)
 
 
 # fmt: off
@@ -29,61 +54,63 @@ def _nf4_matmul_kernel(
     out_ptr, stride_os, stride_om,  # one [M, N] for each split of K
     M, N, K, r, SPLIT_K,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, NESTED: tl.constexpr,
+    ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
     HAS_ADAPTER: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     # fmt: on
-    GROUP: tl.constexpr = 32  # weights that a thread loads at once, in four words, with one scale
-    GROUPS: tl.constexpr = BLOCK_K // GROUP
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     pid_n, split = tl.program_id(0), tl.program_id(1)
     start, stop = split * SPLIT_K, min(K, (split + 1) * SPLIT_K)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m, offs_k, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_n, mask_m, mask_r = offs_n < N, offs_m < M, offs_r < r
     x_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm + (start + offs_k)[:, None].to(tl.int64) * stride_xk
-    shifts = (tl.arange(0, 8) ^ 1) * 4  # the even weight of a byte is its high nibble
+    row = offs_n * (K // BLOCK_K)
+    word_ptrs = packed_ptr.to(tl.pointer_type(tl.int32)) + (row + start // BLOCK_K)[:, None] * 8 + tl.arange(0, 8)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if HAS_ADAPTER:
         a_ptrs = a_ptr + offs_r[:, None].to(tl.int64) * stride_ar + (start + offs_k)[None, :].to(tl.int64) * stride_ak
         xa = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-    for k in range(start, stop, BLOCK_K):
-        mask_k = k + offs_k < stop
-        x = tl.load(x_ptrs, mask=mask_k[:, None] & mask_m[None, :], other=0.0)
-        group = offs_n[:, None] * (K // GROUP) + (k // GROUP + tl.arange(0, GROUPS))[None, :]
-        mask = mask_n[:, None] & (k // GROUP + tl.arange(0, GROUPS) < stop // GROUP)[None, :]
-        word_ptrs = packed_ptr.to(tl.pointer_type(tl.int32)) + (group * 4)[:, :, None] + tl.arange(0, 4)
-        words = tl.load(word_ptrs, mask=mask[:, :, None], other=0)
-        scale = load_scales(
-            group // (BLOCKSIZE // GROUP), mask, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2
-        )
-        nibbles = (words[:, :, :, None] >> shifts) & 15
-        # Not tl.gather: it comes in a layout of its own, and every weight would go through shared memory by itself.
-        w = tl.reshape(tl.load(code_ptr + nibbles) * scale[:, :, None, None], BLOCK_N, BLOCK_K)
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision=PRECISION)
+    step = row.to(tl.uint32) + start // BLOCK_K
+    for _ in range(start, stop, BLOCK_K):
+        x = tl.load(x_ptrs, mask=mask_m[None, :], other=0.0)
+        words = tl.load(word_ptrs, mask=mask_n[:, None], other=0)
+        block = step // (BLOCKSIZE // BLOCK_K)
+        scale = load_scales(block, mask_n, absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, NESTED, BLOCKSIZE2)
+        w = _codes(words, x, code_ptr, ASM, CONSTRAINTS)
+        reordered = tl.reshape(tl.permute(tl.reshape(x, 8, 8, BLOCK_M), 1, 0, 2), BLOCK_K, BLOCK_M)
+        acc += tl.dot(w, reordered, input_precision=PRECISION) * scale[:, None]
         if HAS_ADAPTER:
-            a = tl.load(a_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-            xa = tl.dot(a.to(x.dtype), x, xa, input_precision=PRECISION)
+            a = tl.load(a_ptrs, mask=mask_r[:, None], other=0.0)
+            xa = wide_dot(a, x, xa, dtype, PRECISION)
             a_ptrs += BLOCK_K * stride_ak
         x_ptrs += BLOCK_K * stride_xk
+        word_ptrs += 8
+        step += 1
 
     if HAS_ADAPTER:
         b_ptrs = b_ptr + offs_n[:, None].to(tl.int64) * stride_bn + offs_r[None, :].to(tl.int64) * stride_br
         b = tl.load(b_ptrs, mask=mask_n[:, None] & mask_r[None, :], other=0.0)
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-        acc = tl.dot(b.to(dtype), (xa * s).to(dtype), acc, input_precision=PRECISION)
+        acc = wide_dot(b, (xa * s).to(a_ptr.dtype.element_ty), acc, dtype, PRECISION)
     if HAS_BIAS and split == 0:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + split.to(tl.int64) * stride_os + offs_m[None, :].to(tl.int64) * stride_om + offs_n[:, None]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-MAX_TOKENS, MAX_RANK = 64, 128  # what the accumulators of one program hold
+MAX_TOKENS, MAX_XA = 64, 2048  # tokens, and elements of xa: what the registers of one program hold
 
 
-def has_kernel(M: int, K: int, blocksize: int, r: int = 0) -> bool:
-    """Whether `nf4_matmul` takes these sizes: rows of whole groups of 32 weights, few tokens, no huge rank."""
-    return 0 < M <= MAX_TOKENS and r <= MAX_RANK and K % 32 == 0 and blocksize % 32 == 0
+def has_kernel(M: int, packed: Tensor, K: int, blocksize: int, r: int = 0) -> bool:
+    """Whether `nf4_matmul` takes this: rows and blocks of whole steps, few tokens, the fewer the larger the rank."""
+    aligned = K % STEP == 0 and blocksize % STEP == 0 and packed.data_ptr() % 4 == 0
+    return aligned and 0 < M <= MAX_TOKENS and (r == 0 or _padded(M) * padded_rank(r) <= MAX_XA)
+
+
+def _padded(M: int) -> int:
+    return max(16, triton.next_power_of_2(M))
 
 
 def nf4_matmul(
@@ -106,22 +133,23 @@ def nf4_matmul(
 ) -> Tensor:
     """``x @ (decode + s * b @ a).T + bias``: [M, K] -> [M, N] in x's dtype, for sizes that `has_kernel` takes."""
     M, r = x.shape[0], 0 if a is None else a.shape[0]
-    assert has_kernel(M, K, blocksize, r) and packed.data_ptr() % 4 == 0
+    assert has_kernel(M, packed, K, blocksize, r)
     t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
     blocks = triton.cdiv(N, t.BLOCK_N)
     if splits is None:  # a split has at least four steps of the loop
         splits = max(1, min(4 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
     SPLIT_K = triton.cdiv(triton.cdiv(K, splits), t.BLOCK_K) * t.BLOCK_K
     splits = triton.cdiv(K, SPLIT_K)
+    asm = tiles.has_ptx() and x.element_size() == 2
     out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
     _nf4_matmul_kernel[(blocks, splits)](
         x, *x.stride(), packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
-        code_book(quant_type, packed.device), a, *((0, 0) if a is None else a.stride()),
+        None if asm else code_book(quant_type, x.device), a, *((0, 0) if a is None else a.stride()),
         b, *((0, 0) if b is None else b.stride()), bias, s, out, *out.stride()[:2], M, N, K, r, SPLIT_K,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None,
+        ASM=lookup_asm(CODES[quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
         HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=dot_precision(x),
-        BLOCK_M=max(16, triton.next_power_of_2(M)), BLOCK_R=padded_rank(r),
-        enable_fp_fusion=False,  # decodes to the same bits as nf4.decode_4bit
+        BLOCK_M=_padded(M), BLOCK_R=padded_rank(r),
         **t.kwargs(),
     )  # fmt: skip
     return sum_splits(out, x.dtype)

@@ -1,4 +1,6 @@
-"""``xa = s * dropout(x, p) @ a.T``: x goes down to the rank, in one read of x."""
+"""``xa = s * dropout(x, p) @ a.T``: x goes down to the rank, for one or several adapters in one read of x."""
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -6,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.precision import dot_precision
+from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
 
@@ -15,11 +17,11 @@ from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
 @triton.jit
 def _shrink_kernel(
     x_ptr, stride_xm, stride_xk,
-    a_ptr, stride_ar, stride_ak,
-    out_ptr, stride_os, stride_om, stride_or,  # one [M, r] for each split of K
-    seed_ptr, dropped,
-    s, M, K, r, SPLIT_K,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    a_ptrs, a_strides, ranks,  # one of each for every adapter
+    out_ptrs, out_strides,     # [splits of K, M, r]
+    seed_ptrs, dropped, s,
+    M, K, SPLIT_K,
+    PARTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     # fmt: on
@@ -27,46 +29,71 @@ def _shrink_kernel(
     start, stop = split * SPLIT_K, min(K, (split + 1) * SPLIT_K)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_k = start + tl.arange(0, BLOCK_K)
-    mask_m, mask_r = offs_m < M, offs_r < r
-    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
-    a_ptrs = a_ptr + offs_r[None, :].to(tl.int64) * stride_ar + offs_k[:, None].to(tl.int64) * stride_ak
-    seed = tl.load(seed_ptr) if HAS_DROPOUT else 0
+    mask_m = offs_m < M
+    x_ptrs = x_ptr + offs_m[:, None].to(tl.int64) * stride_xm
+    x_ptrs += (start + tl.arange(0, BLOCK_K))[None, :].to(tl.int64) * stride_xk
 
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    sums = ()  # type: tuple
+    for _ in tl.static_range(PARTS):
+        sums += (tl.zeros([BLOCK_M, BLOCK_R], tl.float32),)
     for k in range(start, stop, BLOCK_K):
-        mask_k = k + tl.arange(0, BLOCK_K) < stop
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < stop
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        a = tl.load(a_ptrs, mask=mask_r[None, :] & mask_k[:, None], other=0.0)
-        if HAS_DROPOUT:
-            x = tl.where(keep_mask(seed, offs_m, k, dropped, BLOCK_M, BLOCK_K), x, 0.0)
-        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
         x_ptrs += BLOCK_K * stride_xk
-        a_ptrs += BLOCK_K * stride_ak
+        added = ()  # type: tuple
+        for i in tl.static_range(PARTS):
+            a_tile = a_ptrs[i] + offs_r[None, :].to(tl.int64) * a_strides[i][0]
+            a_tile += offs_k[:, None].to(tl.int64) * a_strides[i][1]
+            a = tl.load(a_tile, mask=(offs_r < ranks[i])[None, :] & mask_k[:, None], other=0.0)
+            kept = x
+            if HAS_DROPOUT[i]:
+                keep = keep_mask(tl.load(seed_ptrs[i]), offs_m, k, dropped[i], BLOCK_M, BLOCK_K)
+                kept = tl.where(keep, x, 0.0)
+            added += (wide_dot(kept, a, sums[i], x_ptr.dtype.element_ty, PRECISION),)
+        sums = added
 
-    out_ptrs = out_ptr + split.to(tl.int64) * stride_os + offs_m[:, None].to(tl.int64) * stride_om
-    out_ptrs += offs_r[None, :] * stride_or
-    tl.store(out_ptrs, (acc * s).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    for i in tl.static_range(PARTS):
+        out_tile = out_ptrs[i] + split.to(tl.int64) * out_strides[i][0]
+        out_tile += offs_m[:, None].to(tl.int64) * out_strides[i][1] + offs_r[None, :] * out_strides[i][2]
+        mask = mask_m[:, None] & (offs_r < ranks[i])[None, :]
+        tl.store(out_tile, (sums[i] * s[i]).to(out_ptrs[i].dtype.element_ty), mask=mask)
 
 
 def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``(s * dropout(x, p) @ a.T).to(a.dtype)``: [M, K], [r, K] -> [M, r], summed in fp32."""
-    (M, K), r = x.shape, a.shape[0]
-    R = padded_rank(r)
-    BLOCK_R = min(R, 128)
-    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", R)
-    blocks = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(r, BLOCK_R)
-    if K == 0 or blocks == 0:
-        return a.new_zeros(M, r)
+    return shrink_group(x, (a,), (s,), (p,), (seed,))[0]
+
+
+def shrink_group(
+    x: Tensor, a: Sequence[Tensor], s: Sequence[float], p: Sequence[float], seed: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """``[shrink(x, a_i, s_i, p_i, seed_i) for ...]`` in one read of x; ranks, dtypes and masks may differ."""
+    M, K = x.shape
+    ranks, R = tuple(each.shape[0] for each in a), padded_rank(max(each.shape[0] for each in a))
+    if K == 0 or M == 0:
+        return [each.new_zeros(M, r) for each, r in zip(a, ranks, strict=True)]
+    BLOCK_R = max(16, min(R, 128, 256 // triton.next_power_of_2(len(a))))  # all sums stay in registers
+    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
+    blocks = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(max(ranks), BLOCK_R)
     # A split has at least four steps of the loop; two programs a multiprocessor hide the latency of each other's loads.
     wanted = max(1, min(2 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
     SPLIT_K = triton.cdiv(triton.cdiv(K, wanted), t.BLOCK_K) * t.BLOCK_K
     splits = triton.cdiv(K, SPLIT_K)
-    out = a.new_empty(splits, M, r, dtype=a.dtype if splits == 1 else torch.float32)
-    grid = (triton.cdiv(r, BLOCK_R), triton.cdiv(M, t.BLOCK_M), splits)
+    out = tuple(each.new_empty(splits, M, r, dtype=_partial(each, splits)) for each, r in zip(a, ranks, strict=True))
+    grid = (triton.cdiv(max(ranks), BLOCK_R), triton.cdiv(M, t.BLOCK_M), splits)
     _shrink_kernel[grid](
-        x, *x.stride(), a, *a.stride(), out, *out.stride(), seed, dropped_levels(p),
-        s * dropout_scale(p), M, K, r, SPLIT_K,
-        HAS_DROPOUT=p != 0.0, PRECISION=dot_precision(x), BLOCK_R=BLOCK_R, **t.kwargs(),
+        x, *x.stride(), tuple(a), tuple(each.stride() for each in a), ranks, out, tuple(each.stride() for each in out),
+        tuple(seed), tuple(map(dropped_levels, p)), tuple(map(_scale, s, p)), M, K, SPLIT_K,
+        PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p), PRECISION=dot_precision(x), BLOCK_R=BLOCK_R,
+        **t.kwargs(),
     )  # fmt: skip
-    return sum_splits(out, a.dtype)
+    return [sum_splits(part, each.dtype) for part, each in zip(out, a, strict=True)]
+
+
+def _partial(a: Tensor, splits: int) -> torch.dtype:
+    return a.dtype if splits == 1 else torch.float32
+
+
+def _scale(s: float, p: float) -> float:
+    return float(s) * dropout_scale(p)

@@ -1,5 +1,6 @@
 """``h = act(gate) * up`` of a gated MLP, and a backward that recomputes h instead of having saved it."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,11 +33,12 @@ def _activation(x, ACTIVATION: tl.constexpr):
 # fmt: off
 @triton.jit
 def _swiglu_kernel(
-    gate_ptr, stride_gm,
-    up_ptr, stride_um,
-    h_ptr, stride_hm,  # BACKWARD: holds dh, and h afterwards
+    gate_ptr, stride_gm, stride_gk,
+    up_ptr, stride_um, stride_uk,  # None: 1
+    h_ptr, stride_hm, stride_hk,  # BACKWARD: holds dh, and h afterwards
     M, K,
-    ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACTIVATION: tl.constexpr, HAS_UP: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
     # fmt: on
     blocks_k = tl.cdiv(K, BLOCK_K)
@@ -44,37 +46,43 @@ def _swiglu_kernel(
     offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     mask = (offs_m < M) & (offs_k < K)
-    gate_ptrs, up_ptrs = gate_ptr + offs_m * stride_gm + offs_k, up_ptr + offs_m * stride_um + offs_k
-    h_ptrs = h_ptr + offs_m * stride_hm + offs_k
-    up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
+    gate_ptrs = gate_ptr + offs_m * stride_gm + offs_k * stride_gk
+    h_ptrs = h_ptr + offs_m * stride_hm + offs_k * stride_hk
     value, slope = _activation(tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    h = value
+    if HAS_UP:
+        up_ptrs = up_ptr + offs_m * stride_um + offs_k * stride_uk
+        up = tl.load(up_ptrs, mask=mask, other=0.0).to(tl.float32)
+        h = value * up
     if BACKWARD:
         dh = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(gate_ptrs, (dh * up * slope).to(gate_ptr.dtype.element_ty), mask=mask)
-        tl.store(up_ptrs, (dh * value).to(up_ptr.dtype.element_ty), mask=mask)
-    tl.store(h_ptrs, (value * up).to(h_ptr.dtype.element_ty), mask=mask)
+        if HAS_UP:
+            tl.store(up_ptrs, (dh * value).to(up_ptr.dtype.element_ty), mask=mask)
+            dh *= up
+        tl.store(gate_ptrs, (dh * slope).to(gate_ptr.dtype.element_ty), mask=mask)
+    tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
-def swiglu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
-    """``act(gate) * up``: [M, K], rounded once. Rows may be strided, columns not."""
-    h = gate.new_empty(gate.shape)
+def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    """``act(gate) * up``, or ``act(gate)`` without up: [M, K], rounded once."""
+    h = torch.empty_like(gate)
     _launch(gate, up, h, activation, backward=False)
     return h
 
 
-def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> None:
+def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor | None, activation: str) -> None:
     """In one pass and in place: ``gate <- dgate``, ``up <- dup``, and ``dh <- h``, which the next layer's da needs."""
     _launch(gate, up, dh, activation, backward=True)
 
 
-def _launch(gate: Tensor, up: Tensor, h: Tensor, activation: str, backward: bool) -> None:
-    assert activation in ACTIVATIONS and gate.stride(1) == up.stride(1) == h.stride(1) == 1
+def _launch(gate: Tensor, up: Tensor | None, h: Tensor, activation: str, backward: bool) -> None:
+    assert activation in ACTIVATIONS
     M, K = gate.shape
     if M == 0 or K == 0:
         return
     t = tile("swiglu", K)
     grid = (triton.cdiv(M, t.BLOCK_M) * triton.cdiv(K, t.BLOCK_K),)
     _swiglu_kernel[grid](
-        gate, gate.stride(0), up, up.stride(0), h, h.stride(0), M, K,
-        ACTIVATION=activation, BACKWARD=backward, **t.kwargs(),
+        gate, *gate.stride(), up, *((0, 0) if up is None else up.stride()), h, *h.stride(), M, K,
+        ACTIVATION=activation, HAS_UP=up is not None, BACKWARD=backward, **t.kwargs(),
     )  # fmt: skip

@@ -6,6 +6,8 @@ here decides whether a GPU may run, only how well.
 """
 
 import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -30,10 +32,76 @@ class Tile:
 
 
 def tile(kernel: str, size: int) -> Tile:
-    """The row of this kernel on the current device for a problem of this size (the first row whose bound holds it)."""
-    rows = TILES[kernel]
-    by_size = rows.get(family()) or rows["default"]
-    return next(row for bound, row in by_size.items() if bound >= size)
+    """The tile of this kernel on the current device for a problem of this size.
+
+    Forced by `use`, measured, or the table's (the first row whose bound holds the size).
+    """
+    found = _forced.get(kernel)
+    if found is None and _source is not None and _forced_family is None:
+        measured = _source(_device_name()).get((kernel, bucket(size)))
+        found = None if measured is None else Tile(**measured)
+    if found is None:
+        rows = TILES[kernel]
+        by_size = rows.get(family()) or rows["default"]
+        found = next(row for bound, row in by_size.items() if bound >= size)
+    if _watched is not None:
+        _watched[kernel, bucket(size)] = found
+    return found
+
+
+def bucket(size: int) -> int:
+    """A size rounded up to a power of two: sizes that share a measured tile."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+_watched: dict[tuple[str, int], Tile] | None = None
+
+
+@contextmanager
+def watch() -> Iterator[dict[tuple[str, int], Tile]]:
+    """The tiles that are launched within the context, by (kernel, bucket of the size)."""
+    global _watched
+    _watched, before = {}, _watched
+    try:
+        yield _watched
+    finally:
+        _watched = before
+
+
+_forced: dict[str, Tile] = {}
+
+
+@contextmanager
+def use(kernel: str, forced: Tile) -> Iterator[None]:
+    """Launch this kernel with this tile within the context, whatever the size: for measuring tiles."""
+    before = _forced.get(kernel)
+    _forced[kernel] = forced
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[kernel]
+        else:
+            _forced[kernel] = before
+
+
+Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, bucket of the size) -> fields of its tile
+_source: Callable[[str], Measured] | None = None
+
+
+def measured_by(source: Callable[[str], Measured]) -> None:
+    """Take the tiles that were measured on a device, by its name, from here: who keeps them is above this folder."""
+    global _source
+    _source = source
+
+
+def _device_name() -> str:
+    return _name_of_device(torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def _name_of_device(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 _forced_family: str | None = None
@@ -56,7 +124,10 @@ def family() -> str:
 
 @functools.cache
 def _family_of_device(index: int | None) -> str:
-    target = driver.active.get_current_target()
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:  # no GPU: what would run on one can still be predicted
+        return "default"
     return family_of(target.backend, target.arch)
 
 
@@ -75,9 +146,9 @@ def has_tma() -> bool:
     return family() in ("sm_90", "sm_100")
 
 
-def intensity() -> float:
-    """FLOPs that the device does on its tensor cores in the time of moving one byte (modelled, not measured)."""
-    return {"sm_90": 214.0, "sm_100": 214.0}.get(family(), 147.0)
+def has_ptx() -> bool:
+    """Whether kernels for the current device may contain PTX."""
+    return not triton.knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -95,11 +166,30 @@ def padded_rank(r: int) -> int:
 ANY = 1 << 30  # a bound that every size is under
 
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
-    "shrink": {  # by padded rank
+    "shrink": {  # by the ranks that a program sums up, padded
+        "sm_90": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=64, num_warps=8, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
+        },
+        "sm_100": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            128: Tile(BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
+        },
+        "gfx942": {
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=2),
+        },
         "default": {
-            32: Tile(BLOCK_M=64, BLOCK_K=128, num_stages=3),
-            64: Tile(BLOCK_M=64, BLOCK_K=64, num_stages=3),
-            ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_stages=3),
+            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
     },
@@ -113,6 +203,13 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=4),
             ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
         },
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
+    },
+    "lora_matmul group dropout": {  # the mask and an accumulator of its own for every part
+        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)},
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
     },
     "lora_matmul fp32": {
@@ -120,32 +217,58 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2)},
     },
     "lora_matmul tma": {
+        "sm_100": {  # beside fp32 adapters a larger tile does not fit its tensor memory
+            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
+            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
+        },
         "default": {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
         },
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_matmul tma dropout": {  # the mask takes the registers of half an accumulator
         "default": {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
         },
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_matmul tma group": {  # the operands of every part stay in registers
         "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_matmul tma group dropout": {  # and so do two accumulators beside a mask
         "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "interpreter": {
+            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+        },
     },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
-        "default": {
+        "sm_90": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
+        "sm_100": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        },
+        "default": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
     },
@@ -154,7 +277,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
     },
     "decode_4bit": {
-        "default": {ANY: Tile(BLOCK_N=16, BLOCK_K=512, num_warps=4)},
+        "default": {ANY: Tile(BLOCK_N=8, BLOCK_K=1024, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
     "decode_4bit narrow": {  # rows that are no whole groups of 32 weights
@@ -170,14 +293,17 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "interpreter": {ANY: Tile(BLOCK_M=2, BLOCK_K=32)},
     },
     "nf4_matmul": {  # by the larger of M and the padded rank
+        "sm_90": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
+        "sm_100": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
+        "gfx942": {ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)},
         "default": {
-            16: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4, num_stages=3),
+            16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
             ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
         },
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
     "nf4_matmul fp32": {
-        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2)},
+        "default": {ANY: Tile(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=2)},
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
 }

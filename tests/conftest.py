@@ -4,23 +4,30 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import hypothesis
 import interpreter
 import pytest
 import torch
 
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine with a GPU need have no more than pytest
+    hypothesis = None
+
 interpreter.enable()
 
-# The same examples in every run; --hypothesis-profile=random looks for new ones.
-hypothesis.settings.register_profile(
-    "random", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
-)
-hypothesis.settings.register_profile("same", parent=hypothesis.settings.get_profile("random"), derandomize=True)
-hypothesis.settings.load_profile("same")
+if hypothesis is not None:
+    # The same examples in every run; --hypothesis-profile=random looks for new ones.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("random", deadline=None, suppress_health_check=slow, print_blob=True)
+    hypothesis.settings.register_profile("same", parent=hypothesis.settings.get_profile("random"), derandomize=True)
+    hypothesis.settings.load_profile("same")
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        "--kernels-in-interpreter", action="store_true", help="run the ops by the GPU's kernels, interpreted"
+    )
     parser.addoption("--no-cpu-kernels", action="store_true", help="test torch's ops, as if nothing had been compiled")
 
 
@@ -36,10 +43,12 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     not_now = pytest.mark.skip(reason="slow: run with --slow")
+    interpreted = config.getoption("--kernels-in-interpreter")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+        slow = item.get_closest_marker("slow") or (interpreted and item.get_closest_marker("slow_in_interpreter"))
+        if slow and not config.getoption("--slow"):
             item.add_marker(not_now)
 
 
@@ -60,4 +69,14 @@ def nan_in_empty():
 def bitsandbytes_eager():
     """bitsandbytes compiles its generic decoding anew for every shape: not while many shapes are tested."""
     with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels(request):
+    """With --kernels-in-interpreter every op on CPU tensors runs the kernel that a GPU would launch."""
+    if not request.config.getoption("--kernels-in-interpreter"):
+        yield
+        return
+    with interpreter.kernels():
         yield

@@ -42,6 +42,7 @@ def grads(f, *inputs):
     return y, *torch.autograd.grad(y, [t for t in inputs if t is not None], dy)
 
 
+@pytest.mark.slow_in_interpreter
 @WITH_DROPOUT
 @WITH_BIAS
 @pytest.mark.parametrize("scaling", [1.0, -0.7])
@@ -55,6 +56,7 @@ def test_gradcheck_dense(p, with_bias, scaling):
     assert torch.autograd.gradcheck(layer, (x, a, b, bias))
 
 
+@pytest.mark.slow_in_interpreter
 @WITH_DROPOUT
 @pytest.mark.parametrize("train_base", [False, True], ids=["frozen base", "base gradient"])
 def test_gradcheck_opaque(p, train_base):

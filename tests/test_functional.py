@@ -143,7 +143,8 @@ def test_scaling_as_any_number(scaling, with_bias):
     good = arguments() if with_bias else arguments(bias=None)
     expected = F.linear(good["x"], good["weight"], good["bias"])
     expected += 2.0 * good["x"] @ good["lora_A"].t() @ good["lora_B"].t()
-    torch.testing.assert_close(lora_linear(**good | {"scaling": scaling}), expected)
+    y = lora_linear(**good | {"scaling": scaling})
+    assert (y - expected).norm() <= 1e-6 * expected.norm()  # terms of size 100 cancel: no bound an element
 
 
 def test_tensor_scaling_is_differentiable():

@@ -47,13 +47,29 @@ def test_hopper_multiplies_and_copies_with_its_own_instructions():
         assert row["loop"] < 150
 
 
-def test_decoding_loads_and_stores_whole_vectors():
-    rows = compiled("--arch", "sm_80", "--kernel", "decode_4bit")
+def per_weight(row, instructions):
+    return row[instructions] * row["threads"] * row["warps"] / (row["tile"]["BLOCK_N"] * row["tile"]["BLOCK_K"])
+
+
+def test_decoding_loads_and_stores_whole_vectors_in_few_instructions():
+    rows = compiled("--arch", "sm_90", "--kernel", "decode_4bit")
     usual = [row for row in rows if "rows" not in row["case"]]
     assert len(usual) >= 5
     for row in usual:
         assert row["loads"]["LDG.128"] >= 2
         assert row["stores"].keys() == {"STG.128"}
+    counts = {row["case"]: per_weight(row, "instructions") for row in usual}
+    assert counts["merged, r=16, bf16 adapters"] <= 10
+    assert counts["merged, r=16, fp32 adapters"] <= 10
+    assert counts["nested"] <= 7
+
+
+def test_few_tokens_are_multiplied_in_few_instructions_a_weight():
+    rows = compiled("--arch", "sm_90", "--kernel", "nf4_matmul")
+    counts = {row["case"]: per_weight(row, "loop") for row in rows if row["kernel"] == "_nf4_matmul_kernel"}
+    assert counts["M=1"] <= 5
+    assert counts["M=1, r=16, bf16 adapters"] <= 6
+    assert all(row["tensor_core"]["HGMMA"] for row in rows if row["kernel"] == "_nf4_matmul_kernel")
 
 
 @pytest.mark.slow

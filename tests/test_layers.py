@@ -12,9 +12,11 @@ LAYERS = [  # each may import what stands before it
     {"version", "files", "extension"},
     {"kernels"},
     {"reference"},
+    {"roofline"},
     {"plans"},
     {"kernel_ops"},
     {"ops"},
+    {"ops_4bit"},
     {"fourbit"},
     {"siblings"},
     {"autograd"},
@@ -26,7 +28,8 @@ LAYERS = [  # each may import what stands before it
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
-    {"aot", "ledger"},
+    {"aot", "cases", "ledger"},
+    {"tuning"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,16 +1,19 @@
 """Decoding 4-bit weights: bit for bit what bitsandbytes' format says. Runs where `test_kernels` runs."""
 
 import interpreter
+import numpy as np
 import pytest
 import torch
 from test_kernels import DEVICE, check
 from test_ops import SHAPES, weight_4bit
 
 from fastlora import reference
+from fastlora.kernels import tiles
 from fastlora.kernels.nf4 import CODES, decode_4bit
-from fastlora.kernels.nf4_matmul import nf4_matmul
+from fastlora.kernels.nf4_lookup import lookup_asm
+from fastlora.kernels.nf4_matmul import MAX_TOKENS, nf4_matmul
 
-interpreter.repair_bf16()
+interpreter.repair()
 
 pytestmark = [pytest.mark.usefixtures("nan_in_empty", "bitsandbytes_eager")]
 if DEVICE == "cuda":
@@ -68,6 +71,16 @@ def test_merge_of_any_shape(shape):
     torch.testing.assert_close(decode(weight, torch.float32, a, b, 0.3), reference.merge(w, a, b, 0.3))
 
 
+def test_only_the_first_decode_copies_from_the_host(monkeypatch):
+    """So that later ones can be captured in a CUDA graph."""
+    weight, w = weight_4bit()
+    decode(weight, torch.float32)
+    monkeypatch.delattr(torch, "tensor")
+    monkeypatch.delattr(torch, "as_tensor")
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    assert torch.equal(decode(weight, torch.float32), w)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_decode_reads_any_quant_storage(storage):
     weight, w = weight_4bit(storage=storage)
@@ -81,11 +94,22 @@ def test_code_books_are_those_of_bitsandbytes(quant_type):
     assert torch.equal(torch.tensor(CODES[quant_type]), get_4bit_type(quant_type, device="cpu"))
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("r", [0, 1, 6, 16, 96])
-@pytest.mark.parametrize("M", [1, 3, 17, 64])
+@pytest.fixture(params=["in registers", "in memory"])
+def lookup(request, monkeypatch):
+    """Both ways to look a code up: by PTX, and for what has none of it."""
+    ptx = request.param == "in registers"
+    if ptx and DEVICE == "cuda" and not tiles.has_ptx():
+        pytest.skip("this GPU takes no PTX")
+    monkeypatch.setattr(tiles, "has_ptx", lambda: ptx)
+
+
+@pytest.mark.usefixtures("lookup")
 class TestNF4Matmul:
+    @pytest.mark.parametrize("splits", [1, 3])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize(
+        ("M", "r"), [(1, 0), (1, 1), (3, 6), (3, 96), (17, 0), (17, 6), (17, 64), (64, 16), (64, 0)]
+    )
     def test_is_the_product_with_the_merged_weight(self, M, r, dtype, splits):
         N, K, s = 47, 448, 0.3
         weight, w = weight_4bit(N, K)
@@ -95,7 +119,40 @@ class TestNF4Matmul:
         eager = x @ w.to(dtype).T + bias.to(dtype)
         truth = x.double() @ w.double().T + bias.double()
         if r:
-            eager = eager + s * ((x @ a.to(dtype).T) @ b.to(dtype).T)
+            eager = (eager + s * ((x.float() @ a.T) @ b.T)).to(dtype)
             truth = truth + s * x.double() @ a.double().T @ b.double().T
         assert y.dtype == dtype
         check(y, eager, truth, K)
+
+    @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+    @pytest.mark.parametrize("blocksize", [64, 128, 512, 4096])
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+    def test_any_block_size(self, quant_type, blocksize, nested):
+        """With x the identity, y is the decoded weight: every code in every place of its word, and every scale."""
+        N, K = 40, 192
+        weight, w = weight_4bit(N, K, blocksize, quant_type, nested)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            rows = [
+                nf4_matmul(*on_device(x, *weight, None, None, 1.0)).cpu()
+                for x in torch.eye(K, dtype=dtype).split(MAX_TOKENS)
+            ]
+            y = torch.cat(rows).t()
+            assert (y.double() - w).abs().max() <= 1.01 * torch.finfo(dtype).eps * w.abs().max()
+            assert (y[w == 0] == 0).all()
+
+
+def test_lookup_in_registers_is_the_code():
+    """All 16 codes in all eight places of both words."""
+    for quant_type, code in CODES.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            for nibble in range(16):
+                words = [np.full(1, 0x11111111 * n, np.uint32) for n in (nibble, 15 - nibble)]
+                outputs = interpreter.run_ptx(lookup_asm(code, dtype), 8, words)
+                values = torch.from_numpy(np.stack(outputs).view(np.int16)).view(dtype)
+                expected = torch.tensor([code[nibble], code[15 - nibble]]).to(dtype)
+                assert torch.equal(values, expected.expand(8, 2)), (quant_type, dtype, nibble)
+            words = [np.array([0x01234567], np.uint32), np.array([0x89ABCDEF], np.uint32)]
+            outputs = interpreter.run_ptx(lookup_asm(code, dtype), 8, words)
+            values = torch.from_numpy(np.stack(outputs).view(np.int16)).view(dtype)
+            places = [[6, 7, 4, 5, 2, 3, 0, 1], [14, 15, 12, 13, 10, 11, 8, 9]]  # a byte's high nibble comes first
+            assert torch.equal(values.t(), torch.tensor(code).to(dtype)[torch.tensor(places)])

@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastlora.cli.info import run
         elif args.command == "inspect":
             from fastlora.cli.inspect import run
+        elif args.command == "tune":
+            from fastlora.cli.tune import run
         elif args.command == "profile":
             from fastlora.cli.profile import run
         else:

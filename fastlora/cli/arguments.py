@@ -33,6 +33,17 @@ instructions. Ends with 1 if a kernel spills, does not fit, or lost its tensor-c
 _INSPECT_EXAMPLE = """\
 example:
   fastlora inspect --arch sm_90,gfx942 --kernel lora_matmul"""
+_TUNE = """\
+Measure on this GPU which plans (ways to carry out an op) and tiles are fastest for the layers of a model, and keep what
+is found in the user's cache directory, where fastlora looks it up from then on. Whatever gives a wrong result gets no
+timing. Prints what changed. Ctrl-C keeps what was measured so far."""
+_TUNE_EXAMPLE = """\
+example:
+  fastlora tune --model llama-3-8b --tokens 16,8192 --r 16
+  fastlora tune --shape 8192,4096,4096 --shape 8192,14336,4096 --r 16,64 --base bf16
+  fastlora tune --model llama-3-8b --dry-run
+      the plans and what the roofline predicts for them, without a GPU"""
+TUNABLE = ("bf16", "fp16", "fp32", "nf4")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
@@ -68,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--kernel", metavar="OP", help="only the kernels of this op (default: all)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    _add_tune(_add_command(commands, "tune", "find the fastest plans and tiles on this GPU", _TUNE, _TUNE_EXAMPLE))
     return parser
 
 
@@ -128,6 +140,48 @@ def _add_out(parser: argparse.ArgumentParser, files: str, folder: str) -> None:
         default=Path(folder),
         help=f"where {files} go (default: ./{folder})",
     )
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="llama-3-8b, llama-2-7b, mistral-7b, qwen2.5-7b, smollm2-135m, or a folder with a config.json; repeatable",
+    )
+    add(
+        "--shape",
+        action="append",
+        type=_shape,
+        default=[],
+        metavar="M,N,K",
+        help="a layer: tokens, out-features, in-features; repeatable",
+    )
+    tokens = "tokens in a step, for --model (default: 16,8192)"
+    add("--tokens", type=_list(_integer(1)), default=[16, 8192], help=tokens)
+    add("--r", type=_list(_integer(1)), default=[16], help="ranks of the adapters (default: 16)")
+    add("--base", type=_list(_tunable), default=["bf16", "nf4"], help=f"of {', '.join(TUNABLE)} (default: bf16,nf4)")
+    add("--dry-run", action="store_true", help="list the plans and what the roofline predicts; needs no GPU")
+    add("--json", action="store_true", help="print JSON")
+    add("--out", metavar="FILE", type=Path, help="where to keep the result (default: in the user's cache directory)")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(_integer(1)(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        sizes = ()
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"must be M,N,K, three positive integers, got {text!r}")
+    return sizes
+
+
+def _tunable(text: str) -> str:
+    if text not in TUNABLE:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(TUNABLE)}, got {text!r}")
+    return text
 
 
 def _list(item: Callable[[str], Any]) -> Callable[[str], list]:

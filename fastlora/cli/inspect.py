@@ -56,7 +56,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_group
     from fastlora.kernels.nf4 import decode_4bit
     from fastlora.kernels.nf4_matmul import nf4_matmul
-    from fastlora.kernels.shrink import shrink
+    from fastlora.kernels.shrink import shrink, shrink_group
     from fastlora.kernels.swiglu import swiglu, swiglu_backward_
 
     M, N, K, p, seed = 8192, 4096, 4096, 0.1, _meta(dtype=torch.int64)
@@ -72,11 +72,16 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "lora_matmul", f"{adapter}, dx, dropout", _call(lora_matmul, dy, w.t(), xa, a.t(), None, p, seed)
         yield "lora_grad", f"{adapter}, dropout", _call(lora_grad, dy, x, b, xa, 2.0, p, seed, r <= 32)
         yield "decode_4bit", f"merged, {adapter}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+    for q, name in ((0.0, ""), (p, ", dropout")):
+        x, seeds, qs = _meta(M, K), (seed if q else None,) * 3, (q,) * 3
+        for r in (16, 64):
+            adapters = tuple(_meta(r, K, dtype=FP32) for _ in qs)
+            yield "shrink", f"of q, k, v, r={r}{name}", _call(shrink_group, x, adapters, (2.0,) * 3, qs, seeds)
     for at, name in ((None, "dx of q, k, v"), (seed, "dx of q, k, v, dropout")):
         widths, seeds = (N, N // 4, N // 4), (at,) * 3
         dys, ws = tuple(_meta(M, n) for n in widths), tuple(_meta(n, K).t() for n in widths)
         dxas, ats = (_meta(M, 16, dtype=FP32),) * 3, (_meta(16, K, dtype=FP32).t(),) * 3
-        yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, None, p if at is seed else 0.0, seeds)
+        yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, (p if at is seed else 0.0,) * 3, seeds)
     r = 16
     for m in (16, 64):
         x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
@@ -87,9 +92,9 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "shrink", "fp32", _call(shrink, x, a, 2.0, p, seed)
     yield "lora_matmul", "fp32", _call(lora_matmul, x, w, xa, b)
     yield "lora_grad", "fp32", _call(lora_grad, dy, x, b, xa, 2.0)
-    yield "swiglu", "forward", _call(swiglu, _meta(M, K), _meta(M, K))
-    yield "swiglu", "backward", _call(swiglu_backward_, *(_meta(M, K) for _ in range(3)))
-    for m, rank, dtype in ((1, 16, BF16), (16, 16, FP32), (64, 64, FP32)):
+    yield "swiglu", "forward", _call(swiglu, _meta(M, K), _meta(M, K), "silu")
+    yield "swiglu", "backward", _call(swiglu_backward_, *(_meta(M, K) for _ in range(3)), "silu")
+    for m, rank, dtype in ((1, 16, BF16), (16, 16, FP32), (16, 128, FP32), (32, 64, FP32), (64, 32, FP32)):
         x, a, b = _meta(m, K), _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
         case = f"M={m}, r={rank}, {_name(dtype)} adapters"
         yield "nf4_matmul", case, _call(nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)

@@ -1,0 +1,273 @@
+"""Everything that has to be shown on a GPU, in steps of minutes that can be interrupted and gone on with.
+
+    python benchmarks/gpu.py                     every step that has no complete result yet
+    python benchmarks/gpu.py --only sweep        one step
+    python benchmarks/gpu.py --from sweep        a step and those after it
+    python benchmarks/gpu.py --summary           the goals, from what is there
+    python benchmarks/gpu.py --device cpu --tiny the same code on tiny sizes, kernels interpreted: finds the typos
+
+Needs torch, triton and a GPU, and no installation of fastlora. PEFT, bitsandbytes, transformers and pytest are used
+where they are there; what is missing is listed as missing. A step ends when its --budget is spent: what it measured is
+written, and the next call goes on from there. Results go to benchmarks/results/<device>/: a CSV for each step, and
+gpu.json with where, when and with what it was measured.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # runs without being installed, from anywhere
+
+# The cheapest and most decisive first: time on a GPU is short.
+STEPS = ("environment", "smoke", "rates", "decode", "graph", "sweep", "profile", "compare", "correctness", "tune")
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """What a step is given: the device, how long it may take, and which of its cases are done already."""
+
+    device: Any  # torch.device
+    name: str  # of the device
+    folder: Path
+    tiny: bool
+    deadline: float
+    again: bool  # nothing of an earlier call counts
+    results: dict[str, Rows]  # of all steps
+    done: set[str] = field(default_factory=set)
+    case: str | None = None  # that is being measured
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all that was asked for is complete; 1: something failed or time ran out; 2: no use; 130: interrupted."""
+    args = _parse(argv)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is talkative
+    if args.device == "cpu":
+        sys.path.insert(0, str(ROOT / "tests"))
+        import interpreter
+
+        if "triton" not in sys.modules:
+            interpreter.enable()
+        interpreter.repair()
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "gpu.py: needs a GPU that torch sees; --device cpu --tiny tries the code out without one", file=sys.stderr
+        )
+        return 2
+    device = torch.device(args.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    folder = args.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if args.summary:
+        return _summary(folder)
+    steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
+    try:
+        complete = [_run_step(step, args, device, name, folder, argv) for step in steps]
+    except KeyboardInterrupt:
+        return 130
+    _summary(folder)
+    return 0 if all(complete) else 1
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", choices=STEPS, metavar="STEP", help=f"one of {', '.join(STEPS)}")
+    add("--from", dest="start", choices=STEPS, default=STEPS[0], metavar="STEP", help="this step and those after it")
+    add("--again", action="store_true", help="measure again what has a complete result")
+    add("--budget", type=float, default=480, metavar="SECONDS", help="for each step (default: 480)")
+    add("--summary", action="store_true", help="only print the goals")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --tiny")
+    add("--tiny", action="store_true", help="tiny sizes")
+    add("--commit", help="which commit this is, where there is no git to ask")
+    add("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR", help="default: benchmarks/results")
+    args = parser.parse_args(argv)
+    if args.device == "cpu" and not args.tiny:
+        parser.error("--device cpu only tries the code out: give --tiny too")
+    return args
+
+
+def _run_step(
+    step: str, args: argparse.Namespace, device: Any, name: str, folder: Path, argv: list[str] | None
+) -> bool:
+    """Go on with a step until it is complete or its time is spent. Whether it is complete."""
+    from benchmarks import evidence, steps
+    from fastlora.cases import kernels
+
+    state, environment = read_state(folder), _environment(device, args)
+    before = state.get(step)
+    again = args.again or before is None
+    if before is not None and not again:
+        of = before["environment"]
+        if before["complete"]:
+            print(f"{step}: complete, from {of['date']}, commit {of['commit']}")
+            return True
+        again = of["commit"] != environment["commit"]  # what one commit did and another do not belong in one file
+    rows = [] if again else read_rows(folder / f"{step}.csv")
+    start = time.monotonic()
+    others = {other: read_rows(folder / f"{other}.csv") for other in STEPS}
+    done = {row["case"] for row in rows}
+    run = Run(device, name, folder, args.tiny, start + args.budget, again, others, done)
+    complete, failed, broken, interrupted = False, None, False, None
+
+    def write() -> None:
+        write_rows(folder / f"{step}.csv", rows)
+        seconds = round(time.monotonic() - start, 1)
+        state[step] = {"complete": complete, "error": failed, "seconds": seconds, "environment": environment}
+        write_state(folder, state)
+
+    write()
+    try:
+        with kernels(device):
+            find = getattr(steps, f"step_{step}", None) or getattr(evidence, f"step_{step}")
+            complete = _collect(find(run), run, rows, write)
+    except KeyboardInterrupt as error:
+        interrupted = error
+    except Exception as error:
+        failed = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+        broken = _broken(device)
+        if broken and run.case is not None:
+            rows.append({"case": run.case, "error": failed})  # the next call passes over it
+    write()
+    outcome = "complete" if complete else f"failed, {failed}" if failed else "not complete; the next call goes on"
+    print(f"{step}: {outcome} ({len(rows)} rows, {state[step]['seconds']} s)", flush=True)
+    if interrupted:
+        raise interrupted
+    if broken:
+        _start_anew(step, run.case, argv)
+    return complete
+
+
+def _start_anew(step: str, case: str | None, argv: list[str] | None) -> None:
+    """Nothing more can run on the device in this process: go on in another one, past the case (or step) that did it."""
+    arguments = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--again"]
+    following = STEPS[STEPS.index(step) + (case is None) :]
+    if ("--only" in arguments and case is None) or not following:
+        return
+    if "--only" not in arguments:
+        arguments += ["--from", following[0]]  # the last one counts
+    os.execv(sys.executable, [sys.executable, __file__, *arguments])
+
+
+def _collect(found: Iterator[tuple[str, Rows]], run: Run, rows: Rows, write: Callable[[], None]) -> bool:
+    """Take a step's cases, writing them now and then. False if time ran out before the last."""
+    written = time.monotonic()
+    for case, measured in found:
+        rows += [{"case": case, **row} for row in measured]
+        print(f"  {case}", flush=True)
+        if time.monotonic() - written > 10:
+            write()
+            written = time.monotonic()
+        if run.seconds_left <= 0:
+            # Asking for the next case would measure it; a step whose last case this was finds that out at once.
+            return False
+    return True
+
+
+def _broken(device: Any) -> bool:
+    """Whether an earlier kernel has left the device unusable for this process."""
+    import torch
+
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
+
+
+def _environment(device: Any, args: argparse.Namespace) -> dict:
+    from benchmarks.timing import clocks
+    from fastlora.cli.info import environment
+
+    found = environment(device)
+    return {**found, "commit": found["commit"] or args.commit, "clocks": clocks(device), "tiny": args.tiny}
+
+
+def read_state(folder: Path) -> dict[str, dict]:
+    try:
+        return json.loads((folder / "gpu.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def write_state(folder: Path, state: dict[str, dict]) -> None:
+    from fastlora.files import replace_file
+
+    text = json.dumps({step: state[step] for step in STEPS if step in state}, indent=1) + "\n"
+    replace_file(folder / "gpu.json", lambda path: path.write_text(text))
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a CSV; numbers as numbers, nothing as None."""
+    try:
+        with path.open(newline="") as file:
+            return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+
+
+def _text(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _value(text: str | None) -> Any:
+    for number in (int, float):
+        try:
+            return number(text)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            pass
+    return text or None
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    from fastlora.files import replace_file
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
+
+    replace_file(path, write)
+
+
+def _summary(folder: Path) -> int:
+    from benchmarks.goals import goals, lines
+
+    state = read_state(folder)
+    tiny = any(entry["environment"]["tiny"] for entry in state.values())
+    print(
+        f"\n{folder.name}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC" + ("  (tiny sizes: no measurement)" if tiny else "")
+    )
+    for step in STEPS:
+        entry = state.get(step)
+        status = "-" if entry is None else "complete" if entry["complete"] else entry["error"] or "partly"
+        print(f"  {step:<12} {status}")
+    results = {} if tiny else {step: read_rows(folder / f"{step}.csv") for step in STEPS}
+    print("\n".join(lines(goals(results))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

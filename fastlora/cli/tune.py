@@ -1,0 +1,192 @@
+"""``fastlora tune``: which plans and tiles are fastest on this GPU, for the layers of a model."""
+
+import json
+import math
+import sys
+from argparse import Namespace
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastlora import plans, roofline, tuning
+from fastlora.cases import MODELS, Case, cases, groups, linears
+from fastlora.cli import INTERRUPTED
+from fastlora.cli.arguments import UsageError
+from fastlora.cli.info import environment
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
+
+
+def run(args: Namespace) -> int:
+    problems = _problems(args)
+    if args.dry_run:
+        return _list(args, problems)
+    device, name = gpu()
+    path = args.out or plans.cache_file()
+    notes = Console(file=sys.stderr, highlight=False)
+    tables = _tables(path, notes)
+    tuner = tuning.Tuner(device, tuning.gpu_clock, name)
+    interrupted = False
+    try:
+        with _progress(notes) as progress:
+            task = progress.add_task("", total=None)
+            for done, total, text in tuner.run(problems):
+                progress.update(task, completed=done, total=total, description=text)
+    except KeyboardInterrupt:
+        interrupted = True
+    found = tuner.found
+    found.table.environment = environment(device)
+    try:
+        plans.write_tables(path, tables | {name: found.table})
+    except OSError as error:
+        raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
+    if args.json:
+        print(json.dumps(_report(name, found), indent=1, allow_nan=False))
+    else:
+        _print(name, found)
+    state = "Interrupted; what was measured so far is" if interrupted else "Written"
+    notes.print(f"{state}: {path}", soft_wrap=True)
+    return INTERRUPTED if interrupted else 0
+
+
+def gpu() -> tuple[torch.device, str]:
+    """The GPU to measure, and its name."""
+    if not torch.cuda.is_available():
+        raise UsageError(
+            "needs a GPU that torch sees (a CUDA or ROCm build of torch, and its driver); --dry-run does not"
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
+    return device, torch.cuda.get_device_name(device)
+
+
+def _problems(args: Namespace) -> list[Case]:
+    if not args.model and not args.shape:
+        raise UsageError("one of --model and --shape must say what to tune for")
+    shapes, siblings = list(args.shape), []
+    for name in args.model:
+        layers = linears(*_sizes(name))
+        shapes += [(M, N, K) for M in args.tokens for N, K in dict.fromkeys(layers.values())]
+        siblings += [(M, Ns, K) for M in args.tokens for Ns, K in groups(layers)]
+    found: list[Case] = []
+    for dtype in dict.fromkeys(DTYPES[base] for base in args.base):
+        four_bit = dtype == torch.bfloat16 and "nf4" in args.base
+        found += cases(shapes, args.r, dtype, four_bit, siblings)
+    return found
+
+
+def _sizes(name: str) -> tuple[int, ...]:
+    """hidden size, intermediate size, width of k and v, width of q of a model, or of the config.json in a folder."""
+    if name in MODELS:
+        return MODELS[name]
+    known = f"--model must be of {', '.join(MODELS)}, or a folder with a config.json"
+    try:
+        config = json.loads((Path(name) / "config.json").read_bytes())
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        return hidden, config["intermediate_size"], head * (config.get("num_key_value_heads") or heads), head * heads
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{known} of a Llama-style model, got {name!r}") from error
+
+
+def _tables(path: Path, notes: Console) -> dict[str, plans.Table]:
+    """What the file says of other devices, and of other problems."""
+    try:
+        return plans.read_tables(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        notes.print(f"{error}; it will be replaced", soft_wrap=True)
+        return {}
+
+
+def _list(args: Namespace, problems: list[Case]) -> int:
+    """What would be measured, and what the model predicts for it."""
+    name = gpu()[1] if torch.cuda.is_available() else "H100"
+    rates = plans.table(name).rates or roofline.modelled(name)
+    rows = []
+    for case in problems:
+        for plan in case.plans:
+            cost = roofline.predict(case.op, plan, case.problem, rates)
+            chosen = len(case.plans) == 1 or plan == plans.choose(case.op, case.problem, name)
+            rows.append({"op": case.op, "problem": case.name, "plan": plan, "chosen": chosen, **asdict(cost)})
+    if args.json:
+        print(json.dumps({"device": name, "rates": rates.to_json(), "plans": rows}, indent=1))
+        return 0
+    kind = "measured" if rates.measured else "modelled"
+    table = _table(
+        f"{name}, by {kind} rates: nothing was run", ("op", "problem", "plan"), ("GFLOP", "MB", "µs", "bound")
+    )
+    for row in rows:
+        plan = f"{row['plan']} (chosen)" if row["chosen"] and row["plan"] else row["plan"]
+        numbers = (
+            f"{row['flops'] / 1e9:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['seconds'] * 1e6:.1f}",
+            row["bound"],
+        )
+        table.add_row(row["op"], row["problem"], plan, *numbers)
+    _console().print(table)
+    return 0
+
+
+def _print(name: str, found: tuning.Tuning) -> None:
+    rates = found.table.rates
+    if rates is not None:
+        print(
+            f"{name}: copy {rates.copy / 1e12:.2f} TB/s, GEMM {rates.gemm / 1e12:.0f} TFLOP/s, "
+            f"ours {rates.kernel_gemm / 1e12:.0f} TFLOP/s, a launch {rates.launch * 1e6:.1f} µs"
+        )
+    table = _table("What changed", ("op", "problems", "before", "after"), ("µs before", "µs after", "faster"))
+    for change in found.changes:
+        seconds = change.seconds_before, change.seconds_after
+        times = (f"{s * 1e6:.1f}" if s < math.inf else "wrong" for s in seconds)
+        table.add_row(
+            change.op, change.problems, change.before, change.after, *times, f"{seconds[0] / seconds[1]:.2f}x"
+        )
+    if found.changes:
+        _console().print(table)
+    else:
+        print("Nothing changed: what is in use is fastest, or as fast.")
+    wrong = [line for line in found.rejected if "error" in line.partition(": ")[2]]
+    for line in wrong:
+        print(f"not timed: {line}", file=sys.stderr)
+
+
+def _report(name: str, found: tuning.Tuning) -> dict[str, Any]:
+    def finite(change: tuning.Change) -> dict:
+        slow = change.seconds_before == math.inf
+        return asdict(replace(change, seconds_before=0.0) if slow else change) | (
+            {"seconds_before": None} if slow else {}
+        )
+
+    return {
+        "device": name,
+        "environment": found.table.environment,
+        "rates": found.table.rates and found.table.rates.to_json(),
+        "changes": [finite(change) for change in found.changes],
+        "rejected": found.rejected,
+    }
+
+
+def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for word in words:
+        table.add_column(word)
+    for number in numbers:
+        table.add_column(number, justify="right")
+    return table
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )

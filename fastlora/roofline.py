@@ -1,0 +1,270 @@
+"""What each plan moves and multiplies, launch by launch, and how long a device of known rates needs for it.
+
+    seconds = sum over launches of max(bytes / copy, FLOPs / GEMM rate, instructions / issue rate, launch)
+
+The bytes of a launch are those of the tensors it reads and writes, each once: what caches cannot spare it. FLOPs are
+counted with the rank padded as the tensor core takes it. Dropout's mask costs no bytes and is left out.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call: ``x[M, K]`` (or dy), ``w[N, K]``, rank r, dropout p; bytes an element of x and of the adapter.
+
+    A call for several adapters at once (a group) has that many ``parts``, and as r the sum of their ranks; of
+    ``lora_matmul_group`` K is the sum of theirs too. The parts count as equals.
+    """
+
+    M: int
+    N: int
+    K: int
+    r: int
+    p: float = 0.0
+    itemsize: int = 2
+    adapter_itemsize: int = 4
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does a second. Modelled until ``fastlora tune`` has measured it."""
+
+    copy: float  # bytes read and written by a large copy
+    gemm: float  # FLOPs of the vendor's GEMM in half precision
+    kernel_gemm: float  # and of the kernel of lora_matmul
+    gemm_fp32: float
+    kernel_gemm_fp32: float
+    issue: float  # instructions, counted for every lane
+    launch: float  # seconds that a launch takes however little it does
+    multiprocessors: int
+    measured: bool = False
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict) -> "Rates":
+        """Raises ValueError or TypeError unless every rate is there and positive."""
+        rates = cls(**found)
+        for field in fields(cls):
+            value = getattr(rates, field.name)
+            if field.name != "measured" and not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ValueError(f"{field.name} must be a positive number, got {value!r}")
+        return rates
+
+
+# Copy and GEMM as published measurements of these parts have them; issue is four warps a clock on every multiprocessor.
+# Assumed: our GEMM at 95% of the vendor's in half precision, half of it in fp32; 2.5 µs a launch.
+H100 = Rates(2.9e12, 620e12, 0.95 * 620e12, 50e12, 25e12, issue=132 * 128 * 1.7e9, launch=2.5e-6, multiprocessors=132)
+A100 = Rates(1.7e12, 250e12, 0.95 * 250e12, 18e12, 9e12, issue=108 * 128 * 1.4e9, launch=2.5e-6, multiprocessors=108)
+
+
+def modelled(device: str) -> Rates:
+    """Rates to assume for the device of this name: of the H100 for its relatives, else of the A100."""
+    return H100 if any(name in device for name in ("H100", "H200", "H800", "H20", "B100", "B200", "B300")) else A100
+
+
+class Launch(NamedTuple):
+    """One kernel, the vendor's (a GEMM) or ours."""
+
+    name: str
+    bytes: int
+    flops: int = 0
+    vendor: bool = False
+    instructions: int = 0  # beside those of the product, for all lanes
+
+    def times(self, rates: Rates, itemsize: int) -> dict[str, float]:
+        """Seconds by what could bind: the largest is the time of the launch."""
+        if itemsize == 2:
+            gemm = rates.gemm if self.vendor else rates.kernel_gemm
+        else:
+            gemm = rates.gemm_fp32 if self.vendor else rates.kernel_gemm_fp32
+        return {
+            "memory": self.bytes / rates.copy,
+            "tensor core" if itemsize == 2 else "fp32 units": self.flops / gemm,
+            "issue": self.instructions / rates.issue,
+            "launch": rates.launch,
+        }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan costs; ``bound`` is what binds its longest launch."""
+
+    flops: int
+    bytes: int
+    seconds: float
+    bound: str
+
+
+def predict(op: str, plan: str, problem: Problem, rates: Rates) -> Prediction:
+    """The cost of carrying out an op by a plan (``""`` for an op that has one way)."""
+    launches = COSTS[op, plan](problem, rates)
+    times = [launch.times(rates, problem.itemsize) for launch in launches]
+    longest = max(times, key=lambda time: max(time.values()))
+    return Prediction(
+        sum(launch.flops for launch in launches),
+        sum(launch.bytes for launch in launches),
+        sum(max(time.values()) for time in times),
+        max(longest, key=lambda bound: longest[bound]),
+    )
+
+
+def floor(problem: Problem, rates: Rates, backward: bool = False, packed: bool = False) -> float:
+    """Seconds below which no implementation of the layer can go: every tensor once, every FLOP at the vendor's rate.
+
+    Forward reads x and w (4-bit if packed) and writes y. Backward reads dy, w and x and writes dx; da and db are small.
+    """
+    M, N, K, r, i = problem.M, problem.N, problem.K, problem.r, problem.itemsize
+    weight = packed_bytes(problem) if packed else N * K * i
+    passes = [(M * (K + N) * i + weight, 2 * M * (N * K + r * (N + K)))]
+    if backward:
+        passes.append((M * (2 * K + N) * i + weight, 2 * M * (N * K + 2 * r * (N + K))))
+    gemm = rates.gemm if i == 2 else rates.gemm_fp32
+    return sum(max(moved / rates.copy, flops / gemm) for moved, flops in passes)
+
+
+def _tile(kernel: str, c: Problem, size: int):
+    return import_module("fastlora.kernels.tiles").tile(kernel if c.itemsize == 2 else f"{kernel} fp32", size)
+
+
+def padded(r: int) -> int:
+    """A rank, or a number of tokens, as the tensor core takes it."""
+    return max(16, 1 << (r - 1).bit_length()) if r else 0
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _splits(length: int, step: int, blocks: int, waves: int, rates: Rates) -> int:
+    """Into how many ranges a reduction is cut so that ``waves`` programs a multiprocessor have at least four steps."""
+    wanted = max(1, min(waves * rates.multiprocessors // blocks, length // (4 * step)))
+    return _cdiv(length, _cdiv(_cdiv(length, wanted), step) * step)
+
+
+def _sum(splits: int, numel: int, itemsize: int) -> list[Launch]:
+    """Adding up partial sums, if there are several."""
+    return [Launch("sum_splits", numel * (4 * splits + itemsize))] if splits > 1 else []
+
+
+def _partial_bytes(splits: int, numel: int, itemsize: int) -> int:
+    return numel * (itemsize if splits == 1 else 4 * splits)
+
+
+def packed_bytes(c: Problem) -> int:
+    """A 4-bit weight with nested statistics, in blocks of 64 weights and of 256 scales; code books are not counted."""
+    weights = c.N * c.K
+    blocks = _cdiv(weights, 64)
+    return _cdiv(weights, 2) + blocks + 4 * _cdiv(blocks, 256)
+
+
+def _dots(c: Problem, wide: int) -> int:
+    """Products that one with ``wide`` operands of the adapter takes: fp32 is two parts in half precision."""
+    return 1 + wide if c.itemsize == 2 and c.adapter_itemsize == 4 else 1
+
+
+def _shrink(c: Problem, rates: Rates) -> list[Launch]:
+    r, e = c.r // c.parts, c.adapter_itemsize
+    R = padded(r)
+    t = _tile("shrink", c, R * c.parts)
+    block_r = max(16, min(R, 128, 256 // (1 << (c.parts - 1).bit_length())))
+    blocks = _cdiv(c.M, t.BLOCK_M) * _cdiv(r, block_r)
+    splits = _splits(c.K, t.BLOCK_K, blocks, 2, rates)
+    moved = c.M * c.K * c.itemsize + c.r * c.K * e + _partial_bytes(splits, c.M * c.r, e)
+    flops = 2 * c.M * c.K * R * c.parts * _dots(c, 1)
+    return [Launch("shrink", moved, flops), *_sum(splits, c.M * r, e) * c.parts]
+
+
+def _adapter_bytes(c: Problem) -> int:
+    return (c.M + c.N) * c.r * c.adapter_itemsize
+
+
+def _adapter_flops(c: Problem) -> int:
+    return 2 * c.M * c.N * padded(c.r // c.parts) * c.parts * _dots(c, 2)
+
+
+def _tail(c: Problem, rates: Rates) -> list[Launch]:
+    moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize + _adapter_bytes(c)
+    return [Launch("lora_matmul", moved, 2 * c.M * c.N * c.K + _adapter_flops(c))]
+
+
+def _base_last(c: Problem, rates: Rates) -> list[Launch]:
+    adapter, K = _adapter_bytes(c) + c.M * c.N * c.itemsize, c.K // c.parts
+    base = (c.M * K + c.N * K + 2 * c.M * c.N) * c.itemsize
+    gemm = Launch("gemm", base, 2 * c.M * c.N * K, vendor=True)
+    return [Launch("lora_matmul", adapter, _adapter_flops(c)), *[gemm] * c.parts]
+
+
+def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
+    """A walk down the rows of dy[M, K] (or x): db, and with b also dxa."""
+    R, e = padded(c.r), c.adapter_itemsize
+    t = _tile("lora_grad", c, min(R, 128))
+    slabs, blocks = _cdiv(c.K, t.BLOCK_N), _cdiv(c.r, min(R, 128))
+    splits = _splits(c.M, t.BLOCK_M, slabs * blocks, 2, rates)
+    moved = c.M * c.K * c.itemsize + c.M * c.r * e + _partial_bytes(splits, c.K * c.r, e)
+    if with_b:
+        moved += c.K * c.r * e + _partial_bytes(slabs, c.M * c.r, e)
+    walk = Launch("lora_grad", moved, (4 if with_b else 2) * c.M * c.K * R * _dots(c, 1))
+    return [walk, *_sum(splits, c.K * c.r, e), *(_sum(slabs, c.M * c.r, e) if with_b else [])]
+
+
+# Instructions that the compiler spends on one weight at r=16 with fp32 adapters (``fastlora inspect --arch sm_90``).
+DECODE, DECODE_MERGED, DECODE_FUSED = 7, 10, 8
+
+
+def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[Launch]:
+    moved, flops = packed_bytes(c) + c.N * c.K * c.itemsize, 0
+    if merged:
+        moved += c.r * (c.K + c.N) * c.adapter_itemsize
+        flops = 2 * c.N * c.K * padded(c.r)
+    instructions = (DECODE_MERGED if merged else DECODE) * c.N * c.K
+    return [Launch("decode_4bit", moved, flops, instructions=instructions)]
+
+
+def _merged(c: Problem, rates: Rates) -> list[Launch]:
+    moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize
+    return [*_decode(c, rates, merged=c.r > 0), Launch("gemm", moved, 2 * c.M * c.N * c.K, vendor=True)]
+
+
+def _decoded(c: Problem, rates: Rates) -> list[Launch]:
+    if not c.r:
+        return _merged(c, rates)
+    dense = min(("tail", "base_last"), key=lambda plan: predict("lora_matmul", plan, c, rates).seconds)
+    return [*_decode(c, rates), *_shrink(c, rates), *COSTS["lora_matmul", dense](c, rates)]
+
+
+def _fused(c: Problem, rates: Rates) -> list[Launch]:
+    R = padded(c.r)
+    t = _tile("nf4_matmul", c, max(16, c.M, R))
+    splits = _splits(c.K, t.BLOCK_K, _cdiv(c.N, t.BLOCK_N), 4, rates)
+    moved = packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize
+    moved += _partial_bytes(splits, c.M * c.N, c.itemsize)
+    flops = 2 * max(16, c.M) * (c.N * c.K + R * (c.K * _cdiv(c.N, t.BLOCK_N) + c.N * splits))
+    fused = Launch("nf4_matmul", moved, flops, instructions=DECODE_FUSED * c.N * c.K)
+    return [fused, *_sum(splits, c.M * c.N, c.itemsize)]
+
+
+COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[Launch]]] = {
+    ("shrink", ""): _shrink,
+    ("shrink_group", ""): _shrink,
+    ("lora_matmul", "tail"): _tail,
+    ("lora_matmul", "base_last"): _base_last,
+    ("lora_matmul_group", "tail"): _tail,
+    ("lora_matmul_group", "base_last"): _base_last,
+    ("lora_grad", "one_pass"): lambda c, rates: _walk(c, rates, with_b=True),
+    ("lora_grad", "two_pass"): lambda c, rates: [*_shrink(c, rates), *_walk(c, rates, with_b=False)],
+    ("lora_grad_a", ""): lambda c, rates: _walk(c, rates, with_b=False),
+    ("decode_4bit", ""): _decode,
+    ("decode_4bit", "merged"): lambda c, rates: _decode(c, rates, merged=True),
+    ("linear_4bit", "merged"): _merged,
+    ("linear_4bit", "decoded"): _decoded,
+    ("linear_4bit", "fused"): _fused,
+    ("swiglu", ""): lambda c, rates: [Launch("swiglu", 3 * c.M * c.K * c.itemsize)],
+    ("swiglu_backward_", ""): lambda c, rates: [Launch("swiglu", 6 * c.M * c.K * c.itemsize)],
+}

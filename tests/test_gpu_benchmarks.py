@@ -1,0 +1,452 @@
+"""`benchmarks/gpu.py` on a CPU: every step on tiny sizes with interpreted kernels, what interruptions leave, goals."""
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import evidence, gpu, layers, resume, steps, timing
+from benchmarks.goals import goals, lines
+from fastlora import tuning
+from fastlora.cases import MODELS, linears
+
+pytest.importorskip("triton")
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="makes a CPU pass for a GPU"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("bitsandbytes_eager"),
+]
+ARGS = SimpleNamespace(commit=None, tiny=True)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch, tmp_path):
+    monkeypatch.setattr(tuning, "SIZE", tuning.SIZE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(out, *more):
+    return gpu.main(["--device", "cpu", "--tiny", "--out", str(out), *more])
+
+
+def rows(out, step):
+    return gpu.read_rows(out / "cpu" / f"{step}.csv")
+
+
+@pytest.mark.parametrize("step", ["environment", "rates", "decode", "graph", "tune"])
+def test_step(step, tmp_path, capsys):
+    assert run(tmp_path, "--only", step) == 0
+    assert f"{step}: complete" in capsys.readouterr().out
+    found = rows(tmp_path, step)
+    assert found and not any(row.get("error") for row in found)
+    state = json.loads((tmp_path / "cpu" / "gpu.json").read_text())[step]
+    assert state["complete"] and state["environment"]["tiny"] and state["environment"]["torch"] == torch.__version__
+    assert str(ROOT) not in (tmp_path / "cpu" / "gpu.json").read_text()
+    assert run(tmp_path, "--only", step) == 0
+    assert f"{step}: complete, from" in capsys.readouterr().out, "and is not measured again"
+
+
+@pytest.fixture
+def one_layer(monkeypatch):
+    """Of the block's linears only one, which takes a fraction of the time."""
+    monkeypatch.setattr(steps, "block", lambda run: {"q,k,v,o,gate,up,down": (32, 64, 7)})
+
+
+def test_sweep_compares_every_provider(one_layer, tmp_path):
+    assert run(tmp_path, "--only", "sweep") == 0
+    found = rows(tmp_path, "sweep")
+    for base in ("bf16", "nf4"):
+        for mode in ("forward", "step"):
+            case = [r for r in found if (r["base"], r["mode"], r["M"]) == (base, mode, 8)]
+            assert [r["provider"] for r in case] == list(layers.providers(base))
+            assert all(0 < r["p20"] <= r["p50"] <= r["p80"] and r["host"] > 0 and r["floor"] > 0 for r in case)
+            assert all(0 < r["relative_error"] < 0.01 for r in case)
+    ours = {(r["base"], r["provider"]): r for r in found if r["provider"].startswith("ours") and r["mode"] == "step"}
+    assert {at: r["plan"] for at, r in ours.items()} == {
+        ("bf16", "ours"): "tail", ("bf16", "ours tail one_pass"): "tail", ("bf16", "ours two_pass"): "tail",
+        ("bf16", "ours base_last one_pass"): "base_last",
+        ("nf4", "ours"): "merged", ("nf4", "ours one_pass"): "merged", ("nf4", "ours two_pass"): "merged",
+    }  # fmt: skip
+    assert all(r["predicted"] > r["floor"] for r in ours.values())
+
+
+class TestOnlyOnAGPU:
+    """What no CPU runs, with the device pretended: it shall not fail on the day for a typo."""
+
+    @pytest.fixture
+    def given(self, tmp_path):
+        device = SimpleNamespace(type="cuda", index=0)
+        return gpu.Run(device, "a GPU", tmp_path, True, 1e12, False, {}, set())
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        """Streams that are none, and graphs whose replay is the call again, into the results of the first."""
+
+        class Graph:
+            def replay(self):
+                for old, new in zip(self.results, self.call(), strict=True):
+                    old.data.copy_(new.data)
+
+        nothing = SimpleNamespace(wait_stream=lambda other: None)
+        pretended = {
+            "is_available": lambda: False, "Stream": lambda: nothing, "current_stream": lambda: nothing,
+            "stream": lambda stream: nullcontext(), "CUDAGraph": Graph, "graph": lambda graph: nullcontext(),
+            "synchronize": lambda device=None: None, "current_device": lambda: 0,
+        }  # fmt: skip
+        for name, function in pretended.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        capture = evidence.capture
+
+        def captured(call):
+            graph, results = capture(call)
+            graph.call, graph.results = call, results
+            return graph, results
+
+        monkeypatch.setattr(evidence, "capture", captured)
+        monkeypatch.setattr("triton.testing.do_bench", lambda call, **how: [call(), 3.0, 1.0, 2.0][1:])
+
+    def test_graphs(self, given, cuda, monkeypatch):
+        # the tensors are on a CPU all the same
+        torch_device = torch.device("cpu")
+        monkeypatch.setattr(evidence, "torch", SimpleNamespace(**vars(torch)))
+        for name in ("eye", "ones", "zeros"):
+            make = getattr(torch, name)
+            monkeypatch.setattr(
+                evidence.torch, name, lambda *a, make=make, device, **k: make(*a, device=torch_device, **k)
+            )
+        make_layer = layers.make_layer
+        monkeypatch.setattr(layers, "make_layer", lambda *a: make_layer(*a[:-1], torch_device))
+        found = dict(evidence.step_graph(given))
+        assert list(found) == ["masks", "bf16 M=4", "nf4 M=4"]
+        outcomes = [row["outcome"] for rows in found.values() for row in rows if "outcome" in row]
+        assert outcomes == [True] * 5
+        times = [row for rows in found.values() for row in rows if "p50" in row]
+        assert all((row["p20"], row["p50"], row["p80"]) == pytest.approx((1.4e-3, 2e-3, 2.6e-3)) for row in times)
+        given.done |= set(found)
+        assert not list(evidence.step_graph(given))
+
+    def test_clocks(self, monkeypatch):
+        line = "580.95.05, 1980 MHz, 1980 MHz, 2619 MHz, 92.20 W, 700.00 W, 31\n"
+        asked = []
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(
+            timing.subprocess, "run", lambda command, **how: asked.append(command) or SimpleNamespace(stdout=line)
+        )
+        found = timing.clocks(SimpleNamespace(type="cuda"))
+        assert found["driver_version"] == "580.95.05" and found["temperature.gpu"] == "31"
+        assert all(argument.startswith(("nvidia-smi", "--id", "--query", "--format")) for argument in asked[0])
+
+    def test_clocks_without_the_tool(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setenv("PATH", "")
+        assert timing.clocks(SimpleNamespace(type="cuda")) == {}
+
+    def test_kernels_of_a_profile(self):
+        def event(key, seconds, device):
+            return SimpleNamespace(
+                key=key, count=2, self_device_time_total=seconds * 1e6, self_cpu_time_total=0.0,
+                device_type=SimpleNamespace(name=device),
+            )  # fmt: skip
+
+        events = [event("aten::mm", 9.0, "CPU"), event("gemm", 3.0, "CUDA"), event("shrink", 1.0, "CUDA")]
+        assert evidence.kernel_rows(events, on_gpu=True) == [
+            {"kernel": "gemm", "calls": 2, "seconds": 3.0, "share": 0.75, "error": None},
+            {"kernel": "shrink", "calls": 2, "seconds": 1.0, "share": 0.25, "error": None},
+        ]
+
+    def test_a_row_of_launches(self, cuda, monkeypatch):
+        monkeypatch.setattr(tuning, "torch", SimpleNamespace(**vars(torch)))
+        monkeypatch.setattr(tuning.torch, "zeros", lambda n, device: torch.zeros(n))
+        replays = []
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph))
+        seconds = tuning._launch_seconds(SimpleNamespace(type="cuda"), lambda run: run() or 1.0)
+        assert seconds == 1 / tuning.LAUNCHES and len(replays) == 1
+
+    def test_the_clock(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr("triton.testing.do_bench", lambda run, **how: asked.append(how) or 2.0)
+        assert tuning.gpu_clock(lambda: None) == 2e-3
+        assert asked[0]["return_mode"] == "median"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["smoke", "correctness", "sweep", "profile", "compare"])
+def test_slow_step(step, tmp_path):
+    test_step(step, tmp_path, SimpleNamespace(readouterr=lambda: SimpleNamespace(out=f"{step}: complete, from")))
+
+
+def test_a_wrong_provider_gets_no_timing(one_layer, tmp_path, monkeypatch):
+    right = layers.ours
+    monkeypatch.setattr(layers, "ours", lambda layer, forced=None: lambda: right(layer, forced)() * 1.02)
+    assert run(tmp_path, "--only", "sweep") == 0
+    found = rows(tmp_path, "sweep")
+    ours = [r for r in found if r["provider"].startswith("ours")]
+    assert ours and all(r["p50"] is None and "error of y" in r["error"] for r in ours)
+    assert all(r["p50"] for r in found if r["provider"] == "peft")
+
+
+def test_what_is_missing_is_listed(one_layer, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "_quantise", lambda linear: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert run(tmp_path, "--only", "sweep") == 0
+    found = rows(tmp_path, "sweep")
+    by_base = {base: {r["provider"]: r["error"] for r in found if r["base"] == base} for base in ("bf16", "nf4")}
+    assert by_base["nf4"]["frozen"] == "ModuleNotFoundError: bitsandbytes is not installed"
+    assert "peft" in by_base["bf16"]["peft"] and by_base["bf16"]["frozen"] is None
+    assert by_base["nf4"]["ours"] is None, "needs no bitsandbytes"
+
+
+class TestBudget:
+    @pytest.fixture
+    def cases(self, monkeypatch):
+        """A step of four cases; ``cases.fail`` ends the third."""
+        found = SimpleNamespace(measured=[], fail=None, spend=0.0)
+
+        def step(run):
+            for case in "abcd":
+                if case not in run.done:
+                    run.case = case
+                    if case == "c" and found.fail:
+                        raise found.fail
+                    found.measured.append(case)
+                    if case == "b":
+                        run.deadline -= found.spend
+                    yield case, [{"value": ord(case) / 7}]
+
+        monkeypatch.setattr(steps, "step_rates", step)
+        return found
+
+    def test_spent_it_writes_and_the_next_call_goes_on(self, cases, tmp_path, capsys):
+        cases.spend = 1e9
+        assert run(tmp_path, "--only", "rates") == 1
+        assert "the next call goes on" in capsys.readouterr().out
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a", "b"]
+        assert run(tmp_path, "--only", "rates") == 0
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a", "b", "c", "d"]
+        assert cases.measured == ["a", "b", "c", "d"]
+        assert rows(tmp_path, "rates")[0]["value"] == pytest.approx(ord("a") / 7, rel=1e-5)
+
+    def test_again_measures_all_again(self, cases, tmp_path):
+        for _ in range(2):
+            assert run(tmp_path, "--only", "rates", "--again") == 0
+        assert cases.measured == list("abcdabcd")
+        assert len(rows(tmp_path, "rates")) == 4
+
+    def test_interrupted_it_writes(self, cases, tmp_path):
+        cases.fail = KeyboardInterrupt()
+        assert run(tmp_path, "--only", "rates") == 130
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a", "b"]
+
+    def test_what_another_commit_began_is_measured_again(self, cases, tmp_path, monkeypatch):
+        cases.spend = 1e9
+        environment = gpu._environment
+        for commit in ("one", "one", "other"):
+            monkeypatch.setattr(gpu, "_environment", lambda *args, c=commit: environment(*args) | {"commit": c})
+            run(tmp_path, "--only", "rates", "--budget", "-1")
+        assert cases.measured == ["a", "b", "a"]
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a"]
+
+    def test_a_failure_keeps_what_was_measured_and_the_other_steps_run(self, cases, tmp_path, capsys, monkeypatch):
+        cases.fail = RuntimeError("no such luck")
+        monkeypatch.setattr(gpu, "STEPS", ("rates", "graph"))
+        assert run(tmp_path, "--from", "rates") == 1
+        printed = capsys.readouterr()
+        assert "rates: failed, RuntimeError: no such luck" in printed.out and "graph: complete" in printed.out
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a", "b"]
+        cases.fail = None
+        assert run(tmp_path, "--only", "rates") == 0
+        assert len(rows(tmp_path, "rates")) == 4
+
+    def test_a_case_that_breaks_the_device_is_passed_over_in_a_new_process(self, cases, tmp_path, monkeypatch):
+        cases.fail = RuntimeError("an illegal memory access was encountered")
+        started = []
+
+        def execv(program, arguments):
+            started.extend(arguments[2:])
+            raise SystemExit
+
+        monkeypatch.setattr(gpu, "_broken", lambda device: True)
+        monkeypatch.setattr(gpu.os, "execv", execv)
+        with pytest.raises(SystemExit):
+            run(tmp_path, "--from", "rates", "--again")
+        assert started[-2:] == ["--from", "rates"] and "--again" not in started
+        cases.fail = None
+        assert run(tmp_path, "--only", "rates") == 0
+        found = rows(tmp_path, "rates")
+        assert [r["case"] for r in found] == ["a", "b", "c", "d"]
+        assert "illegal memory access" in found[2]["error"] and found[2]["value"] is None
+
+
+class TestResume:
+    TESTS = """
+import pytest, time
+
+@pytest.mark.parametrize("i", range(6))
+def test_it(i):
+    assert i != 3
+    if i == 4:
+        pytest.skip("not this one")
+"""
+
+    def pytest(self, folder, *more):
+        (folder / "test_it.py").write_text(self.TESTS)
+        plugins = ["-p", "benchmarks.resume", "-p", "no:cacheprovider", "-c", "pytest.ini", "--rootdir", str(folder)]
+        command = [sys.executable, "-m", "pytest", "-q", *plugins, "--outcomes", str(folder / "notes"), *more]
+        (folder / "pytest.ini").write_text("[pytest]\n")
+        ran = subprocess.run(
+            [*command, "test_it.py"], cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        return ran.returncode, {o["test"].partition("::")[2]: o for o in resume.read(folder / "notes")}
+
+    def test_goes_on_where_time_ran_out(self, tmp_path):
+        code, found = self.pytest(tmp_path, "--seconds", "-1")
+        assert code == resume.STOPPED and list(found) == ["test_it[0]"]
+        code, found = self.pytest(tmp_path, "--seconds", "100")
+        assert code == 1 and len(found) == 6
+        outcomes = [found[f"test_it[{i}]"]["outcome"] for i in range(6)]
+        assert outcomes == ["passed", "passed", "passed", "failed", "skipped", "passed"]
+        assert "assert 3 != 3" in found["test_it[3]"]["reason"] and "not this one" in found["test_it[4]"]["reason"]
+        assert self.pytest(tmp_path, "--seconds", "100")[0] == 5, "nothing is left"
+
+    def test_shards_are_all_tests_once(self, tmp_path):
+        assert len(self.pytest(tmp_path, "--seconds", "100", "--shard", "0/2")[1]) == 3
+        assert len(self.pytest(tmp_path, "--seconds", "100", "--shard", "1/2")[1]) == 6
+
+    def test_a_test_that_ended_its_process_is_noted_and_not_repeated(self, tmp_path):
+        (tmp_path / "notes").write_text('{"test": "test_it.py::test_it[0]", "outcome": "did not end"}\n{"test": "cut')
+        code, found = self.pytest(tmp_path, "--seconds", "100")
+        assert code == 1 and found["test_it[0]"]["outcome"] == "did not end" and len(found) == 6
+
+
+def test_correctness_counts_a_hanging_test_against_the_budget(tmp_path, monkeypatch):
+    class Hanging:
+        killed = False
+
+        def __init__(self, command, **kwargs):
+            pass
+
+        def communicate(self, timeout=None):
+            if timeout is not None:
+                raise subprocess.TimeoutExpired("pytest", timeout)
+            return "", None
+
+        def kill(self):
+            Hanging.killed = True
+
+    monkeypatch.setattr(steps, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Hanging}))
+    assert run(tmp_path, "--only", "correctness") == 1
+    assert Hanging.killed and json.loads((tmp_path / "cpu" / "gpu.json").read_text())["correctness"]["error"] is None
+
+
+def test_tests_of_a_step_that_is_measured_again_run_again(tmp_path, monkeypatch):
+    notes = tmp_path / "cpu" / "smoke-0.jsonl"
+    notes.parent.mkdir()
+    notes.write_text('{"test": "a", "outcome": "failed", "seconds": 1.0, "reason": "then"}\n')
+    ends = iter([(0, ""), (3, "internal error")])
+    monkeypatch.setattr(steps, "_pytest", lambda *args: next(ends))
+    state = {
+        "complete": False,
+        "error": None,
+        "seconds": 1.0,
+        "environment": gpu._environment(torch.device("cpu"), ARGS),
+    }
+    gpu.write_state(tmp_path / "cpu", {"smoke": state})
+    assert run(tmp_path, "--only", "smoke") == 0
+    assert rows(tmp_path, "smoke") == [{"case": "a", "outcome": "failed", "seconds": 1, "reason": "then"}]
+    assert run(tmp_path, "--only", "smoke", "--again") == 1, "pytest could not run"
+    assert not notes.exists() and not rows(tmp_path, "smoke")
+
+
+class TestGoals:
+    def results(self, **seconds):
+        """A sweep in which every layer takes these seconds, by base and provider."""
+        found = {}
+        for name, (N, K) in linears(*MODELS["llama-3-8b"]).items():
+            found.setdefault((N, K), []).append(name)
+        sweep = [
+            {"base": base, "provider": provider, "M": 8192, "r": 16, "mode": "step", "count": len(names), "p50": each}
+            for (base, provider), each in seconds.pop("sweep").items()
+            for names in found.values()
+        ]
+        return {"sweep": sweep, **seconds}
+
+    def of(self, **results):
+        return {goal.text: (goal.got, goal.met) for goal in goals(self.results(**results))}
+
+    def test_met_and_missed(self):
+        sweep = {
+            ("bf16", "frozen"): 1.0, ("bf16", "peft"): 1.4, ("bf16", "addmm"): 1.1, ("bf16", "ours"): 1.05,
+            ("nf4", "frozen"): 1.3, ("nf4", "peft"): 2.0, ("nf4", "ours"): 1.4,
+        }  # fmt: skip
+        found = self.of(sweep=sweep)
+        assert found["bf16: faster than eager PEFT"] == (pytest.approx(1.4 / 1.05), True)
+        assert found["bf16: faster than the addmm style"] == (pytest.approx(1.1 / 1.05), False)
+        assert found["bf16: time over the frozen layers"] == (pytest.approx(1.05), True)
+        assert found["NF4: faster than PEFT + bitsandbytes"] == (pytest.approx(2 / 1.4), True)
+        assert found["NF4: time over PEFT's bf16 LoRA"] == (pytest.approx(1.0), True)
+        assert found["decode: share of copy bandwidth"] == (None, None)
+        text = "\n".join(lines(goals(self.results(sweep=sweep))))
+        assert "<= 1.10   1.05  met" in text and ">= 1.12   1.05  MISSED" in text and "not measured" in text
+
+    def test_part_of_a_block_is_not_measured(self):
+        results = self.results(sweep={("bf16", "peft"): 2.0, ("bf16", "ours"): 1.0})
+        results["sweep"] = results["sweep"][1:]
+        assert all(goal.met is None for goal in goals(results))
+
+    def test_bandwidth_is_of_the_seven_weights_together(self):
+        decode = [
+            {"kernel": "decode", "M": None, "count": 6, "bytes": 1e6, "p50": 1e-6, "copy": 2e12},
+            {"kernel": "decode", "M": None, "count": 1, "bytes": 4e6, "p50": 2e-6, "copy": 2e12},
+            {"kernel": "nf4_matmul", "M": 1, "count": 7, "bytes": 1e6, "p50": 1e-6, "copy": 2e12},
+            {"kernel": "nf4_matmul", "M": 16, "count": 7, "bytes": 1e6, "p50": None, "copy": None},
+        ]
+        found = self.of(sweep={}, decode=decode)
+        assert found["decode: share of copy bandwidth"] == (pytest.approx(10e6 / 8e-6 / 2e12), False)
+        assert found["NF4, 1 token: share of copy bandwidth"] == (pytest.approx(0.5), False)
+        assert found["NF4, 16 tokens: share of copy bandwidth"] == (None, None)
+
+    def test_tests_that_fail_or_hang_count(self):
+        outcomes = [{"outcome": o} for o in ("passed", "passed", "failed", "did not end")]
+        assert self.of(sweep={}, correctness=outcomes)["tests on the device that pass"] == (0.5, False)
+
+    def test_checks_of_graphs_that_fail_count(self):
+        graph = [{"outcome": o} for o in ("True", "False", None)]  # as a CSV has them
+        assert self.of(sweep={}, graph=graph)["checks of CUDA graphs that hold"] == (0.5, False)
+
+    def test_tiny_sizes_meet_no_goal(self, tmp_path, capsys):
+        assert run(tmp_path, "--only", "decode") == 0
+        assert run(tmp_path, "--summary") == 0
+        printed = capsys.readouterr().out
+        assert "no measurement" in printed and "met" not in printed.replace("no measurement", "")
+
+
+def test_unusable_arguments(tmp_path, capsys):
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "needs a GPU that torch sees" in capsys.readouterr().err
+    for arguments in (["--device", "cpu"], ["--only", "everything"]):
+        with pytest.raises(SystemExit) as stop:
+            gpu.main([*arguments, "--out", str(tmp_path)])
+        assert stop.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_from_anywhere_without_being_installed(tmp_path):
+    """And without what a machine with a GPU need not have."""
+    script = ROOT / "benchmarks" / "gpu.py"
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys(("rich", "matplotlib", "hypothesis", "peft", "bitsandbytes"), None))
+sys.argv[1:] = ["--device", "cpu", "--tiny", "--out", {str(tmp_path)!r}, "--only", "environment"]
+runpy.run_path({str(script)!r}, run_name="__main__")
+"""
+    ran = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "a kernel runs and is right,True" in (tmp_path / "cpu" / "environment.csv").read_text()
