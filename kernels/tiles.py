@@ -64,7 +64,7 @@ def family_of(backend: str, arch: int | str) -> str:
     if backend == "hip":
         return "gfx942"
     if backend != "cuda" or not isinstance(arch, int):
-        return "default"
+        return backend
     if 100 <= arch < 110:
         return "sm_100"
     return {80: "sm_80", 90: "sm_90"}.get(arch, "default")  # consumer parts have 99 KB of shared memory
@@ -77,7 +77,7 @@ def has_tma() -> bool:
 
 def has_ptx() -> bool:
     """Whether kernels for the current device may contain PTX."""
-    return not triton.knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+    return family() in ("sm_80", "sm_90", "sm_100", "default")
 
 
 def intensity() -> float:
@@ -228,7 +228,6 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
     "nf4_matmul": {  # by the larger of M and the padded rank
         "sm_90": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
-        "sm_100": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
         "gfx942": {ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)},
         "default": {
             16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
