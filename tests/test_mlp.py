@@ -420,3 +420,20 @@ def test_activations_are_those_of_transformers():
         "gelu_pytorch_tanh": "gelu_tanh",
     }.items():
         torch.testing.assert_close(ACT2FN[name](z), reference.activate(z, ours))
+
+
+def test_func_grad():
+    module = make(dtype=torch.float32)
+    parameters = {name: p.detach() for name, p in module.named_parameters() if "lora" in name}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    x = torch.randn(4, HIDDEN)
+    ours, dx = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
+    leaf = x.clone().requires_grad_()
+    module(leaf).square().sum().backward()
+    torch.testing.assert_close(dx, leaf.grad)
+    for name, p in module.named_parameters():
+        if name in ours:
+            torch.testing.assert_close(ours[name], p.grad)
