@@ -135,7 +135,7 @@ def family_of(backend: str, arch: int | str) -> str:
     if backend == "hip":
         return "gfx942"
     if backend != "cuda" or not isinstance(arch, int):
-        return "default"
+        return backend
     if 100 <= arch < 110:
         return "sm_100"
     return {80: "sm_80", 90: "sm_90"}.get(arch, "default")  # consumer parts have 99 KB of shared memory
@@ -148,7 +148,7 @@ def has_tma() -> bool:
 
 def has_ptx() -> bool:
     """Whether kernels for the current device may contain PTX."""
-    return not triton.knobs.runtime.interpret and driver.active.get_current_target().backend == "cuda"
+    return family() in ("sm_80", "sm_90", "sm_100", "default")
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -174,7 +174,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=4, num_stages=3),
         },
         "sm_100": {
-            32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=8, num_stages=3),
+            32: Tile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
             128: Tile(BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
@@ -294,7 +294,6 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
     "nf4_matmul": {  # by the larger of M and the padded rank
         "sm_90": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
-        "sm_100": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
         "gfx942": {ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)},
         "default": {
             16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
