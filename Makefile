@@ -26,7 +26,8 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --no-cpu-kernels tests/test_ops.py tests/test_autograd.py tests/test_accuracy.py
+	$(BIN)/python -m pytest --no-cpu-kernels \
+		$(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
 	$(BIN)/python -m pytest --kernels-in-interpreter \
 		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp nn model))
 
