@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/python -m pytest --no-cpu-kernels \
 		$(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
 	$(BIN)/python -m pytest --kernels-in-interpreter \
-		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp nn model))
+		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp))
 
 lint: setup
 	$(BIN)/ruff check .

@@ -61,7 +61,9 @@ def _apply(
     p: float,
     shared: SharedInput | None = None,
 ) -> Tensor:
-    """lora_linear without its checks."""
+    """lora_linear without its checks, but for the one that keeps kernels from reading beyond their operands."""
+    if x.shape[-1] != a.shape[1]:
+        raise _wrong_width(x, a)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     seed = new_seed(x, p)
@@ -77,10 +79,16 @@ def add_lora_output(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, p: float, in_place: bool = False
 ) -> Tensor:
     """``y + scaling * linear(linear(dropout(x, p), a), b)`` for the output y of any base layer of the same x."""
+    if x.shape[-1] != a.shape[1]:
+        raise _wrong_width(x, a)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     x = x.to(autocast_dtype(x) or x.dtype)
     return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p), in_place)
+
+
+def _wrong_width(x: Tensor, a: Tensor) -> ValueError:
+    return ValueError(f"x must be [..., {a.shape[1]}] for a layer with so many in_features, got {list(x.shape)}")
 
 
 class Adapter(NamedTuple):
@@ -152,6 +160,8 @@ def mlp_forward(x: Tensor, layers: list[tuple[Any, Adapter]], activation: str) -
 
     None if they cannot be computed as one: a base layer computes itself, or in a dtype of its own.
     """
+    if x.shape[-1] != layers[0][1].a.shape[1]:
+        raise _wrong_width(x, layers[0][1].a)
     dtype = autocast_dtype(x) or x.dtype
     projections = []
     for base_layer, adapter in layers:

@@ -6,6 +6,8 @@ from blocks import CountOps
 from torch import nn
 from torch.nn import functional as F
 
+import fastlora
+from fastlora import ops
 from fastlora.fourbit import weight_4bit
 from fastlora.functional import Adapter, adapted_forward, base_kind, lora_linear
 
@@ -283,3 +285,28 @@ def test_opaque_output_that_is_the_input_is_left_alone():
     before = x.clone()
     adapted_forward(nn.Identity(), x, Adapter(torch.randn(r, K), torch.randn(K, r), 1.0))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [K - 2, K + 2])
+def test_no_kernel_sees_an_x_of_the_wrong_width(width, dtype, rows):
+    """A layer, a block and a layer that computes itself say so before anything is read."""
+    x = torch.randn(rows, width, dtype=dtype)
+    message = rf"x must be \[..., {K}\] for a layer with so many in_features, got \[{rows}, {width}\]"
+    layer = fastlora.LoRALinear(K, N, r=r, dtype=dtype)
+    block = fastlora.LoRAMLP(K, N, r=r, dtype=dtype)
+    for module in (layer, block):
+        with pytest.raises(ValueError, match=message):
+            module(x)
+    if ops.NO_CPU_KERNELS is None:
+        a, b, w, xa = (t.to(dtype) for t in (layer.lora_A, layer.lora_B, layer.weight, torch.randn(rows, r)))
+        for call in (
+            lambda: torch.ops.fastlora.shrink(x, a, 1.0),
+            lambda: torch.ops.fastlora.lora_matmul(x, w, xa, b),
+            lambda: torch.ops.fastlora.lora_grad(x, x, b, xa, 1.0),
+            lambda: torch.ops.fastlora.lora_grad_a(xa[1:], x),
+            lambda: torch.ops.fastlora.swiglu(x, x[1:], "silu"),
+        ):
+            with torch.no_grad(), pytest.raises(RuntimeError, match=r"fit together|one shape"):
+                call()

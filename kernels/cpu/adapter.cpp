@@ -30,11 +30,16 @@ Tensor with_rows(const Tensor& t) {
 
 using Seeds = c10::List<OptionalTensor>;
 
+void check(bool fits, const char* op) {
+  TORCH_CHECK(fits, "fastlora: the shapes of the operands of ", op, " do not fit together");
+}
+
 std::vector<Tensor> shrink_group_op(
     const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, const Seeds& seed) {
   std::vector<Shrink> adapters;
   std::vector<Tensor> out;
   for (size_t i = 0; i < a.size(); ++i) {
+    check(a[i].size(1) == x.size(1), "shrink");
     const Dropout dropout = dropout_of(p[i], seed[i]);
     adapters.push_back({a[i].t(), s[i] * dropout.scale(), dropout});
     out.push_back(at::empty({x.size(0), a[i].size(0)}, a[i].options()));
@@ -55,8 +60,13 @@ Tensor shrink_op(const Tensor& x, const Tensor& a, double s, double p, const Opt
 Tensor matmul(
     at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, const OptionalTensor& bias,
     at::ArrayRef<double> p, const Seeds& seed) {
-  const int64_t N = w[0].size(0);
-  Tensor y = at::empty({x[0].size(0), N}, x[0].options());
+  const int64_t M = x[0].size(0), N = w[0].size(0);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const bool base = x[i].size(0) == M && w[i].size(0) == N && x[i].size(1) == w[i].size(1);
+    check(base && xa[i].size(0) == M && b[i].size(0) == N && xa[i].size(1) == b[i].size(1), "lora_matmul");
+  }
+  check(!bias.has_value() || bias->numel() == N, "lora_matmul");
+  Tensor y = at::empty({M, N}, x[0].options());
   bool complete = false;  // with the base products
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
     using A = Wide<scalar_t>;
@@ -102,6 +112,7 @@ Tensor grad_a(Tile<Wide<T>>& tile, int64_t parts, const Tensor& x, const Dropout
 }
 
 Tensor lora_grad_a_op(const Tensor& dxa, const Tensor& x, double p, const OptionalTensor& seed) {
+  check(dxa.size(0) == x.size(0), "lora_grad_a");
   Tensor da;
   FASTLORA_DISPATCH(x.scalar_type(), [&] {
     auto tile = to_tile<Wide<scalar_t>>(dxa);
@@ -115,6 +126,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& b, const OptionalTensor& xa, double s, double p,
     const OptionalTensor& seed) {
   TORCH_CHECK(b.has_value() || xa.has_value(), "fastlora: lora_grad needs b or xa");
+  const int64_t M = dy.size(0);
+  check(!b.has_value() || b->size(0) == dy.size(1), "lora_grad");
+  check((!x.has_value() || x->size(0) == M) && (!xa.has_value() || xa->size(0) == M), "lora_grad");
   const Tensor& like = b.has_value() ? *b : *xa;
   const int64_t r = like.size(1);
   const Tensor rows = with_rows(dy);

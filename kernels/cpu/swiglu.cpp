@@ -102,6 +102,8 @@ template <bool BACKWARD>
 void run(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& h, std::string_view activation) {
   const bool unit = gate.stride(1) == 1 && h.stride(1) == 1 && (!up.has_value() || up->stride(1) == 1);
   TORCH_CHECK(unit, "fastlora: the rows of a gated MLP's activations must be contiguous");
+  const bool alike = h.sizes() == gate.sizes() && (!up.has_value() || up->sizes() == gate.sizes());
+  TORCH_CHECK(alike, "fastlora: the activations of a gated MLP must have one shape");
   if (gate.numel() == 0) return;
   FASTLORA_DISPATCH(gate.scalar_type(), [&] {
     if (activation == "silu") return rows<scalar_t, Silu, BACKWARD>(gate, up, h);
