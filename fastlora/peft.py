@@ -26,19 +26,22 @@ except ImportError:  # bitsandbytes is not installed
 
 @dataclass
 class PatchReport:
-    """What `patch` did, by name: layers ``patched``, MLP blocks ``fused`` into one function, and what was ``skipped``,
-    with the reason why it runs its own forward."""
+    """What `patch` did, by name: layers ``patched``, and those ``skipped`` with the reason why each is left to PEFT;
+    MLP blocks ``fused`` into one function, and those ``not_fused`` with the reason why each runs its own forward."""
 
     patched: list[str] = field(default_factory=list)
-    fused: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    fused: list[str] = field(default_factory=list)
+    not_fused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if not self.patched and not self.skipped:
             return "fastlora: nothing to patch: the model has no PEFT LoRA layers"
-        patched, fused, skipped = len(self.patched), len(self.fused), len(self.skipped)
-        lines = [f"fastlora: {patched} LoRA layers patched, {fused} MLPs fused, {skipped} left as they were"]
-        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped.items()])
+        lines = [f"fastlora: {len(self.patched)} LoRA layers patched, {len(self.skipped)} left to PEFT"]
+        lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
+        if self.fused or self.not_fused:
+            lines.append(f"{len(self.fused)} MLP blocks computed as one, {len(self.not_fused)} layer by layer")
+        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.not_fused.items()])
 
 
 def patch(model: nn.Module) -> PatchReport:
@@ -65,7 +68,7 @@ def patch(model: nn.Module) -> PatchReport:
         layer.__dict__[_SIBLINGS] = siblings
     fused, kept = fuse_mlps(model, lambda module: type(module) in _THEIRS)
     report.fused.extend(fused)
-    report.skipped.update(kept)
+    report.not_fused.update(kept)
     return report
 
 

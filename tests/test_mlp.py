@@ -311,7 +311,7 @@ def test_blocks_are_found_and_fused(case, dtype):
     state = torch.get_rng_state()
     report = fastlora.patch(model)
     assert torch.equal(torch.get_rng_state(), state), "probing draws from a generator of its own"
-    assert report.fused == ["base_model.model.1"] and not report.skipped
+    assert report.fused == ["base_model.model.1"] and not report.skipped and not report.not_fused
     assert fuse._block_of(model.base_model.model[1]) == fuse.Block(layers, activation)
     y = model(x)
     assert "MLP" in type(y.grad_fn).__name__
@@ -328,7 +328,8 @@ def test_other_blocks_are_kept_and_the_reason_is_told(case):
     model = in_model(make)
     training = {name: m.training for name, m in model.named_modules()}
     report = fastlora.patch(model)
-    assert not report.fused and reason in report.skipped["base_model.model.1"]
+    assert not report.fused and reason in report.not_fused["base_model.model.1"]
+    assert not report.skipped, "its layers are patched all the same"
     assert reason in str(report)
     assert training == {name: m.training for name, m in model.named_modules()}
 
@@ -337,7 +338,7 @@ def test_a_block_that_is_wrapped_is_kept():
     model = in_model(SwiGLU)
     block = model.base_model.model[1]
     block.forward = block.forward
-    assert "wrapped on the instance" in fastlora.patch(model).skipped["base_model.model.1"]
+    assert "wrapped on the instance" in fastlora.patch(model).not_fused["base_model.model.1"]
 
 
 def test_attention_is_no_mlp():
