@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastlora
-from fastlora import ops
 from fastlora.fourbit import weight_4bit
 from fastlora.functional import Adapter, adapted_forward, base_kind, lora_linear
 
@@ -299,14 +298,3 @@ def test_no_kernel_sees_an_x_of_the_wrong_width(width, dtype, rows):
     for module in (layer, block):
         with pytest.raises(ValueError, match=message):
             module(x)
-    if ops.NO_CPU_KERNELS is None:
-        a, b, w, xa = (t.to(dtype) for t in (layer.lora_A, layer.lora_B, layer.weight, torch.randn(rows, r)))
-        for call in (
-            lambda: torch.ops.fastlora.shrink(x, a, 1.0),
-            lambda: torch.ops.fastlora.lora_matmul(x, w, xa, b),
-            lambda: torch.ops.fastlora.lora_grad(x, x, b, xa, 1.0),
-            lambda: torch.ops.fastlora.lora_grad_a(xa[1:], x),
-            lambda: torch.ops.fastlora.swiglu(x, x[1:], "silu"),
-        ):
-            with torch.no_grad(), pytest.raises(RuntimeError, match=r"fit together|one shape"):
-                call()
