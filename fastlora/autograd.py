@@ -1,9 +1,10 @@
 """The autograd Functions: one per shape of work. They save x, the adapters, xa; never a mask, a cast or decoded copy.
 
-`lora_linear`, `add_lora` and `gated_mlp` are what to call. Each prepares what is small (xa) and leaves its last base
-product to a Function that saves everything backward needs *before* that product. Where saved tensors are packed, as
-by checkpointing, that is two Functions: one saves and hands out an empty `handle`, and `Run` computes. A checkpointed
-block is computed again only until its last tensor has been saved, so its last base product is never computed twice.
+`lora_linear` and `add_lora` are what to call, and `fastlora.mlp.mlp`. Each prepares what is small (xa) and leaves its
+last base product to a Function that saves everything backward needs *before* that product. Where saved tensors are
+packed, as by checkpointing, that is two Functions: one saves and hands out an empty handle, and `Run` computes. A
+checkpointed block is computed again only until its last tensor has been saved, so its last base product is never
+computed twice.
 
 ``a, b, s, p, seed`` are as in `fastlora.reference`; x has any rank, and its 2-D view is what is computed on. A weight
 is a dense tensor or a `Weight4bit`. Gradients are once-differentiable.

@@ -34,6 +34,15 @@ def is_4bit(weight: Any) -> bool:
     return type(weight).__name__ == "Params4bit"
 
 
+def quantisation_tensors(parameter: Any) -> list[Tensor]:
+    """What a 4-bit parameter's quant_state holds, which is weight too; nothing for another parameter."""
+    state = getattr(parameter, "quant_state", None)
+    if state is None:
+        return []
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return [state.absmax, state.code, *nested]
+
+
 def weight_4bit(weight: Any) -> Weight4bit:
     """Read a ``bitsandbytes.nn.Params4bit`` without copying it.
 

@@ -155,11 +155,14 @@ def _references(make: Callable[[], Tensor]) -> int:
 _REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that nobody else has
 
 
-def mlp_forward(x: Tensor, layers: list[tuple[Any, Adapter]], activation: str) -> Tensor | None:
+def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activation: str) -> Tensor | None:
     """``down(act(gate(x)) * up(x))`` for (gate, up, down), ``down(act(up(x)))`` for (up, down): bases and adapters.
 
-    None if they cannot be computed as one: a base layer computes itself, or in a dtype of its own.
+    None if they cannot be computed as one: one is None, or a base layer computes itself, or in a dtype of its own.
     """
+    layers = [operand for operand in operands if operand is not None]
+    if len(layers) < len(operands):
+        return None
     if x.shape[-1] != layers[0][1].a.shape[1]:
         raise _wrong_width(x, layers[0][1].a)
     dtype = autocast_dtype(x) or x.dtype

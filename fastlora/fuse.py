@@ -68,20 +68,13 @@ def unfuse_mlps(model: nn.Module) -> list[str]:
 def forward_as_one(module: nn.Module, block: Block, x: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The block's forward, by one autograd Function if every layer's ``operands(x)``, its base layer and adapter, can
     be had now."""
-    operands = None if args or kwargs or type(x) is not Tensor else _operands(module, block, x)
-    y = None if operands is None else mlp_forward(x, operands, block.activation)
+    y = None if args or kwargs or type(x) is not Tensor else _as_one(module, block, x)
     return type(module).forward(module, x, *args, **kwargs) if y is None else y
 
 
-def _operands(module: nn.Module, block: Block, x: Tensor) -> list | None:
-    """The base layer and the adapter of each layer of the block, if they can be had now."""
-    operands = []
-    for name in block.layers:
-        operand = module._modules[name].operands(x)  # type: ignore[union-attr, operator]
-        if operand is None:
-            return None
-        operands.append(operand)
-    return operands
+def _as_one(module: nn.Module, block: Block, x: Tensor) -> Tensor | None:
+    operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
+    return mlp_forward(x, operands, block.activation)
 
 
 def _block_of(module: nn.Module) -> Block | None:
@@ -135,8 +128,7 @@ def _probe(module: nn.Module, orders: list[tuple[str, ...]], x: Tensor) -> Block
             continue
         for activation in _activations(others, x.dtype):
             block = Block(order, activation)
-            operands = _operands(module, block, x)
-            ours = None if operands is None else mlp_forward(x, operands, activation)
+            ours = _as_one(module, block, x)
             if ours is None:
                 return "its layers cannot be computed as one"
             if (ours - own).norm() <= max(1e-5, 4 * torch.finfo(x.dtype).eps) * own.norm():

@@ -19,6 +19,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastlora.fourbit import quantisation_tensors
+
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "fastlora::lora_matmul", "fastlora::nf4_matmul")
 _PARTS = re.compile(r"\.(base_layer|lora_A|lora_B|lora_dropout|lora_magnitude_vector)(\..*)?$")
 
@@ -88,13 +90,14 @@ def record(model: nn.Module, forward: Callable[[], Tensor], optimizer: torch.opt
         again = _Products(stack)
         with again:
             loss.backward()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     if optimizer is not None:
         optimizer.step()
     model.zero_grad(set_to_none=True)
     return Ledger(
         kept=[entry for entry in kept if entry.bytes],
-        weights=sum(storage_bytes(p) for p in model.parameters() if not p.requires_grad),
+        weights=sum(t.nbytes for p in frozen for t in (p, *quantisation_tensors(p))),
         adapters=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         gradients=gradients,
         optimizer=_state_bytes(optimizer),
@@ -110,15 +113,6 @@ def name_of(module: str) -> str:
 def fold(module: str) -> str:
     """``layers.3.mlp`` is ``layers.*.mlp``, as all the others are."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", module)
-
-
-def storage_bytes(p: Tensor) -> int:
-    """Of a parameter, with the statistics that a 4-bit one is decoded by."""
-    state: Any = getattr(p, "quant_state", None)
-    if state is None:
-        return p.nbytes
-    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return p.nbytes + sum(t.nbytes for t in (state.absmax, state.code, *nested))
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:

@@ -290,8 +290,7 @@ class LoRAMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = [layer for layer in (self.gate_proj, self.up_proj, self.down_proj) if layer is not None]
-        operands = [layer.operands(x) for layer in layers]
-        y = mlp_forward(x, operands, self.activation) if None not in operands else None  # type: ignore[arg-type]
+        y = mlp_forward(x, [layer.operands(x) for layer in layers], self.activation)
         if y is not None:
             return y
         *first, down = layers

@@ -165,6 +165,11 @@ def padded_rank(r: int) -> int:
 
 ANY = 1 << 30  # a bound that every size is under
 
+_INTERPRETED_MATMUL = {
+    127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+    ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+}
+
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "shrink": {  # by the ranks that a program sums up, padded
         "sm_90": {
@@ -203,10 +208,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=4),
             ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
         },
-        "interpreter": {
-            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
-            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
-        },
+        "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul group dropout": {  # the mask and an accumulator of its own for every part
         "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)},
@@ -225,34 +227,22 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
         },
-        "interpreter": {
-            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
-            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
-        },
+        "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul tma dropout": {  # the mask takes the registers of half an accumulator
         "default": {
             64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
             ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
         },
-        "interpreter": {
-            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
-            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
-        },
+        "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul tma group": {  # the operands of every part stay in registers
         "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
-        "interpreter": {
-            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
-            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
-        },
+        "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul tma group dropout": {  # and so do two accumulators beside a mask
         "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
-        "interpreter": {
-            127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
-            ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
-        },
+        "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
         "sm_90": {

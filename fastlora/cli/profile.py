@@ -111,7 +111,7 @@ def categories_table(report: dict) -> Table:
 
 
 def modules_table(report: dict) -> Table:
-    """A row per module, those of repeated blocks as one, in the order of the model."""
+    """A row per module, those of repeated blocks as one, by name."""
     providers = report["providers"]
     saved = {name: _folded(p["saved"]) for name, p in providers.items()}
     shared = {name: _folded(p["shared"]) for name, p in providers.items()}
@@ -124,7 +124,7 @@ def modules_table(report: dict) -> Table:
     table.add_column("module (* stands for every block)")
     for name in providers:
         table.add_column(NAMES[name], justify="right")
-    modules = dict.fromkeys(module for p in saved.values() for module in p)
+    modules = {module for p in saved.values() for module in p}
     least = LEAST * max(sum(p.values()) for p in saved.values())
     rest = dict.fromkeys(providers, 0)
     for module in sorted(modules):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.fourbit import quantisation_tensors
+
 
 @dataclass
 class Measurements:
@@ -135,7 +137,7 @@ def speedup(baseline: Measurements, other: Measurements, warmup: int = 1) -> flo
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     """Bytes of the distinct storages that autograd keeps alive for backward, parameters and buffers not counted."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    own |= {t.untyped_storage().data_ptr() for p in model.parameters() for t in _quantisation_tensors(p)}
+    own |= {t.untyped_storage().data_ptr() for p in model.parameters() for t in quantisation_tensors(p)}
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -148,15 +150,6 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         loss = forward()
     del loss
     return sum(seen.values())
-
-
-def _quantisation_tensors(p: nn.Parameter) -> list[Tensor]:
-    """The tensors of a 4-bit weight's quant_state, which are weights too."""
-    state = getattr(p, "quant_state", None)
-    if state is None:
-        return []
-    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
-    return [state.absmax, state.code, *nested]
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
