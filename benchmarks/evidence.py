@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import layers
-from benchmarks.timing import block, free, measure, samples, synchronize
 from fastlora import functional, plans, tuning
+from fastlora.benchmarks import layers
+from fastlora.benchmarks.timing import block, free, measure, samples, synchronize
 from fastlora.cases import MODELS, cases, groups, linears
-from fastlora.cli.info import environment
+from fastlora.environment import environment
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
 
@@ -135,7 +135,7 @@ def kernel_rows(events: Any, on_gpu: bool, most: int = 25) -> list[dict[str, Any
 
 def step_compare(run: Any) -> Found:
     """Training steps of whole models with random weights: frozen, PEFT, PEFT + fastlora, in turn."""
-    from fastlora.cli import models, training
+    from fastlora.benchmarks import models, training
 
     tokens, rounds, r = (8, 1, 4) if run.tiny else (2048, 20, 16)
     quantise = ("nf4",) if importlib.util.find_spec("bitsandbytes") else ()
@@ -176,7 +176,7 @@ def llama(hidden: int, intermediate: int, kv: int, heads: int, device: torch.dev
     """A model of two blocks of this size and hardly a vocabulary: its time is that of the blocks."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fastlora.cli.models import LoadedModel
+    from fastlora.benchmarks.models import LoadedModel
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2,

@@ -108,7 +108,7 @@ def _run_step(
     step: str, args: argparse.Namespace, device: Any, name: str, folder: Path, argv: list[str] | None
 ) -> bool:
     """Go on with a step until it is complete or its time is spent. Whether it is complete."""
-    from benchmarks import evidence, steps
+    from fastlora.benchmarks import evidence, steps
     from fastlora.cases import kernels
 
     state, environment = read_state(folder), _environment(device, args)
@@ -195,8 +195,8 @@ def _broken(device: Any) -> bool:
 
 
 def _environment(device: Any, args: argparse.Namespace) -> dict:
-    from benchmarks.timing import clocks
-    from fastlora.cli.info import environment
+    from fastlora.benchmarks.timing import clocks
+    from fastlora.environment import environment
 
     found = environment(device)
     return {**found, "commit": found["commit"] or args.commit, "clocks": clocks(device), "tiny": args.tiny}
@@ -253,7 +253,7 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 
 def _summary(folder: Path) -> int:
-    from benchmarks.goals import goals, lines
+    from fastlora.benchmarks.goals import goals, lines
 
     state = read_state(folder)
     tiny = any(entry["environment"]["tiny"] for entry in state.values())

@@ -89,7 +89,8 @@ def peft(layer: Layer) -> Callable[[], Tensor]:
     model.layer = layer.base
     model.is_loaded_in_4bit = not isinstance(layer.weight, Tensor)  # what PEFT looks at to choose its 4-bit layer
     r = layer.a.shape[0]
-    adapted = get_peft_model(model, LoraConfig(target_modules=["layer"], r=r, lora_alpha=S * r)).base_model.model.layer
+    config = LoraConfig(target_modules=["layer"], r=r, lora_alpha=int(S * r))
+    adapted: Any = get_peft_model(model, config).base_model.model.layer  # type: ignore[union-attr]
     adapted.lora_A["default"].weight, adapted.lora_B["default"].weight = nn.Parameter(layer.a), nn.Parameter(layer.b)
     layer.base.weight.requires_grad_(False)
     assert adapted.scaling["default"] == S

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import layers, resume
-from benchmarks.timing import block, clocks, free, host_seconds, measure, rates, samples
 from fastlora import kernel_ops, plans, roofline, tuning
+from fastlora.benchmarks import layers, resume
+from fastlora.benchmarks.timing import block, clocks, free, host_seconds, measure, rates, samples
 from fastlora.cases import decoded, poisoned, random_weight_4bit
-from fastlora.cli.info import versions
+from fastlora.environment import versions
 from fastlora.roofline import Problem
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
@@ -88,7 +88,17 @@ def _tests(run: Any, name: str, arguments: list[str]) -> Found:
 
 def _pytest(run: Any, arguments: list[str], shards: int, shard: int, notes: Path) -> tuple[int, str]:
     """Run one shard, again and again while its tests break the device, and stop it if one hangs."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.resume", "-p", "no:cacheprovider", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "benchmarks.resume",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
     command += ["--outcomes", str(notes), "--shard", f"{shard}/{shards}", "--seconds"]
     while True:
         left = max(1.0, run.seconds_left - 20)
@@ -137,7 +147,8 @@ def _sweep_case(run: Any, base: str, M: int, N: int, K: int, r: int) -> list[dic
     exact = {adapted: layers.truth(layer, dense, adapted) for adapted in (True, False)}
     bar = layers.errors(layers.step(layer, layers.eager(layer)), exact[True])
     ways: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "step": {}}
-    rows, found = [], {}
+    rows: list[dict[str, Any]] = []
+    found = {}
     providers = layers.providers(base)
     for name, (make, forced) in providers.items():
         try:
@@ -224,15 +235,15 @@ def step_decode(run: Any) -> Found:
                 lambda x=x, merged=merged: x.double() @ merged.t(),
             )
         rows, right = [], {}
-        for (kernel, M), (moved, call, eager, truth) in ways.items():
+        for (kernel, tokens), (moved, call, eager, truth) in ways.items():
             with poisoned():
                 result = call()
             (error,), (bar,) = (layers.errors((each,), (truth(),)) for each in (result, eager()))
-            row = {"kernel": kernel, "layer": names, "count": count, "N": N, "K": K, "M": M, "bytes": moved}
+            row = {"kernel": kernel, "layer": names, "count": count, "N": N, "K": K, "M": tokens, "bytes": moved}
             reason = layers.inexact([error], [bar])
             rows.append(row | dict.fromkeys(("p20", "p50", "p80", "copy")) | {"relative_error": error, "error": reason})
             if reason is None:
-                right[f"{kernel} {M}"] = (call, rows[-1])
+                right[f"{kernel} {tokens}"] = (call, rows[-1])
         times = measure(run, {name: call for name, (call, _) in right.items()} | {"copy": lambda: target.copy_(source)})
         for name, (_, row) in right.items():
             row |= {**times[name], "copy": 2 * source.nbytes / times["copy"]["p50"]}

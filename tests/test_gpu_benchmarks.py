@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import evidence, gpu, layers, resume, steps, timing
-from benchmarks.goals import goals, lines
 from fastlora import tuning
+from fastlora.benchmarks import evidence, gpu, layers, resume, steps, timing
+from fastlora.benchmarks.goals import goals, lines
 from fastlora.cases import MODELS, linears
 
 pytest.importorskip("triton")
@@ -298,7 +298,16 @@ def test_it(i):
 
     def pytest(self, folder, *more):
         (folder / "test_it.py").write_text(self.TESTS)
-        plugins = ["-p", "benchmarks.resume", "-p", "no:cacheprovider", "-c", "pytest.ini", "--rootdir", str(folder)]
+        plugins = [
+            "-p",
+            "benchmarks.resume",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            "pytest.ini",
+            "--rootdir",
+            str(folder),
+        ]
         command = [sys.executable, "-m", "pytest", "-q", *plugins, "--outcomes", str(folder / "notes"), *more]
         (folder / "pytest.ini").write_text("[pytest]\n")
         ran = subprocess.run(

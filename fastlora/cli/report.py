@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastlora.cli.training import Measurements, speedup
+from fastlora.benchmarks.training import Measurements, speedup
 from fastlora.files import replace_file
 
 VERSION = 1
