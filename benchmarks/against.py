@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -160,7 +161,8 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
     from fastlora.benchmarks.training import keep_freed_memory
 
     keep_freed_memory()
-    device, ways, provider = torch.device("cpu"), {}, PROVIDERS["fastlora"]
+    device, provider = torch.device("cpu"), PROVIDERS["fastlora"]
+    ways: dict[str, protocol.Way] = {}
     for line in questions:
         question = json.loads(line)
         answer: Any = None
@@ -172,7 +174,7 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
             module = provider.build(subject)
             _, reason = protocol.Gate(subject).judge(provider, module)
             ways |= protocol.ways_of(subject, provider, module)
-            saved = protocol.saved_bytes(module, lambda s=subject, m=module: s.forward(m))
+            saved = protocol.saved_bytes(module, partial(subject.forward, module))
             answer = {"error": reason, "saved_bytes": saved}
             for way in ways.values():
                 way()

@@ -1,4 +1,4 @@
-"""A small fixed set for regressions: pytest benchmarks --benchmark-only, with pytest-benchmark's own options to compare.
+"""A small fixed set for regressions, with pytest-benchmark's own options to keep and compare what was measured.
 
     pytest benchmarks --benchmark-only --benchmark-autosave
     pytest benchmarks --benchmark-only --benchmark-compare --benchmark-compare-fail=median:10%

@@ -47,7 +47,10 @@ QUICK_ROUNDS = 5
 
 
 def run(args: Namespace) -> int:
-    """Measure every case, keeping VERB.csv and VERB.json up to date; then draw VERB.png and print the table."""
+    """Measure every case, keeping VERB.csv and VERB.json up to date; then draw VERB.png and print the table.
+
+    The exit code is 1 if a provider failed or was wrong.
+    """
     device = common.device_of(args.device)
     cases = cases_of(args, device)
     common.check_bases([case.base for case in cases])
@@ -92,7 +95,7 @@ def run(args: Namespace) -> int:
         notes.print(f"Interrupted. What was measured so far is in {out / f'{args.verb}.csv'}", soft_wrap=True)
         return INTERRUPTED
     notes.print("Written: " + ", ".join(str(out / f"{args.verb}.{end}") for end in ("csv", "json", "png")))
-    return 0
+    return int(any(map(is_refused, rows)))
 
 
 def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: Path, rounds: int) -> int:
@@ -121,7 +124,7 @@ def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: 
     else:
         _console().print(against_table(rows, args.against))
     notes.print("Written: " + ", ".join(str(out / f"{name}.{end}") for end in ("csv", "json", "png")))
-    return 0
+    return int(any(map(is_refused, rows)))
 
 
 def against_table(rows: records.Rows, revision: str) -> Table:
@@ -204,8 +207,8 @@ def show(args: Namespace, report: dict, rows: records.Rows) -> None:
         for case in dict.fromkeys(map(case_key, rows)):
             console.print(table([row for row in rows if case_key(row) == case and not row["error"]]), "")
         console.print(CAPTION)
-    for provider, reason in dict.fromkeys((row["provider"], row["error"]) for row in rows if row["error"]):
-        console.print(f"not timed: {label(provider)}: {reason}", style=None if "wrong" not in reason else "bold red")
+    for (provider, reason), row in {(row["provider"], row["error"]): row for row in rows if row["error"]}.items():
+        console.print(f"not timed: {label(provider)}: {reason}", style="bold red" if is_refused(row) else None)
 
 
 CAPTION = """\
@@ -228,7 +231,7 @@ def table(rows: records.Rows) -> Table:
         found.add_row(
             label(name), *times, number(last["speedup"], "x"), number(last["of_limit"], "x"),
             number(last["tflops"]), number(last["gbytes"]), percent(last["roofline"]),
-            megabytes(last["saved_bytes"]), megabytes(last["peak_bytes"]), str(last["launches"]),
+            megabytes(last["saved_bytes"]), megabytes(last["peak_bytes"]), str(last["launches"] or "-"),
         )  # fmt: skip
     return found
 
@@ -257,6 +260,11 @@ def _console() -> Console:
 
 def label(provider: str) -> str:
     return PROVIDERS[provider].label if provider in PROVIDERS else provider
+
+
+def is_refused(row: dict) -> bool:
+    """Whether a provider failed or was wrong, rather than missing or not meant for the case."""
+    return bool(row["error"]) and row["error"].startswith(("wrong", "failed"))
 
 
 def case_key(row: dict) -> tuple:
