@@ -54,12 +54,12 @@ def _lora_grad_kernel(
         if HAS_B:
             gb = wide_dot(g, b, tl.zeros([BLOCK_M, BLOCK_R], tl.float32), g_ptr.dtype.element_ty, PRECISION)
             tl.store(gb_ptrs, (gb * s).to(gb_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-            gb_ptrs += BLOCK_M * stride_gbm
+            gb_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_gbm
         if HAS_DROPOUT:
             g = tl.where(keep_mask(seed, offs_m, slab * BLOCK_N, dropped, BLOCK_M, BLOCK_N), g, 0.0)
         acc = wide_dot(g.T, z, acc, g_ptr.dtype.element_ty, PRECISION)
-        g_ptrs += BLOCK_M * stride_gm
-        z_ptrs += BLOCK_M * stride_zm
+        g_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_gm
+        z_ptrs += tl.cast(BLOCK_M, tl.int64) * stride_zm
 
     dz_ptrs = dz_ptr + split.to(tl.int64) * stride_ds + offs_n[:, None].to(tl.int64) * stride_dn
     dz_ptrs += offs_r[None, :].to(tl.int64) * stride_dr

@@ -85,8 +85,8 @@ def _nf4_matmul_kernel(
         if HAS_ADAPTER:
             a = tl.load(a_ptrs, mask=mask_r[:, None], other=0.0)
             xa = wide_dot(a, x, xa, dtype, PRECISION)
-            a_ptrs += BLOCK_K * stride_ak
-        x_ptrs += BLOCK_K * stride_xk
+            a_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_ak
+        x_ptrs += tl.cast(BLOCK_K, tl.int64) * stride_xk
         word_ptrs += 8
         step += 1
 

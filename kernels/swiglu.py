@@ -44,7 +44,7 @@ def _swiglu_kernel(
     blocks_k = tl.cdiv(K, BLOCK_K)
     pid_m, pid_k = tl.program_id(0) // blocks_k, tl.program_id(0) % blocks_k
     offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
-    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    offs_k = (pid_k * BLOCK_K + tl.arange(0, BLOCK_K))[None, :].to(tl.int64)
     mask = (offs_m < M) & (offs_k < K)
     gate_ptrs = gate_ptr + offs_m * stride_gm + offs_k * stride_gk
     h_ptrs = h_ptr + offs_m * stride_hm + offs_k * stride_hk

@@ -419,14 +419,22 @@ def test_swiglu_and_its_gradients(shape, activation, dtype, gated):
 
 
 def test_offsets_beyond_32_bits():
-    """Rows so far apart that their offset passes 2^31 elements, in memory that is only reserved."""
-    M, K, stride = 3, 24, 1 << 30
-    far = torch.empty(2 * stride + K, dtype=torch.float16, device=DEVICE).as_strided((M, K), (stride, 1))
+    """Rows so far apart that offsets of rows, and of one step of a loop over them, pass 2^31 elements."""
+    M, K, stride = 40, 24, 1 << 26
+    reserved = torch.UntypedStorage(2 * ((M - 1) * stride + K), device=DEVICE)  # and neither filled nor touched
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(reserved, 0, (M, K), (stride, 1))
     near = normal(M, K).half()
     far.copy_(near)
     a, b, w, dy = normal(5, K), normal(40, 5), normal(40, K).half(), normal(M, 40).half()
     xa = shrink(far, a, 2.0, 0.3, SEED)
     assert torch.equal(xa, shrink(near, a, 2.0, 0.3, SEED))
     assert torch.equal(lora_matmul(far, w, xa, b), lora_matmul(near, w, xa, b))
-    assert torch.equal(lora_grad(dy, far, b, xa, 2.0)[1], lora_grad(dy, near, b, xa, 2.0)[1])
+    with tiles.use("lora_grad", tiles.Tile(BLOCK_M=32, BLOCK_N=64)):
+        assert torch.equal(lora_grad(dy, far, b, xa, 2.0)[1], lora_grad(dy, near, b, xa, 2.0)[1])
+    assert torch.equal(swiglu(far, near, "silu"), swiglu(near, near, "silu"))
+    far, near, a = far.t(), near.t(), normal(5, M)  # the same by columns
+    w, b = normal(K, M).half(), normal(K, 5)
+    xa = shrink(far, a, 2.0, 0.3, SEED)
+    assert torch.equal(xa, shrink(near, a, 2.0, 0.3, SEED))
+    assert torch.equal(lora_matmul(far, w, xa, b), lora_matmul(near, w, xa, b))
     assert torch.equal(swiglu(far, near, "silu"), swiglu(near, near, "silu"))
