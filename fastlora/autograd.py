@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastlora import ops as _ops  # noqa: F401  (defines torch.ops.fastlora)
+from fastlora import ops_4bit as _ops  # noqa: F401  (defines torch.ops.fastlora)
 from fastlora.fourbit import Weight4bit
 from fastlora.siblings import SharedInput
 
@@ -27,6 +27,7 @@ shrink = torch.ops.fastlora.shrink.default
 lora_matmul = torch.ops.fastlora.lora_matmul.default
 lora_matmul_group = torch.ops.fastlora.lora_matmul_group.default
 lora_grad = torch.ops.fastlora.lora_grad.default
+nf4_matmul = torch.ops.fastlora.nf4_matmul.default
 
 Weight = Tensor | Weight4bit
 
@@ -104,8 +105,7 @@ def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any,
     elif p != 0.0:
         y = lora_matmul(rows, weight.decode(x.dtype), xa, b, bias)
     else:
-        w = weight.decode_merged(x.dtype, a, b, s).t()
-        y = torch.mm(rows, w) if bias is None else torch.addmm(bias.to(x.dtype), rows, w)
+        y = nf4_matmul(rows, *weight, a, b, s, bias)
     return like_rows_of(x.shape, y)
 
 

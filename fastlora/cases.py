@@ -6,13 +6,13 @@ An implementation that does not pass `wrong` gets no timing.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastlora import kernel_ops, ops, ops_4bit, plans, reference
+from fastlora import kernel_ops, ops, plans, reference
 from fastlora.fourbit import Weight4bit
 from fastlora.roofline import Problem
 
@@ -43,23 +43,9 @@ def groups(layers: dict[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], in
     return [(tuple(layers[name][0] for name in names), layers[names[0]][1]) for names in SIBLINGS]
 
 
-@contextmanager
-def kernels(device: torch.device) -> Iterator[None]:
-    """Let all ops run the kernels on this device: on a CPU in the interpreter, on a GPU those not registered anyway."""
-    compositions = {name: getattr(ops, name, None) or getattr(ops_4bit, name) for name in kernel_ops._LAUNCHERS}
-    if device.type == "cpu":
-        with kernel_ops.in_interpreter(compositions):
-            yield
-        return
-    key = device.type.upper()
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    library = torch.library.Library("fastlora", "IMPL")
-    missing = {name: f for name, f in compositions.items() if not has_kernel(f"fastlora::{name}", key)}
-    kernel_ops.register(library, key, missing)
-    try:
-        yield
-    finally:
-        library._destroy()
+def kernels(device: torch.device) -> AbstractContextManager:
+    """All ops run the kernels on this device within the context: on a CPU in the interpreter, on a GPU anyway."""
+    return kernel_ops.in_interpreter() if device.type == "cpu" else nullcontext()
 
 
 @contextmanager
@@ -124,16 +110,6 @@ def decoded(w: Weight4bit, dtype: torch.dtype) -> Tensor:
     absmax = reference.decode_absmax(w.absmax, w.code2, w.absmax2, w.blocksize2, w.offset)
     code = torch.tensor(CODES[w.quant_type], device=w.packed.device)
     return reference.decode_4bit(w.packed, absmax, code, w.blocksize, w.N, w.K).to(dtype)
-
-
-def linear_4bit(x: Tensor, w: Weight4bit, a: Tensor, b: Tensor, s: float, plan: str) -> Tensor:
-    """``x @ (decode(w) + s * b @ a).T``, carried out by this plan."""
-    if plan == "fused":
-        return kernel_ops.launcher("nf4_matmul", "nf4_matmul")(x, *w, a, b, s)
-    if plan == "merged":
-        return torch.mm(x, w.decode_merged(x.dtype, a, b, s).t())
-    xa = torch.ops.fastlora.shrink(x, a, s)
-    return torch.ops.fastlora.lora_matmul(x, w.decode(x.dtype), xa, b)
 
 
 @dataclass(frozen=True)
@@ -279,7 +255,11 @@ def _linear_4bit(M: int, N: int, K: int, r: int, dtype: torch.dtype) -> Callable
         def truth() -> Results:
             return (reference.lora_linear(x.double(), decoded(w, torch.float64), a.double(), b.double(), S),)
 
-        return lambda plan: (linear_4bit(x, w, a, b, S, plan),), eager, truth
+        return (
+            _forcing("linear_4bit", lambda: (torch.ops.fastlora.nf4_matmul(x, *w, a, b, S),)),
+            eager,
+            truth,
+        )
 
     return make
 

@@ -5,7 +5,7 @@ current at the call, and never waits for the device; dropout's seed stays a tens
 CUDA graph (after a first call outside it, which compiles and copies code books) and replayed by checkpointing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -19,30 +19,40 @@ from fastlora import plans
 from fastlora.plans import Problem, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_OLDEST = (8, 0)  # compute capability that Triton supports
+
+compositions: dict[str, Callable] = {}  # the ops in plain torch, by name
 
 
-def register_gpus(library: torch.library.Library, compositions: Mapping[str, Callable]) -> None:
-    """Let the kernels implement these ops on every GPU that PyTorch and Triton share, if Triton is installed."""
-    if find_spec("triton") is not None:
-        for key in ("CUDA", "XPU"):
-            register(library, key, compositions)
+@cache
+def why_not(device: torch.device | None = None) -> str | None:
+    """Why the kernels do not run on this GPU (on any), None if they do."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device is None or device.type != "cuda" or torch.version.hip is not None:
+        return None
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= _OLDEST else f"compute capability {found[0]}.{found[1]}, Triton needs {_OLDEST[0]}.0"
 
 
-def register(library: torch.library.Library, key: str, compositions: Mapping[str, Callable]) -> None:
-    """Let the kernels implement these ops for a dispatch key (``"CUDA"`` is also AMD's).
+def register_gpus(library: torch.library.Library, name: str, composition: Callable) -> None:
+    """Let the kernel of this op, if it has one, implement it on every GPU that PyTorch and Triton share.
 
-    ``compositions`` are the ops in plain torch, by name; they keep the calls that no kernel takes (fp64).
+    ``composition``, the op in plain torch, keeps the calls that no kernel takes (fp64).
     """
-    for name, composition in compositions.items():
-        if name in _LAUNCHERS:
-            library.impl(name, _implementation(name, composition), key)
+    compositions[name] = composition
+    if name in _LAUNCHERS and why_not() is None:
+        for key in ("CUDA", "XPU"):  # AMD's is CUDA
+            library.impl(name, _implementation(name), key)
 
 
-def _implementation(name: str, composition: Callable) -> Callable:
+def _implementation(name: str) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not all(map(_has_kernel, (*args, *kwargs.values()))):
-            return composition(*args, **kwargs)
-        with _device_of(args[0]):
+        device = (args[0][0] if isinstance(args[0], list) else args[0]).device
+        takes = all(map(_has_kernel, (*args, *kwargs.values()))) and why_not(device) is None
+        if not takes or plans.kernels_are_off():
+            return compositions[name](*args, **kwargs)
+        with _current(device):
             return _LAUNCHERS[name](*args, **kwargs)
 
     return run
@@ -114,9 +124,11 @@ def nf4_matmul(x: Tensor, *args: Any) -> Tensor:
     weight, (a, b, s, *rest) = args[:10], args[10:]
     packed, blocksize, (N, K) = weight[0], weight[5], weight[8:]
     bias, r = rest[0] if rest else None, 0 if a is None else a.shape[0]
-    fused = choose("linear_4bit", _problem(x, N, r), _name(x.device)) == "fused"
-    if fused and launcher("nf4_matmul", "has_kernel")(x.shape[0], packed, K, blocksize, r):
+    plan = choose("linear_4bit", _problem(x, N, r), _name(x.device))
+    if plan == "fused" and launcher("nf4_matmul", "has_kernel")(x.shape[0], packed, K, blocksize, r):
         return launcher("nf4_matmul", "nf4_matmul")(x, *weight, a, b, s, bias)
+    if plan == "decoded" and a is not None:
+        return lora_matmul(x, decode_4bit(*weight, x.dtype, None, None, 1.0), shrink(x, a, s), b, bias)
     w = decode_4bit(*weight, x.dtype, a, b, s)
     return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
 
@@ -144,9 +156,8 @@ def _name(device: torch.device) -> str:
     return device.type if device.type in ("cpu", "meta") else torch.get_device_module(device).get_device_name(device)
 
 
-def _device_of(value: Tensor | list[Tensor]) -> AbstractContextManager:
+def _current(device: torch.device) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    device = (value[0] if isinstance(value, list) else value).device
     if device.index is None or device.type == "cpu":
         return nullcontext()
     module = torch.get_device_module(device)
@@ -154,7 +165,7 @@ def _device_of(value: Tensor | list[Tensor]) -> AbstractContextManager:
 
 
 @contextmanager
-def in_interpreter(compositions: Mapping[str, Callable]) -> Iterator[None]:
+def in_interpreter() -> Iterator[None]:
     """For tests: within this context the ops on CPU tensors run the kernels in Triton's interpreter.
 
     Whole layers, with their autograd and modules, then go through the kernels without a GPU. ``TRITON_INTERPRET=1``
@@ -164,7 +175,8 @@ def in_interpreter(compositions: Mapping[str, Callable]) -> Iterator[None]:
 
     assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before triton is imported"
     library = torch.library.Library("fastlora", "IMPL")
-    register(library, "CPU", compositions)
+    for name in _LAUNCHERS:
+        library.impl(name, _implementation(name), "CPU")
     try:
         yield
     finally:

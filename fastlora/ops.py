@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import extension
+from fastlora import extension, kernel_ops
 from fastlora.reference import dropout_mask, dropout_scale
 
 _library = torch.library.Library("fastlora", "DEF")
@@ -32,6 +32,7 @@ def _op(schema: str, fake: Callable) -> Callable:
 
     def register(composition: Callable) -> Callable:
         _library.impl(name, composition, "CompositeExplicitAutograd")
+        kernel_ops.register_gpus(_library, name, composition)
         # `autograd` differentiates. PyTorch's own answer, a warning in backward, costs 2 µs a call to prepare.
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         op = getattr(torch.ops.fastlora, name).default

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastlora import kernel_ops
-from fastlora.ops import _library, _op
+from fastlora.ops import _op
 
 
 @_op(
@@ -38,6 +37,3 @@ def nf4_matmul(
     weight = packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K
     w = torch.ops.fastlora.decode_4bit(*weight, x.dtype, a, b, s)
     return torch.mm(x, w.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, w.t())
-
-
-kernel_ops.register_gpus(_library, {"nf4_matmul": nf4_matmul})

@@ -13,6 +13,8 @@
 A group's lora_matmul (the dx of layers that share their x) has the same plans; `base_last` then passes over y once for
 each of them.
 
+``use(kernels="off")`` is no plan: every op is then what it is on a device without kernels, a composition of torch's.
+
 A plan is, in this order: forced by `use`, measured by ``fastlora tune`` (`TABLE_FILE` in the user's cache directory),
 or the one that `roofline` predicts to be fastest. Nothing is measured behind a caller's back, and the file is read when
 the first plan is chosen, not at import.
@@ -23,7 +25,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -40,11 +41,12 @@ PLANS = {
     "lora_grad": ("one_pass", "two_pass"),
     "linear_4bit": ("merged", "decoded", "fused"),
 }
+SWITCH = {"kernels": ("on", "off")}
 MAX_FUSED_TOKENS, MAX_FUSED_XA, FUSED_STEP = 64, 2048, 64  # what nf4_matmul takes: tokens, elements of xa, steps of K
 
 Key = tuple[str, int, int, int, int, int, int, bool]
 
-_forced: ContextVar[dict[str, str]] = ContextVar("forced", default={})  # noqa: B039  (never changed in place)
+_forced: dict[str, str] = {}  # of all threads: autograd runs the backward of a GPU in threads of its own
 
 
 def bucket(size: int) -> int:
@@ -64,30 +66,37 @@ def possible(op: str, c: Problem) -> tuple[str, ...]:
     if c.p > 0:
         return ("decoded",)
     fits = 0 < c.M <= MAX_FUSED_TOKENS and roofline.padded(c.M) * roofline.padded(c.r) <= MAX_FUSED_XA
-    return PLANS[op] if fits and c.K % FUSED_STEP == 0 else ("merged", "decoded")
+    return PLANS[op] if fits and c.K > 0 and c.K % FUSED_STEP == 0 else ("merged", "decoded")
 
 
 @contextmanager
 def use(**plans: str) -> Iterator[None]:
-    """Force plans within this context: ``with plans.use(lora_matmul="base_last"): ...``
+    """Force plans within this context, in all threads: ``with plans.use(lora_matmul="base_last"): ...``
 
-    Raises ValueError for an op or a plan that does not exist, and then from `choose` if the plan cannot carry out a
-    problem.
+    ``kernels="off"`` turns the kernels of GPUs off. Raises ValueError for an op or a plan that does not exist, and
+    then from `choose` if the plan cannot carry out a problem.
     """
+    global _forced
+    choices = PLANS | SWITCH
     for op, plan in plans.items():
-        if plan not in PLANS.get(op, ()):
-            known = ", ".join(f"{op}={plan}" for op, names in PLANS.items() for plan in names)
+        if plan not in choices.get(op, ()):
+            known = ", ".join(f"{op}={plan}" for op, names in choices.items() for plan in names)
             raise ValueError(f"plan must be one of {known}, got {op}={plan}")
-    token = _forced.set(_forced.get() | plans)
+    before, _forced = _forced, _forced | plans
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
+
+
+def kernels_are_off() -> bool:
+    """Whether `use` turned them off."""
+    return _forced.get("kernels") == "off"
 
 
 def choose(op: str, problem: Problem, device: str = "") -> str:
     """The plan for this problem on the device of this name."""
-    forced = _forced.get().get(op)
+    forced = _forced.get(op)
     if forced is None:
         return table(device).plans.get(key(op, problem)) or by_rule(op, problem, device)
     if forced not in (fit := possible(op, problem)):

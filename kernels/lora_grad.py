@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.shrink import shrink
@@ -83,6 +84,8 @@ def lora_grad(
     """
     like = xa if b is None else b
     assert like is not None
+    (M, N), r = dy.shape, like.shape[1]
+    expect(dy, p, seed, x=(x, (M, M if x is None else x.shape[1])), b=(b, (N, r)), xa=(xa, (M, r)))
     dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
     if one_pass and b is not None and xa is not None:
         db, dxa = _walk_down(dy, xa, b, s)
@@ -98,6 +101,7 @@ def lora_grad(
 
 def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype."""
+    expect(x, p, seed, dxa=(dxa, (x.shape[0], dxa.shape[1])))
     return _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
 
 
@@ -113,7 +117,7 @@ def _walk_down(
     """``dropout(g, p).T @ z`` [N, r] in z's dtype (in transposed memory if asked) and ``s * g @ b`` in b's dtype."""
     (M, N), r = g.shape, z.shape[1]
     like_b = g if b is None else b
-    if M == 0 or N == 0:
+    if M == 0 or N == 0 or r == 0:
         dz = z.new_zeros(r, N).t() if transposed else z.new_zeros(N, r)
         return dz, like_b.new_zeros(M, r)
     R = min(padded_rank(r), 128)

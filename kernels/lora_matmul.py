@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
 
@@ -183,6 +184,9 @@ def _lora_matmul(
 ) -> Tensor:
     x = xs[0]
     M, N = x.shape[0], ws[0].shape[0]
+    for x_i, w_i, xa_i, b_i, p, seed in zip(xs, ws, xas, bs, ps, seeds, strict=True):
+        K, r = x_i.shape[1], b_i.shape[1]
+        expect(x, p, seed, x=(x_i, (M, K)), w=(w_i, (N, K)), xa=(xa_i, (M, r)), b=(b_i, (N, r)), bias=(bias, (N,)))
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
@@ -190,7 +194,7 @@ def _lora_matmul(
     wide = any(t.dtype != x.dtype for t in (*xas, *bs))  # two tiles of each wait in registers
     operands = (
         xas, _strides(xas), bs, _strides(bs), ranks, seeds, tuple(map(dropped_levels, ps)),
-        tuple(map(dropout_scale, ps)), bias, M, N,
+        tuple(map(dropout_scale, ps)), None if bias is None else bias.contiguous(), M, N,
     )  # fmt: skip
     drops = tuple(p != 0.0 for p in ps)
     flags = {

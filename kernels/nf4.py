@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels.operands import expect, expect_4bit
 from fastlora.kernels.precision import wide_dot
 from fastlora.kernels.tiles import padded_rank, tile
 
@@ -159,6 +160,9 @@ def decode_4bit(
     """Decode to ``dtype[N, K]``; with an adapter a [r, K], b [N, r] ``decode + s * b @ a``, rounded once."""
     w = packed.new_empty(N, K, dtype=dtype)
     numel, r = N * K, 0 if a is None or b is None else a.shape[0]
+    expect_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
+    if r:
+        expect(packed, a=(a, (r, K)), b=(b, (N, r)))
     if numel == 0:
         return w
     row = K if r else numel  # alone, the flat tensor can be cut anywhere

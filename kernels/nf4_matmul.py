@@ -17,6 +17,7 @@ from torch import Tensor
 from fastlora.kernels import tiles
 from fastlora.kernels.nf4 import CODES, code_book, load_scales
 from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
+from fastlora.kernels.operands import expect, expect_4bit
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
@@ -105,7 +106,7 @@ MAX_TOKENS, MAX_XA = 64, 2048  # tokens, and elements of xa: what the registers 
 
 def has_kernel(M: int, packed: Tensor, K: int, blocksize: int, r: int = 0) -> bool:
     """Whether `nf4_matmul` takes this: rows and blocks of whole steps, few tokens, the fewer the larger the rank."""
-    aligned = K % STEP == 0 and blocksize % STEP == 0 and packed.data_ptr() % 4 == 0
+    aligned = K > 0 and K % STEP == 0 and blocksize % STEP == 0 and packed.data_ptr() % 4 == 0
     return aligned and 0 < M <= MAX_TOKENS and (r == 0 or _padded(M) * padded_rank(r) <= MAX_XA)
 
 
@@ -134,6 +135,10 @@ def nf4_matmul(
     """``x @ (decode + s * b @ a).T + bias``: [M, K] -> [M, N] in x's dtype, for sizes that `has_kernel` takes."""
     M, r = x.shape[0], 0 if a is None else a.shape[0]
     assert has_kernel(M, packed, K, blocksize, r)
+    expect_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
+    expect(packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
+    if N == 0:
+        return x.new_empty(M, 0)
     t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
     blocks = triton.cdiv(N, t.BLOCK_N)
     if splits is None:  # a split has at least four steps of the loop
@@ -145,7 +150,8 @@ def nf4_matmul(
     _nf4_matmul_kernel[(blocks, splits)](
         x, *x.stride(), packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
         None if asm else code_book(quant_type, x.device), a, *((0, 0) if a is None else a.stride()),
-        b, *((0, 0) if b is None else b.stride()), bias, s, out, *out.stride()[:2], M, N, K, r, SPLIT_K,
+        b, *((0, 0) if b is None else b.stride()), None if bias is None else bias.contiguous(), s,
+        out, *out.stride()[:2], M, N, K, r, SPLIT_K,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None,
         ASM=lookup_asm(CODES[quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
         HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=dot_precision(x),

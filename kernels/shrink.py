@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
@@ -71,8 +72,10 @@ def shrink_group(
 ) -> list[Tensor]:
     """``[shrink(x, a_i, s_i, p_i, seed_i) for ...]`` in one read of x; ranks, dtypes and masks may differ."""
     M, K = x.shape
+    for a_i, p_i, seed_i in zip(a, p, seed, strict=True):
+        expect(x, p_i, seed_i, a=(a_i, (a_i.shape[0], K)))
     ranks, R = tuple(each.shape[0] for each in a), padded_rank(max(each.shape[0] for each in a))
-    if K == 0 or M == 0:
+    if K == 0 or M == 0 or not any(ranks):
         return [each.new_zeros(M, r) for each, r in zip(a, ranks, strict=True)]
     BLOCK_R = max(16, min(R, 128, 256 // triton.next_power_of_2(len(a))))  # all sums stay in registers
     t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))

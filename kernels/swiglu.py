@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels.operands import expect
 from fastlora.kernels.tiles import tile
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # as F.silu, F.gelu, F.gelu(approximate="tanh")
@@ -76,8 +77,10 @@ def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor | None, activation: st
 
 
 def _launch(gate: Tensor, up: Tensor | None, h: Tensor, activation: str, backward: bool) -> None:
-    assert activation in ACTIVATIONS
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     M, K = gate.shape
+    expect(gate, up=(up, (M, K)), dh=(h, (M, K)))
     if M == 0 or K == 0:
         return
     t = tile("swiglu", K)

@@ -3,7 +3,7 @@
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlora import ops
+from fastlora import kernel_ops
 
 
 class RecordOps(TorchDispatchMode):
@@ -17,7 +17,7 @@ class RecordOps(TorchDispatchMode):
         name = func._schema.name
         if name.startswith("fastlora::"):
             with self:
-                return getattr(ops, name.removeprefix("fastlora::"))(*args, **(kwargs or {}))
+                return kernel_ops.compositions[name.removeprefix("fastlora::")](*args, **(kwargs or {}))
         self._storages |= {_storage(t) for t in tree_leaves((args, kwargs)) if hasattr(t, "untyped_storage")}
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):

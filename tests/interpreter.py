@@ -9,7 +9,7 @@ around it.
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,20 +23,13 @@ def enable() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def compositions() -> dict[str, Callable]:
-    """The ops in plain torch that a kernel can implement, by name."""
-    from fastlora import kernel_ops, ops, ops_4bit
-
-    return {name: getattr(ops, name, None) or getattr(ops_4bit, name) for name in kernel_ops._LAUNCHERS}
-
-
 @contextmanager
 def kernels() -> Iterator[None]:
     """Within this context the ops on CPU tensors run the kernels that a GPU would launch."""
     from fastlora import kernel_ops
 
     repair()
-    with kernel_ops.in_interpreter(compositions()):
+    with kernel_ops.in_interpreter():
         yield
 
 

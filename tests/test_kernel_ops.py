@@ -1,7 +1,10 @@
 """Whole layers through the kernels: the ops on CPU tensors run in Triton's interpreter."""
 
+import re
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastlora
 from fastlora import kernel_ops, ops, plans
+from fastlora.roofline import Problem
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +55,7 @@ def test_within_the_context_kernels_run(monkeypatch):
         launched.append(name)
         return composition(*args)
 
-    for name, composition in interpreter.compositions().items():
+    for name, composition in kernel_ops.compositions.items():
         monkeypatch.setitem(kernel_ops._LAUNCHERS, name, partial(launch, name, composition))
     with interpreter.kernels():
         forward_and_backward(leaves(), 0.0)
@@ -147,14 +151,14 @@ def test_zero_tokens(in_interpreter):
 def test_every_op_has_a_kernel_or_is_left_to_torch():
     """A new op whose kernel was forgotten would run its composition on a GPU without a word."""
     names = {name.removeprefix("fastlora::") for name in torch._C._dispatch_get_all_op_names() if "fastlora::" in name}
-    assert names == set(interpreter.compositions())
+    assert names == set(kernel_ops._LAUNCHERS)
 
 
 @pytest.mark.parametrize("call", calls(torch.float32, torch.float32))
 def test_kernels_are_compiled_around(in_interpreter, call):
     """Each op by its kernel gives what its composition gives, eager and compiled: the fakes fit the kernels too."""
     function, args = calls(torch.float32, torch.float32)[call]
-    composition = interpreter.compositions()[function.__name__]
+    composition = kernel_ops.compositions[function.__name__]
     runs = [composition, function, torch.compile(function, backend="aot_eager", fullgraph=True)]
     copies = [tree_map_only(torch.Tensor, torch.clone, args) for _ in runs]
     results = [tree_leaves((run(*copy), copy)) for run, copy in zip(runs, copies, strict=True)]
@@ -186,24 +190,255 @@ def test_few_tokens_are_multiplied_without_a_decoded_weight(in_interpreter, monk
     assert len(decoded) == 1
 
 
-def test_registering_for_gpus_imports_no_triton():
-    script = """if True:
-    import sys, torch
-    import fastlora.ops_4bit
-    from fastlora import kernel_ops, ops
+@pytest.mark.parametrize(
+    ("plan", "p", "launched"),
+    [
+        ("fused", 0.0, ["nf4_matmul"]),
+        ("merged", 0.0, ["decode_4bit"]),
+        ("decoded", 0.0, ["decode_4bit", "shrink", "lora_matmul"]),
+        (None, 0.3, ["shrink", "decode_4bit", "lora_matmul"]),  # a mask leaves no choice
+    ],
+)
+def test_a_4bit_layer_takes_the_plan(in_interpreter, monkeypatch, plan, p, launched):
+    base = accuracy.linear_4bit(torch.randn(48, 128))
+    x, a, b = torch.randn(5, 128), torch.randn(6, 128), torch.randn(48, 6)
+    seen, launcher = [], kernel_ops.launcher
+
+    def watched(module, name):
+        function = launcher(module, name)
+        return (lambda *args: seen.append(name) or function(*args)) if name in kernel_ops._LAUNCHERS else function
+
+    monkeypatch.setattr(kernel_ops, "launcher", watched)
+    with plans.use(**{"linear_4bit": plan} if plan else {}):
+        fastlora.lora_linear(x, base.weight, a, b, 0.3, None, p)
+    assert seen == launched
+
+
+def test_forced_plans_hold_in_other_threads():
+    """Autograd runs the backward of a GPU's tensors in threads of its own."""
+    seen = []
+    with plans.use(lora_grad="two_pass", kernels="off"):
+        thread = threading.Thread(
+            target=lambda: seen.extend([plans.choose("lora_grad", Problem(8, 0, 8, 4)), plans.kernels_are_off()])
+        )
+        thread.start()
+        thread.join()
+    assert seen == ["two_pass", True]
+
+
+def test_kernels_can_be_turned_off(in_interpreter, monkeypatch):
+    launched = []
+    for name, launch in kernel_ops._LAUNCHERS.items():
+        monkeypatch.setitem(kernel_ops._LAUNCHERS, name, partial(lambda f, *a: launched.append(f) or f(*a), launch))
+    t = leaves(dtype=torch.bfloat16)
+    with plans.use(kernels="off"):
+        off = forward_and_backward(t, 0.3)
+        assert not launched
+        with plans.use(kernels="on"):
+            forward_and_backward(t, 0.3)
+    assert launched
+    with interpreter_off():
+        for ours, value in zip(off, forward_and_backward(t, 0.3), strict=True):
+            assert torch.equal(ours, value)
+
+
+@contextmanager
+def interpreter_off():
+    """The ops in plain torch, on a CPU too."""
     library = torch.library.Library("fastlora", "IMPL")
-    names = [name for name in kernel_ops._LAUNCHERS if hasattr(ops, name)]
-    kernel_ops.register_gpus(library, {name: getattr(ops, name) for name in names})
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    assert "triton" not in sys.modules
-    print(*(has(f"fastlora::{name}", key) for name in kernel_ops._LAUNCHERS for key in ("CUDA", "XPU")))"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert set(done.stdout.split()) == {"True"}
+    for name, composition in kernel_ops.compositions.items():
+        library.impl(name, composition, "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
-def test_without_triton_nothing_is_registered(monkeypatch):
-    monkeypatch.setattr(kernel_ops, "find_spec", lambda name: None)
-    registered = []
-    monkeypatch.setattr(kernel_ops, "register", lambda *args: registered.append(args))
-    kernel_ops.register_gpus(None, interpreter.compositions())
-    assert not registered
+class TestRefusals:
+    """Operands that do not fit together never reach a kernel, which would read beyond them."""
+
+    @pytest.fixture(autouse=True)
+    def by_kernels(self, in_interpreter):
+        pass
+
+    M, K, N, r = 5, 128, 48, 6
+
+    def operands(self):
+        M, K, N, r = self.M, self.K, self.N, self.r
+        return tuple(torch.randn(s) for s in ((M, K), (N, K), (r, K), (N, r), (M, r), (M, N), (N,)))
+
+    def calls(self):
+        x, w, a, b, xa, dy, bias = self.operands()
+        op, seed = torch.ops.fastlora, torch.tensor([1, 2])
+        w4, _ = weight_4bit(self.N, self.K)
+        short = {name: getattr(w4, name)[:-1] for name in ("packed", "absmax", "code2", "absmax2")}
+        flat = weight_4bit(self.N, self.K, nested=False)[0]
+        return {
+            "x of the wrong width": (lambda: op.shrink(x[:, 1:], a, 1.0), "a must be [6, 127]"),
+            "one a of a group": (
+                lambda: op.shrink_group(x, [a, a[:, 2:]], [1.0] * 2, [0.0] * 2, [None] * 2),
+                "a must be [6, 128] on cpu, got [6, 126]",
+            ),
+            "w": (lambda: op.lora_matmul(x, w[:, 1:], xa, b), "w must be [48, 128]"),
+            "xa": (lambda: op.lora_matmul(x, w, xa[1:], b), "xa must be [5, 6]"),
+            "b": (lambda: op.lora_matmul(x, w, xa, b[:, 1:]), "xa must be [5, 5]"),
+            "bias": (lambda: op.lora_matmul(x, w, xa, b, bias[1:]), "bias must be [48]"),
+            "a group's x": (
+                lambda: op.lora_matmul_group([x, x[1:]], [w, w], [xa, xa], [b, b], [0.0] * 2, [None] * 2),
+                "x must be [5, 128]",
+            ),
+            "dropout without a seed": (lambda: op.shrink(x, a, 1.0, 0.1), "dropout needs a seed"),
+            "two seeds": (lambda: op.lora_matmul(x, w, xa, b, None, 0.1, seed), "dropout needs a seed"),
+            "dy": (lambda: op.lora_grad(dy[:, 1:], x, b, xa, 1.0), "b must be [47, 6]"),
+            "x of lora_grad": (lambda: op.lora_grad(dy, x[1:], b, xa, 1.0), "x must be [5, 128]"),
+            "dxa": (lambda: op.lora_grad_a(xa[1:], x), "dxa must be [5, 6]"),
+            "up": (lambda: op.swiglu(x, x[1:], "silu"), "up must be [5, 128]"),
+            "dh": (lambda: op.swiglu_backward_(x[1:], x, x, "silu"), "dh must be [5, 128]"),
+            "activation": (lambda: op.swiglu(x, x, "relu"), "activation must be one of silu, gelu"),
+            "quant_type": (lambda: w4._replace(quant_type="int4").decode(x.dtype), "quant_type must be nf4 or fp4"),
+            "a of a merge": (lambda: w4.decode_merged(x.dtype, a[:, 1:], b, 1.0), "a must be [6, 128]"),
+            "x of nf4_matmul": (lambda: op.nf4_matmul(x[:, 64:], *w4, a, b, 1.0), "x must be [5, 128]"),
+            "bias of nf4_matmul": (lambda: op.nf4_matmul(x, *w4, a, b, 1.0, bias[1:]), "bias must be [48]"),
+            "scales apart": (lambda: flat._replace(absmax=flat.absmax[::2]).decode(x.dtype), "absmax of a 4-bit"),
+            **{
+                f"short {name}": (
+                    lambda name=name, t=t: op.nf4_matmul(x, *w4._replace(**{name: t}), a, b, 1.0),
+                    f"{name} of a 4-bit weight [48, 128] must be",
+                )
+                for name, t in short.items()
+            },
+        }  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "case",
+        (
+            "x of the wrong width", "one a of a group", "w", "xa", "b", "bias", "a group's x", "dropout without a seed",
+            "two seeds", "dy", "x of lora_grad", "dxa", "up", "dh", "activation", "quant_type", "a of a merge",
+            "x of nf4_matmul", "bias of nf4_matmul", "scales apart", "short packed", "short absmax", "short code2",
+            "short absmax2",
+        ),
+    )  # fmt: skip
+    def test_operands_that_do_not_fit_together(self, case):
+        call, message = self.calls()[case]
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+
+    def test_an_operand_on_another_device(self):
+        from fastlora.kernels.operands import expect
+
+        with pytest.raises(ValueError, match=re.escape("a must be [6, 128] on cpu, got [6, 128] on meta")):
+            expect(torch.empty(5, 128), a=(torch.empty(6, 128, device="meta"), (6, 128)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2], ids=["", "dropout"])
+@pytest.mark.parametrize("fourbit", [False, True], ids=["dense", "nf4"])
+def test_a_bias_of_any_stride(in_interpreter, fourbit, p):
+    t = leaves(K=128)
+    w = accuracy.linear_4bit(t["w"].detach()).weight if fourbit else t["w"].detach()
+    results = []
+    for bias in (torch.randn(96)[::2], torch.randn(1).expand(48)):
+        for each in (bias, bias.clone(memory_format=torch.contiguous_format)):
+            torch.manual_seed(1)
+            results.append(fastlora.lora_linear(t["x"], w, t["a"], t["b"], 0.7, each, p))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[2], results[3])
+
+
+NOTHING = {
+    "no rank": {"r": 0},
+    "no tokens": {"M": 0},
+    "no outputs": {"N": 0},
+    "no inputs": {"K": 0},
+    "nothing at all": {"M": 0, "N": 0, "K": 0, "r": 0},
+}
+
+
+@pytest.mark.parametrize("sizes", NOTHING.values(), ids=NOTHING)
+def test_ops_on_nothing_are_those_of_torch(in_interpreter, sizes):
+    M, N, K, r = ({"M": 5, "N": 32, "K": 64, "r": 4} | sizes).values()
+    x, w, a, b, xa, dy = (torch.randn(s) for s in ((M, K), (N, K), (r, K), (N, r), (M, r), (M, N)))
+    op, seed = torch.ops.fastlora, torch.tensor(3)
+    runs = {
+        op.shrink: (x, a, 2.0, 0.1, seed),
+        op.shrink_group: (x, [a, a], [1.0, 2.0], [0.0, 0.1], [None, seed]),
+        op.lora_matmul: (x, w, xa, b, torch.randn(N)),
+        op.lora_matmul_group: ([x, x], [w, w], [xa, xa], [b, b], [0.0, 0.1], [None, seed]),
+        op.lora_grad: (dy, x, b, xa, 2.0),
+        op.lora_grad_a: (xa, x),
+        op.swiglu: (x, x + 1, "silu"),
+    }
+    for op, args in runs.items():
+        expected = tree_leaves(kernel_ops.compositions[op.__name__](*args))
+        for ours, value in zip(tree_leaves(op(*args)), expected, strict=True):
+            torch.testing.assert_close(ours, value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(0, 64), (5, 0)], ids=["no outputs", "no tokens"])
+@pytest.mark.parametrize("plan", ["fused", "merged"])
+def test_a_4bit_product_of_nothing(in_interpreter, plan, sizes):
+    from fastlora.cases import random_weight_4bit
+
+    N, M = (0, 3) if not sizes[0] else (32, 0)
+    w = random_weight_4bit(N, 64, torch.device("cpu"))
+    with plans.use(linear_4bit=plan if M else "merged"):
+        y = torch.ops.fastlora.nf4_matmul(torch.randn(M, 64), *w, torch.randn(4, 64), torch.randn(N, 4), 2.0)
+    assert y.shape == (M, N)
+
+
+def python(script):
+    """What a fresh process prints that has imported no Triton."""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+IS_KERNEL = """
+import sys, torch
+{before}
+import fastlora
+from fastlora import kernel_ops
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+print(*{{has(f"fastlora::{{name}}", key) for name in kernel_ops._LAUNCHERS for key in ("CUDA", "XPU")}})
+"""
+
+
+def test_importing_registers_the_kernels_for_gpus_and_imports_no_triton():
+    assert python(IS_KERNEL.format(before="") + "assert 'triton' not in sys.modules") == "True\n"
+
+
+def test_without_triton_torch_computes_and_info_says_so():
+    script = (
+        IS_KERNEL.format(before="sys.modules['triton'] = None")
+        + """
+x, w, a, b = (torch.randn(s, requires_grad=i != 1) for i, s in enumerate(((5, 8), (6, 8), (2, 8), (6, 2))))
+y = fastlora.lora_linear(x, w, a, b, 0.5)
+y.sum().backward()
+assert torch.allclose(y, x @ w.t() + 0.5 * x @ a.t() @ b.t(), atol=1e-5) and b.grad is not None
+from fastlora.cli import main
+main(["info"])"""
+    )
+    first, *info = python(script).splitlines()
+    assert first == "False"
+    assert any(line.split() == ["gpu", "kernels", "triton", "is", "not", "installed"] for line in info)
+    assert any(re.match(r"ops on cuda +torch composition: .*shrink", line) for line in info)
+    assert not any(re.match(r"ops on cuda +kernel", line) for line in info)
+
+
+def test_a_gpu_older_than_triton_supports_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (8, 0))
+    assert kernel_ops.why_not(torch.device("cuda", 0)) is None
+    assert kernel_ops.why_not(torch.device("cuda", 1)) == "compute capability 7.5, Triton needs 8.0"
+    kernel_ops.why_not.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "xpu:0"])
+@pytest.mark.parametrize("call", calls(torch.float32, torch.float32))
+def test_fake_tensors_of_a_gpu_reach_the_fake_and_no_kernel(call, device, monkeypatch):
+    for name in kernel_ops._LAUNCHERS:
+        monkeypatch.setitem(kernel_ops._LAUNCHERS, name, None)
+    function, args = calls(torch.bfloat16, torch.float32)[call]
+    with torch._subclasses.FakeTensorMode():
+        there = tree_map_only(torch.Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), args)
+        results = tree_leaves(function(*there))
+    for real, fake in zip(tree_leaves(function(*args)), results, strict=True):
+        if real is not None:
+            assert (real.shape, real.dtype, str(fake.device)) == (fake.shape, fake.dtype, device)

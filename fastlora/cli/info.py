@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import torch
 
-from fastlora import ops
+from fastlora import kernel_ops, ops
 from fastlora.environment import cores, cpu_name, versions
 
 
@@ -14,6 +14,7 @@ def run(args: Namespace) -> int:
         "versions": versions(),
         "devices": devices(),
         "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
+        "gpu_kernels": kernel_ops.why_not() or "on",
         "implementations": implementations(),
     }
     print(json.dumps(found, indent=2) if args.json else _as_text(found))
@@ -35,8 +36,9 @@ def devices() -> dict:
                 "name": properties.name,
                 "capability": f"{properties.major}.{properties.minor}",
                 "memory_bytes": properties.total_memory,
+                "kernels": kernel_ops.why_not(torch.device("cuda", i)) or "on",
             }
-            for properties in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+            for i, properties in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
         ],
     }
 
@@ -61,10 +63,14 @@ def _as_text(found: dict) -> str:
     rows = list(found["versions"].items())
     rows.append(("cpu", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads, {', '.join(abilities)}"))
     rows += [
-        (f"cuda:{i}", f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_bytes'] / 2**30:.0f} GiB")
+        (
+            f"cuda:{i}",
+            f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_bytes'] / 2**30:.0f} GiB, "
+            f"kernels {gpu['kernels']}",
+        )
         for i, gpu in enumerate(gpus)
     ] or [("cuda", "no device")]
-    rows.append(("cpu kernels", found["cpu_kernels"]))
+    rows += [("cpu kernels", found["cpu_kernels"]), ("gpu kernels", found["gpu_kernels"])]
     for device, used in found["implementations"].items():
         for implementation in sorted(set(used.values())):
             names = ", ".join(op for op, runs in used.items() if runs == implementation)
