@@ -1,8 +1,9 @@
 """The Triton kernels as implementations of ``torch.ops.fastlora.*``.
 
-PyTorch's dispatcher picks them for tensors on a GPU. A launch happens under the tensor's device, on the stream that is
-current at the call, and never waits for the device; dropout's seed stays a tensor on it. So calls can be captured in a
-CUDA graph (after a first call outside it, which compiles and copies code books) and replayed by checkpointing.
+PyTorch's dispatcher picks them for tensors on a GPU; ``plans.use(kernels="off")`` leaves the ops to torch there too. A
+launch happens under the tensor's device, on the stream that is current at the call, and never waits for the device;
+dropout's seed stays a tensor on it. So calls can be captured in a CUDA graph (after a first call outside it, which
+compiles and copies code books) and replayed by checkpointing.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -49,8 +49,7 @@ def _adapters(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     for i in tl.static_range(PARTS):
-        xa_tile = xa_ptrs[i] + offs_m[:, None].to(tl.int64) * xa_strides[i][0]
-        xa_tile += offs_r[None, :].to(tl.int64) * xa_strides[i][1]
+        xa_tile = xa_ptrs[i] + offs_m[:, None].to(tl.int64) * xa_strides[i][0] + offs_r[None, :] * xa_strides[i][1]
         b_tile = b_ptrs[i] + offs_n[None, :].to(tl.int64) * b_strides[i][0]
         b_tile += offs_r[:, None].to(tl.int64) * b_strides[i][1]
         part = tl.zeros_like(acc) if HAS_DROPOUT[i] else acc
@@ -59,8 +58,8 @@ def _adapters(
             xa = tl.load(xa_tile, mask=(offs_m < M)[:, None] & mask_r[None, :], other=0.0)
             b = tl.load(b_tile, mask=(offs_n < N)[None, :] & mask_r[:, None], other=0.0)
             part = wide_dot(xa, b, part, DTYPE, PRECISION)
-            xa_tile += tl.cast(BLOCK_R, tl.int64) * xa_strides[i][1]
-            b_tile += tl.cast(BLOCK_R, tl.int64) * b_strides[i][1]
+            xa_tile += BLOCK_R * xa_strides[i][1]
+            b_tile += BLOCK_R * b_strides[i][1]
         if HAS_DROPOUT[i]:
             keep = keep_mask(tl.load(seed_ptrs[i]), offs_m, pid_n * BLOCK_N, dropped[i], BLOCK_M, BLOCK_N)
             part = acc + tl.where(keep, part * scale[i], 0.0)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels import tiles
 from fastlora.kernels.operands import expect, expect_4bit
 from fastlora.kernels.precision import wide_dot
 from fastlora.kernels.tiles import padded_rank, tile
@@ -173,7 +174,7 @@ def decode_4bit(
     if not r and WORDS:
         K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = triton.cdiv(numel, K)
-    PRECISION, BLOCK_R = ("tf32", 32) if dtype == torch.bfloat16 else ("ieee", 16)
+    PRECISION, BLOCK_R = ("tf32", 32) if dtype == torch.bfloat16 and tiles.has_tf32() else ("ieee", 16)
     BLOCK_R = min(padded_rank(r), BLOCK_R)
     grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](

@@ -5,10 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels import tiles
+
 
 def dot_precision(x: Tensor) -> str:
     """``"ieee"`` unless the user allowed TF32 for fp32 products (``torch.set_float32_matmul_precision``)."""
-    return "ieee" if x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    exact = x.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact or not tiles.has_tf32() else "tf32"
 
 
 @triton.jit

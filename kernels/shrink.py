@@ -21,13 +21,12 @@ def _shrink_kernel(
     a_ptrs, a_strides, ranks,  # one of each for every adapter
     out_ptrs, out_strides,     # [splits of K, M, r]
     seed_ptrs, dropped, s,
-    M, K, SPLIT_K, blocks_r,
+    M, K, SPLIT_K,
     PARTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     # fmt: on
-    pid_m, pid_r = tl.program_id(0) // blocks_r, tl.program_id(0) % blocks_r
-    split = tl.program_id(1)
+    pid_r, pid_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, stop = split * SPLIT_K, min(K, (split + 1) * SPLIT_K)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -79,16 +78,16 @@ def shrink_group(
         return [each.new_zeros(M, r) for each, r in zip(a, ranks, strict=True)]
     BLOCK_R = max(16, min(R, 128, 256 // triton.next_power_of_2(len(a))))  # all sums stay in registers
     t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
-    blocks_r = triton.cdiv(max(ranks), BLOCK_R)
-    blocks = triton.cdiv(M, t.BLOCK_M) * blocks_r
+    blocks = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(max(ranks), BLOCK_R)
     # A split has at least four steps of the loop; two programs a multiprocessor hide the latency of each other's loads.
     wanted = max(1, min(2 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
     SPLIT_K = triton.cdiv(triton.cdiv(K, wanted), t.BLOCK_K) * t.BLOCK_K
     splits = triton.cdiv(K, SPLIT_K)
     out = tuple(each.new_empty(splits, M, r, dtype=_partial(each, splits)) for each, r in zip(a, ranks, strict=True))
-    _shrink_kernel[(blocks, splits)](
+    grid = (triton.cdiv(max(ranks), BLOCK_R), triton.cdiv(M, t.BLOCK_M), splits)
+    _shrink_kernel[grid](
         x, *x.stride(), tuple(a), tuple(each.stride() for each in a), ranks, out, tuple(each.stride() for each in out),
-        tuple(seed), tuple(map(dropped_levels, p)), tuple(map(_scale, s, p)), M, K, SPLIT_K, blocks_r,
+        tuple(seed), tuple(map(dropped_levels, p)), tuple(map(_scale, s, p)), M, K, SPLIT_K,
         PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p), PRECISION=dot_precision(x), BLOCK_R=BLOCK_R,
         **t.kwargs(),
     )  # fmt: skip

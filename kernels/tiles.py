@@ -41,8 +41,8 @@ def tile(kernel: str, size: int) -> Tile:
         measured = _source(_device_name()).get((kernel, bucket(size)))
         found = None if measured is None else Tile(**measured)
     if found is None:
-        rows = TILES[kernel]
-        by_size = rows.get(family()) or rows["default"]
+        rows, name = TILES[kernel], family()
+        by_size = rows.get("gfx942" if name == "gfx" else name) or rows["default"]
         found = next(row for bound, row in by_size.items() if bound >= size)
     if _watched is not None:
         _watched[kernel, bucket(size)] = found
@@ -96,7 +96,9 @@ def measured_by(source: Callable[[str], Measured]) -> None:
 
 
 def _device_name() -> str:
-    return _name_of_device(torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return _name_of_device(torch.cuda.current_device())
+    return torch.xpu.get_device_name() if torch.xpu.is_available() else "cpu"
 
 
 @functools.cache
@@ -133,7 +135,7 @@ def _family_of_device(index: int | None) -> str:
 
 def family_of(backend: str, arch: int | str) -> str:
     if backend == "hip":
-        return "gfx942"
+        return "gfx942" if arch == "gfx942" else "gfx"
     if backend != "cuda" or not isinstance(arch, int):
         return backend
     if 100 <= arch < 110:
@@ -146,6 +148,11 @@ def has_tma() -> bool:
     return family() in ("sm_90", "sm_100")
 
 
+def has_tf32() -> bool:
+    """Whether products on the current device can be of TF32. Of AMD's, those of gfx942 alone."""
+    return family() != "gfx"
+
+
 def has_ptx() -> bool:
     """Whether kernels for the current device may contain PTX."""
     return family() in ("sm_80", "sm_90", "sm_100", "default")
@@ -155,7 +162,9 @@ def multiprocessors(device: torch.device) -> int:
     """How many programs fill the device once."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4 if triton.knobs.runtime.interpret else 132
+    if device.type in ("cpu", "meta"):
+        return 4 if triton.knobs.runtime.interpret else 132
+    return driver.active.utils.get_device_properties(device.index)["multiprocessor_count"]
 
 
 def padded_rank(r: int) -> int:

@@ -5,18 +5,11 @@ import torch
 
 import fastlora
 from fastlora import reference
-from fastlora.cases import kernels
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def by_kernels():
-    with kernels(torch.device("cuda")):
-        yield
 
 
 def operands(dtype, adapter_dtype, M=37, K=96, N=50, r=6):

@@ -1,5 +1,6 @@
 """How launches behave on a CUDA device: streams, graphs, devices, no waiting, the same bits, offsets beyond 32 bits."""
 
+import threading
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 import fastlora
 from fastlora import functional, kernel_ops, plans
-from fastlora.cases import decoded, kernels, random_weight_4bit
+from fastlora.cases import decoded, random_weight_4bit
 
 pytest.importorskip("triton")
 
@@ -18,12 +19,6 @@ pytestmark = [
 ]
 BF16 = torch.bfloat16
 S, P = 0.5, 0.25
-
-
-@pytest.fixture(autouse=True)
-def by_kernels():
-    with kernels(torch.device("cuda")):
-        yield
 
 
 def step_of(weight="dense", p=0.0, M=192, N=320, K=256, r=16, device="cuda"):
@@ -122,6 +117,35 @@ def test_the_same_bits_every_time(weight, p, forced):
             results.append(step())
     for again in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(results[0], again, strict=True))
+
+
+def test_forced_plans_hold_in_backward(monkeypatch):
+    """Which runs in a thread of autograd's."""
+    chosen, choose = [], kernel_ops.choose
+
+    def watched(op, *args):
+        chosen.append((threading.get_ident(), op, plan := choose(op, *args)))
+        return plan
+
+    monkeypatch.setattr(kernel_ops, "choose", watched)
+    step = step_of()
+    for forced in plan_combinations():
+        with plans.use(**forced):
+            step()
+        assert all(plan == forced[op] for _, op, plan in chosen)
+        assert {op for thread, op, _ in chosen if thread != threading.get_ident()} == {"lora_matmul", "lora_grad"}
+        chosen.clear()
+
+
+def test_turned_off_torch_computes():
+    step = step_of()
+    expected = step()
+    with plans.use(kernels="off"), pytest.MonkeyPatch.context() as patch:
+        for op in kernel_ops._LAUNCHERS:
+            patch.setitem(kernel_ops._LAUNCHERS, op, None)
+        off = step()
+    for ours, value in zip(off, expected, strict=True):
+        assert (ours.float() - value.float()).norm() <= 0.02 * value.float().norm()
 
 
 @STEPS

@@ -25,6 +25,7 @@ from fastlora.kernels.lora_matmul import (
     lora_matmul_group,
     lora_matmul_group_base_last,
 )
+from fastlora.kernels.precision import dot_precision
 from fastlora.kernels.shrink import shrink, shrink_group
 from fastlora.kernels.swiglu import ACTIVATIONS, swiglu, swiglu_backward_
 
@@ -389,6 +390,20 @@ class TestLoRAGrad:
         operands = normal(300, 72), normal(300, 48), normal(72, r), normal(300, r)
         once, again = (lora_grad(*operands, 2.0, 0.2, SEED) for _ in range(2))
         assert all(torch.equal(t, u) for t, u in zip(once, again, strict=True))
+
+
+def test_other_amd_gpus_take_the_tiles_of_gfx942_but_no_tf32(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    x = torch.empty(1)
+    try:
+        for arch, precision in (("gfx942", "tf32"), ("gfx90a", "ieee"), ("gfx1100", "ieee")):
+            tiles.force_family(tiles.family_of("hip", arch))
+            assert dot_precision(x) == precision
+            assert tiles.tile("nf4_matmul", 16) == tiles.TILES["nf4_matmul"]["gfx942"][tiles.ANY]
+            assert tiles.tile("swiglu", 16) == tiles.TILES["swiglu"]["default"][tiles.ANY]
+            assert not tiles.has_ptx() and not tiles.has_tma()
+    finally:
+        tiles.force_family(None)
 
 
 EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
