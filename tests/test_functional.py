@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastlora
+from fastlora import plans
 from fastlora.fourbit import weight_4bit
 from fastlora.functional import Adapter, adapted_forward, base_kind, lora_linear
 
@@ -211,7 +212,8 @@ def test_4bit_base_computes_in_its_compute_dtype(x_dtype, compute_dtype):
     for each in (layer, twin):
         each.compute_dtype, each.compute_type_is_set = compute_dtype, compute_dtype is not None
     x = torch.randn(3, K, dtype=x_dtype).requires_grad_()
-    ours = adapted_forward(layer, x, Adapter(torch.zeros(r, K), torch.zeros(N, r), 1.0))
+    with plans.use(linear_4bit="merged"):  # the plan that decodes as bitsandbytes does
+        ours = adapted_forward(layer, x, Adapter(torch.zeros(r, K), torch.zeros(N, r), 1.0))
     theirs = twin(x)
     assert (ours.dtype, layer.compute_dtype, layer.compute_type_is_set) == (
         theirs.dtype,

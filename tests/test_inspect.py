@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fastlora.benchmarks.records import read_rows
 from fastlora.cli import main
 
 pytest.importorskip("triton")
@@ -77,9 +78,15 @@ def test_every_kernel_and_tile_on_every_architecture():
     assert len(compiled()) > 200
 
 
-def test_table_and_errors():
-    result = inspect("--arch", "sm_80,gfx942", "--kernel", "swiglu")
+def test_table_and_errors(tmp_path):
+    path = tmp_path / "new" / "kernels.csv"
+    result = inspect("--arch", "sm_80,gfx942", "--kernel", "swiglu", "--csv", str(path))
     assert result.returncode == 0
+    rows = read_rows(path)
+    assert {(row["arch"], row["case"]) for row in rows} == {
+        (arch, case) for arch in ("sm_80", "gfx942") for case in ("forward", "backward")
+    }
+    assert all(row["registers"] > 0 and row["spills"] == 0 and row["triton"] for row in rows)
     assert "sm_80: at most 166912 bytes" in result.stdout and "backward" in result.stdout
     result = inspect("--kernel", "flash")
     assert result.returncode == 2

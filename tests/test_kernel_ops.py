@@ -93,6 +93,15 @@ def test_layer_is_as_accurate_as_peft(in_interpreter, dtype, adapter_dtype, quan
     accuracy.check(accuracy.Problem(t["x"].detach(), base, a, b, 0.7, t["dy"], train_bias=quant_type == "dense"))
 
 
+@pytest.mark.parametrize("fourbit", [False, True], ids=["dense", "nf4"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_twice_the_same_bits(in_interpreter, p, fourbit):
+    t = leaves(M=70, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    t["w"] = accuracy.linear_4bit(t["w"].detach()).weight if fourbit else t["w"]
+    for once, again in zip(forward_and_backward(t, p), forward_and_backward(t, p), strict=True):
+        assert torch.equal(once, again)
+
+
 def test_backward_draws_the_mask_of_forward(in_interpreter):
     """dx of the adapter alone is (D ∘ ...): with x = 1 the mask that y used is what dx shows."""
     K = 64

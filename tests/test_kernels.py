@@ -54,6 +54,7 @@ SHAPES = [  # M, K, N
     (65, 127, 17),
     (33, 252, 96),  # many steps of K
     (127, 35, 252),
+    (5, 507, 127),  # nothing is a multiple of anything
 ]
 
 

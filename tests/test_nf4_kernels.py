@@ -4,7 +4,7 @@ import interpreter
 import numpy as np
 import pytest
 import torch
-from test_kernels import DEVICE, check
+from test_kernels import DEVICE, RANKS, check
 from test_ops import SHAPES, weight_4bit
 
 from fastlora import reference
@@ -52,7 +52,7 @@ class TestDecode:
         assert torch.equal(decode(weight, torch.float32, a, b), w)
 
 
-@pytest.mark.parametrize("r", [1, 2, 3, 6, 16, 24, 96, 128, 512])
+@pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merge_is_that_of_the_reference(dtype, r):
     weight, w = weight_4bit(24, 96)

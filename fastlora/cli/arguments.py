@@ -32,7 +32,8 @@ registers, spills, shared memory, tensor-core instructions, load and store width
 instructions. Ends with 1 if a kernel spills, does not fit, or lost its tensor-core instructions."""
 _INSPECT_EXAMPLE = """\
 example:
-  fastlora inspect --arch sm_90,gfx942 --kernel lora_matmul"""
+  fastlora inspect --arch sm_90,gfx942 --kernel lora_matmul
+  fastlora inspect --csv kernels.csv"""
 _TUNE = """\
 Measure on this GPU which plans (ways to carry out an op) and tiles are fastest for the layers of a model, and keep what
 is found in the user's cache directory, where fastlora looks it up from then on. Whatever gives a wrong result gets no
@@ -100,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("--kernel", metavar="OP", help="only the kernels of this op (default: all)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--csv", type=Path, metavar="FILE", help="also write a row for every kernel and tile")
     _add_tune(_add_command(commands, "tune", "find the fastest plans and tiles on this GPU", _TUNE, _TUNE_EXAMPLE))
     return parser
 

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlora.benchmarks.records import write_rows
 from fastlora.cli.arguments import UsageError
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -38,6 +39,8 @@ def run(args: Namespace) -> int:
     print("\r\033[K", end="", file=sys.stderr, flush=True)
     if not rows:
         raise UsageError(f"--kernel must be of {', '.join(dict.fromkeys(op for op, *_ in cases()))}, got {args.kernel}")
+    if args.csv is not None:
+        write_rows(args.csv, [_summary(row) for row in rows.values()])
     if args.json:
         print(json.dumps(list(rows.values()), indent=2))
     else:
@@ -138,22 +141,49 @@ def _table(rows: list[dict]) -> str:
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def per_weight(row: dict) -> float | None:
+    """Instructions of one lane for each weight that it decodes: of the program, or of nf4_matmul's main loop."""
+    if row["op"] not in ("decode_4bit", "nf4_matmul") or "BLOCK_K" not in row["tile"]:
+        return None
+    weights = prod(row["tile"][name] for name in ("BLOCK_N", "BLOCK_K")) / (row["threads"] * row["warps"])
+    return row["instructions" if row["op"] == "decode_4bit" else "loop"] / weights
+
+
+def _counts(found: dict[str, int]) -> str:
+    return " ".join(f"{n} {name}" for name, n in found.items())
+
+
+def _tile(row: dict) -> str:
+    return " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in row["tile"].items())
+
+
+_PLAIN = ("warps", "registers", "spills", "shared", "occupancy", "instructions", "loop")
+
+
+def _summary(row: dict) -> dict[str, Any]:
+    """A row of the CSV."""
+    names = {"triton": triton.__version__, **{name: row[name] for name in ("arch", "kernel", "case")}}
+    counts = {name: _counts(row[name]) for name in ("tensor_core", "loads", "stores")}
+    return (
+        names | {"tile": _tile(row)} | {name: row[name] for name in _PLAIN} | counts | {"per_weight": per_weight(row)}
+    )
+
+
 def _line(row: dict) -> tuple[str, ...]:
     def counts(found: dict[str, int]) -> str:
-        return " ".join(f"{n} {name}" for name, n in found.items()) or "-"
+        return _counts(found) or "-"
 
     instructions = str(row["instructions"])
     loop = str(row["loop"] or "-")
-    if row["op"] in ("decode_4bit", "nf4_matmul") and "BLOCK_K" in row["tile"]:
-        weights = prod(row["tile"][name] for name in ("BLOCK_N", "BLOCK_K")) / (row["threads"] * row["warps"])
-        if row["op"] == "decode_4bit":
-            instructions += f" ({row['instructions'] / weights:.1f} a weight)"
-        else:
-            loop += f" ({row['loop'] / weights:.1f} a weight)"
+    each = per_weight(row)
+    if each is not None and row["op"] == "decode_4bit":
+        instructions += f" ({each:.1f} a weight)"
+    elif each is not None:
+        loop += f" ({each:.1f} a weight)"
     return (
         row["kernel"].strip("_").removesuffix("_kernel"),
         row["case"],
-        " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in row["tile"].items()),
+        _tile(row),
         str(row["warps"]),
         str(row["registers"]),
         str(row["spills"]),
