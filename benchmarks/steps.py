@@ -184,7 +184,7 @@ def _sweep_case(run: Any, case: Case) -> list[dict[str, Any]]:
         if row["provider"].startswith("fastlora") and row["p50"]:
             with within[row["provider"]]():
                 row["predicted"] = predicted(c, case.base, at, device, row["mode"] == "step")
-                row["plan"] = plans.choose("lora_matmul", c, device) if case.base == "bf16" else "merged"
+                row["plan"] = plans.choose("lora_matmul" if case.base == "bf16" else "linear_4bit", c, device)
     return rows
 
 
@@ -192,7 +192,8 @@ def predicted(c: Problem, base: str, rates: Rates, device: str, backward: bool) 
     """Seconds that the roofline says our layer takes, by the plans that are in force on the device of this name."""
     dy, dx = replace(c, N=0, K=c.N), replace(c, N=c.K, K=c.N)
     matmul, grad = plans.choose("lora_matmul", c, device), plans.choose("lora_grad", dy, device)
-    calls = [("shrink", "", c), ("lora_matmul", matmul, c)] if base == "bf16" else [("linear_4bit", "merged", c)]
+    linear_4bit = plans.choose("linear_4bit", c, device)
+    calls = [("shrink", "", c), ("lora_matmul", matmul, c)] if base == "bf16" else [("linear_4bit", linear_4bit, c)]
     if backward and base == "bf16":
         calls += [("lora_matmul", plans.choose("lora_matmul", dx, device), dx)]
     elif backward:

@@ -77,7 +77,7 @@ def test_sweep_compares_every_provider(one_layer, tmp_path):
     assert {(r["base"], r["provider"]): r["plan"] for r in timed} == {
         ("bf16", "fastlora"): "tail", ("bf16", "fastlora tail one_pass"): "tail",
         ("bf16", "fastlora two_pass"): "tail", ("bf16", "fastlora base_last one_pass"): "base_last",
-        ("nf4", "fastlora"): "merged", ("nf4", "fastlora one_pass"): "merged", ("nf4", "fastlora two_pass"): "merged",
+        ("nf4", "fastlora"): "fused", ("nf4", "fastlora one_pass"): "fused", ("nf4", "fastlora two_pass"): "fused",
     }  # fmt: skip
     assert all(r["predicted"] > 0 for r in timed)
 
