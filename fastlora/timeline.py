@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,10 +50,14 @@ _OPS = {
 _WRAPPERS = ("bitsandbytes::gemm_4bit", "fastlora::nf4_matmul")  # may decode and multiply by calling other ops
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_scaled_mm", "aten::_int_mm")
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "aten::bmm", "aten::baddbmm")
-_ALLOCATION = ("aten::empty", "aten::new_empty", "aten::resize")
+_NO_WORK = ("aten::empty", "aten::new_empty", "aten::resize", "aten::_unsafe_view")  # names that begin so
+_SUMS = ("aten::add", "aten::add_")
 
 # Where an op is called: what a range means. In _FUSED, products are the base's, the rest the adapter's.
 _MODEL, _FUSED = "model", "fused"
+# Gradients that meet at a tensor are summed by the last node to bring one. PEFT runs a base layer before its adapter:
+# at a base layer's node the two parts of one layer meet, and at an adapter's node whole layers, as without adapters.
+_MEETING = {BASE: ADAPTER, ADAPTER: _MODEL}
 _FUNCTIONS = {  # fastlora's autograd Functions; AddLoRA only adds an adapter to what a base layer has computed
     name + backward: ADAPTER if name == "AddLoRA" else _FUSED
     for name in ("LoRALinear", "MLP", "Run", "AddLoRA")
@@ -64,10 +69,14 @@ _STEP, _PHASE = "training step", "phase: "
 
 @dataclass
 class Timeline:
-    """One step, in nanoseconds: ``spent[phase][category]``, which add up to ``wall``."""
+    """One step, in nanoseconds: ``spent[phase][category]``, which add up to ``wall``.
+
+    ``ops[category][name]`` are how many calls of an op (kernels, on a GPU) there were, and what they took.
+    """
 
     wall: int
     spent: dict[str, dict[str, int]]
+    ops: dict[str, dict[str, list[int]]]
 
     def by_category(self) -> dict[str, int]:
         return {name: sum(self.spent[phase][name] for phase in PHASES) for name in CATEGORIES}
@@ -163,6 +172,7 @@ class _Interval(NamedTuple):
     end: int
     category: str
     phase: str
+    op: str
 
 
 class _Frame(NamedTuple):
@@ -171,7 +181,8 @@ class _Frame(NamedTuple):
     end: int
     context: str
     phase: str
-    owner: str | None  # the category of the op that everything inside belongs to
+    owner: tuple[str, str] | None = None  # category and name of the op that everything inside belongs to
+    is_node: bool = False  # of backward
 
 
 def read(trace: dict, contexts: dict[str, str]) -> Timeline:
@@ -200,11 +211,20 @@ def read(trace: dict, contexts: dict[str, str]) -> Timeline:
         for event in events
         if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset") and event["args"]["correlation"] in host.launches
     ]
+    intervals = [interval for interval in kernels or host.computing if start <= interval.start < end]
     spent = {phase: dict.fromkeys(CATEGORIES, 0) for phase in PHASES}
-    for begin, stop, interval in _partition(kernels or host.computing, start, end):
-        phase, category = (phase_at(begin), GAPS) if interval is None else (interval.phase, interval.category)
-        spent[phase][category] += stop - begin
-    return Timeline(end - start, spent)
+    ops: dict[str, dict[str, list[int]]] = {name: {} for name in CATEGORIES if name != GAPS}
+    for interval in intervals:
+        ops[interval.category].setdefault(interval.op, [0, 0])[0] += 1
+    for begin, stop, owner in _partition(intervals, start, end):
+        if owner is None:
+            cuts = [begin, *(time for time, _ in phases if begin < time < stop), stop]
+            for since, until in pairwise(cuts):
+                spent[phase_at(since)][GAPS] += until - since
+        else:
+            spent[owner.phase][owner.category] += stop - begin
+            ops[owner.category][owner.op][1] += stop - begin
+    return Timeline(end - start, spent, ops)
 
 
 class _Host:
@@ -213,7 +233,7 @@ class _Host:
     def __init__(self, contexts: dict[str, str], phase_at: Callable[[int], str]) -> None:
         self.contexts, self.phase_at = contexts, phase_at
         self.computing: list[_Interval] = []
-        self.launches: dict[int, tuple[str, str]] = {}  # correlation -> category, phase
+        self.launches: dict[int, tuple[str, str, str]] = {}  # correlation -> category, phase, op
         self.called: dict[int, str] = {}  # autograd's sequence number -> where its forward op was called
         self.in_loss = False
 
@@ -223,7 +243,7 @@ class _Host:
             start, end = _span(event)
             while stack and stack[-1].end <= start:
                 stack.pop()
-            parent = stack[-1] if stack else _Frame(end, _MODEL, self.phase_at(start), None)
+            parent = stack[-1] if stack else _Frame(end, _MODEL, self.phase_at(start))
             frame = self._enter(event, parent, start, end)
             stack.append(frame._replace(end=min(end, parent.end)))
 
@@ -232,7 +252,8 @@ class _Host:
         phase, owner = parent.phase, parent.owner
         if kind in ("cuda_runtime", "cuda_driver"):
             if "correlation" in args:
-                self.launches[args["correlation"]] = owner or category("", parent.context, phase), phase
+                kernel_of, op = owner or (category("", parent.context, phase), "outside of ops")
+                self.launches[args["correlation"]] = kernel_of, phase, op
             return parent
         if kind == "user_annotation":
             if name.startswith(_PHASE):
@@ -245,15 +266,18 @@ class _Host:
         if self.in_loss and context == _MODEL and phase == "forward":
             context = LOSS  # the head comes last, and what follows it is the loss
         sequence = args.get("Sequence number", -1)
-        if name.startswith(_NODE):
+        is_node = name.startswith(_NODE)
+        if parent.is_node and name in _SUMS:
+            context = _MEETING.get(context, context)
+        elif is_node:
             context = ADAPTER if name.endswith(_ACCUMULATE) else self.called.get(sequence, _MODEL)
         elif phase == "forward" and sequence >= 0:
             self.called[sequence] = context  # the last op to bear a number is the one that made the node
         if owner is None and computes(name):
             own = category(name, context, phase)
-            self.computing.append(_Interval(start, end, own, phase))
-            owner = None if name in _WRAPPERS else own
-        return _Frame(end, context, phase, owner)
+            self.computing.append(_Interval(start, end, own, phase, name))
+            owner = None if name in _WRAPPERS else (own, name)
+        return _Frame(end, context, phase, owner, is_node)
 
 
 def category(name: str, context: str, phase: str) -> str:
@@ -276,7 +300,7 @@ def computes(name: str) -> bool:
     """Whether an op works on data: not if it only calls other ops, makes a view, or allocates."""
     namespace, _, op = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), op, None) if op.isidentifier() else None
-    if packet is None or name.startswith(_ALLOCATION):
+    if packet is None or name.startswith(_NO_WORK):
         return False
     overloads = [getattr(packet, o) for o in packet.overloads() if "out" not in o and "Dimname" not in o]
     if any(overload.is_view for overload in overloads):
@@ -288,7 +312,7 @@ def _partition(intervals: list[_Interval], start: int, end: int) -> Iterator[tup
     """Cut [start, end) into pieces that each belong to the interval that began last, or to none."""
     active: list[tuple[int, int, _Interval]] = []
     now = start
-    for i, interval in enumerate([*sorted(intervals), _Interval(end, end, "", "")]):
+    for i, interval in enumerate([*sorted(intervals), _Interval(end, end, "", "", "")]):
         begin = min(max(interval.start, start), end)
         while now < begin:
             while active and active[0][2].end <= now:

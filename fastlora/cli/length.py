@@ -85,18 +85,18 @@ def _point(results: Measurements, tokens: int, fixed: int) -> dict:
 def fit(points: list[dict]) -> list[float] | None:
     """Bytes in all as a polynomial of the length, constant first: straight if the points are, else a parabola.
 
-    None if there are not two points.
+    None if there are not two points. Three are on a parabola whatever they are: they get a line.
     """
     measured = [(p["sequence"], p["total"]) for p in points if p["total"] is not None]
     if len(measured) < 2:
         return None
     lengths, totals = np.array(measured, dtype=np.float64).T
-    for degree in (1, 2):
-        coefficients = np.polynomial.Polynomial.fit(lengths, totals, degree).convert().coef
-        apart = np.abs(np.polynomial.polynomial.polyval(lengths, coefficients) - totals) / totals
-        if apart.max() <= STRAIGHT or len(measured) < 4:  # three points are on a parabola whatever they are
-            break
-    return coefficients.tolist()
+    line = np.polynomial.Polynomial.fit(lengths, totals, 1)
+    if len(measured) > 3 and (np.abs(line(lengths) - totals) / totals).max() > STRAIGHT:
+        parabola = np.polynomial.Polynomial.fit(lengths, totals, 2).convert()
+        if parabola.coef[-1] > 0:  # no step takes less for every token more
+            return parabola.coef.tolist()
+    return line.convert().coef.tolist()
 
 
 def longest(points: list[dict], budget: int | None) -> dict | None:
@@ -111,7 +111,10 @@ def longest(points: list[dict], budget: int | None) -> dict | None:
             return {"sequence": int(short + (long - short) * (budget - less) / (more - less)), "how": "interpolated"}
     if budget == measured[-1][1]:
         return {"sequence": measured[-1][0], "how": "measured"}
-    return {"sequence": _solve(coefficients, budget), "how": "extrapolated"}
+    found = _solve(coefficients, budget)
+    if found is not None and budget > measured[-1][1]:
+        found = max(found, measured[-1][0])  # the fit may pass a little above the last point
+    return {"sequence": found, "how": "extrapolated"}
 
 
 def _solve(coefficients: list[float], budget: int) -> int | None:
@@ -122,7 +125,7 @@ def _solve(coefficients: list[float], budget: int) -> int | None:
         return 0
     if inside < 0 or slope + math.sqrt(inside) <= 0:
         return None
-    return int(2 * (budget - constant) / (slope + math.sqrt(inside)))
+    return math.floor(2 * (budget - constant) / (slope + math.sqrt(inside)) + 1e-6)
 
 
 def table(report: dict) -> Table:

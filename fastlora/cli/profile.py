@@ -192,7 +192,20 @@ def time_record(step_seconds: list[float], lines: list[timeline.Timeline]) -> di
             phase: {c: mean(lambda line, p=phase, c=c: line.spent[p][c]) for c in timeline.CATEGORIES}  # type: ignore[misc]
             for phase in timeline.PHASES
         },
+        "ops": _ops(usual),
     }
+
+
+def _ops(lines: list[timeline.Timeline]) -> dict:
+    """Calls and seconds of the ops of a step by category, those that took longest first."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for category, ops in lines[0].ops.items():
+        rows = {
+            op: {"calls": calls, "seconds": fmean(line.ops[category].get(op, [0, 0])[1] for line in lines) / 1e9}
+            for op, (calls, _) in ops.items()
+        }
+        found[category] = dict(sorted(rows.items(), key=lambda row: -row[1]["seconds"]))
+    return found
 
 
 def _write_trace(trainer: training.Trainer, ids: Tensor, path: Path) -> None:
