@@ -41,7 +41,7 @@ lint: setup
 bench: setup
 	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 21 --out benchmarks/results/cpu
 	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out benchmarks/results/cpu/checkpointing
-	$(BIN)/fastlora profile --out benchmarks/results/cpu/profile
+	$(BIN)/fastlora profile --sequence 128,256,512,1024 --budget 2GB --out benchmarks/results/cpu/profile
 	$(BIN)/python benchmarks/host_overhead.py --json > benchmarks/results/cpu/host_overhead.json
 
 # On a machine with a GPU, with whatever torch it has and without installing: correctness, rates, sweeps, in steps of

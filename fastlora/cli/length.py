@@ -195,26 +195,32 @@ def write_csv(part: dict, path: Path) -> None:
 def draw(report: dict, path: Path) -> None:
     """Memory against sequence length, the budget as a line; tokens a second beside it."""
     part = report["length"]
-    figure = Figure(figsize=(12, 5), dpi=160, layout="constrained")
+    figure = Figure(figsize=(12, 5.2), dpi=160, layout="constrained")
     memory, speed = figure.subplots(1, 2, width_ratios=(1.35, 1))
+    largest = max(
+        [part["budget"] or 0, *(p["total"] or 0 for each in part["providers"].values() for p in each["points"])]
+    )
+    unit, scale = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
     for name, provider in part["providers"].items():
         points = [p for p in provider["points"] if p["total"] is not None]
         lengths = [p["sequence"] for p in points]
         style: dict[str, Any] = {"color": COLOURS[name], "marker": "o", "markersize": 5, "linewidth": 2}
-        memory.plot(lengths, [p["total"] / 1e9 for p in points], label=NAMES[name], **style)
-        speed.plot(lengths, [p["tokens_per_second"] for p in points], label=NAMES[name], **style)
-        _draw_end(memory, name, provider, lengths)
+        label = NAMES[name] if part["budget"] is None else f"{NAMES[name]}: {ends_at(report, name)}"
+        memory.plot(lengths, [p["total"] / scale for p in points], label=label, **style)
+        speed.plot(lengths, [p["tokens_per_second"] for p in points], **style)
+        if lengths:
+            _draw_end(memory, COLOURS[name], provider, lengths, scale)
     if part["budget"] is not None:
-        memory.axhline(part["budget"] / 1e9, color="black", linestyle="--", linewidth=1.3)
+        memory.axhline(part["budget"] / scale, color="black", linestyle="--", linewidth=1.3)
         memory.annotate(
             f"budget: {size(part['budget'])}",
-            (0.01, part["budget"] / 1e9),
+            (0.01, part["budget"] / scale),
             xycoords=("axes fraction", "data"),
             xytext=(0, 4),
             textcoords="offset points",
         )
     memory.set_title("memory of a step, weights and optimizer state included", fontsize=11.5)
-    memory.set_ylabel("GB")
+    memory.set_ylabel(unit)
     speed.set_title("throughput", fontsize=11.5)
     speed.set_ylabel("tokens per second")
     for axes in (memory, speed):
@@ -227,22 +233,21 @@ def draw(report: dict, path: Path) -> None:
         f"{report['environment']['device']}",
         fontsize=12,
     )
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _draw_end(axes: Axes, name: str, provider: dict, lengths: list[int]) -> None:
+def _draw_end(axes: Axes, colour: str, provider: dict, lengths: list[int], scale: float) -> None:
     """Where the budget ends; dotted beyond the lengths that were measured."""
     found = provider["longest"]
     if found is None or not found["sequence"]:
         return
     end = found["sequence"]
-    at = np.polynomial.polynomial.polyval
-    height = float(at(end, provider["fit"])) / 1e9
+
+    def fitted(at: Any) -> Any:
+        return np.polynomial.polynomial.polyval(at, provider["fit"]) / scale
+
     if found["how"] == "extrapolated":
         reach = np.linspace(lengths[-1] if end > lengths[-1] else lengths[0], end, 50)
-        axes.plot(reach, at(reach, provider["fit"]) / 1e9, color=COLOURS[name], linestyle=":", linewidth=2)
-    axes.plot([end, end], [0, height], color=COLOURS[name], linewidth=1, alpha=0.7)
-    axes.annotate(
-        f"{end:,}", (end, 0), xytext=(3, 4), textcoords="offset points", color="black", rotation=90, fontsize=9.5
-    )
+        axes.plot(reach, fitted(reach), color=colour, linestyle=":", linewidth=2)
+    axes.plot([end, end], [0, fitted(end)], color=colour, linewidth=1, alpha=0.7)

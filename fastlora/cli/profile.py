@@ -175,9 +175,9 @@ def _timeline(trainer: training.Trainer, ids: Tensor, shapes: bool = False) -> t
 
 
 def time_record(step_seconds: list[float], lines: list[timeline.Timeline]) -> dict:
-    """Means over the profiled steps, less the fastest and the slowest quarter: they add up as every step's do."""
-    cut = len(lines) // 4
-    usual = sorted(lines, key=lambda line: line.wall)[cut : len(lines) - cut]
+    """The median of the steps without the profiler. Means over the faster half of those with it, which add up as every
+    step's do; the slower ones are slow for reasons of the machine."""
+    usual = sorted(lines, key=lambda line: line.wall)[: (len(lines) + 1) // 2]
 
     def mean(pick: Callable[[timeline.Timeline], int]) -> float:
         return fmean(map(pick, usual)) / 1e9
