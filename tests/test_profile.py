@@ -15,7 +15,7 @@ import fastlora
 from fastlora import timeline
 from fastlora.benchmarks import models, training
 from fastlora.cli import length, main
-from fastlora.cli.profile import time_record
+from fastlora.cli.profile import PICTURES, time_record
 from fastlora.timeline import ADAPTER, ATTENTION, BASE, CATEGORIES, DECODE, ELEMENTWISE, GAPS, LOSS, OPTIMIZER, Timeline
 
 SIZES = ("--tokens", "32", "--r", "4", "--device", "cpu")
@@ -329,7 +329,15 @@ def test_out_of_memory_is_a_point(tiny, tmp_path, monkeypatch, capsys):
     assert providers["peft"]["longest"]["how"] == "extrapolated"
 
 
-@pytest.mark.parametrize(("after", "parts"), [(1, set()), (5, {"memory"}), (8, {"memory", "time"})])
+PARTS_AFTER = [
+    (1, set()),
+    (3 + 1, {"memory"}),  # three steps record allocations
+    (3 + 5, {"memory", "time"}),  # and three a round are profiled
+    (3 + 6 + 4, {"memory", "time", "length"}),
+]
+
+
+@pytest.mark.parametrize(("after", "parts"), PARTS_AFTER)
 def test_interrupted_report_has_what_was_measured(tiny, tmp_path, monkeypatch, capsys, after, parts):
     (tmp_path / "time.png").touch()  # of a run before
     steps = iter(range(after))
@@ -341,11 +349,14 @@ def test_interrupted_report_has_what_was_measured(tiny, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(training, "peak_bytes", lambda *args: (count(), peak_bytes(*args))[1])
     monkeypatch.setattr(timeline, "record", lambda *args: (count(), record(*args))[1])
-    assert main(["profile", "--model", tiny, *SIZES, "--steps", "2", "--out", str(tmp_path)]) == 130
+    assert (
+        main(["profile", "--model", tiny, *SIZES, "--steps", "2", "--sequence", "8,16", "--out", str(tmp_path)]) == 130
+    )
     assert "Interrupted" in capsys.readouterr().err
     report = json.loads((tmp_path / "profile.json").read_text())
-    assert report["complete"] is False and {"memory", "time"} & set(report) == parts
-    assert {path.name for path in tmp_path.iterdir()} == {"profile.json", *(f"{part}.png" for part in parts)}
+    assert report["complete"] is False and set(PICTURES) & set(report) == parts
+    files = {PICTURES[part] for part in parts} | ({"sequence.csv"} if "length" in parts else set())
+    assert {path.name for path in tmp_path.iterdir()} == {"profile.json"} | files
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """Time and memory against sequence length, and how long a sequence fits into a budget."""
 
-import csv
 import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -29,8 +28,8 @@ COLUMNS = ("sequence", "tokens_per_second", "step_seconds", "saved", "peak", "to
 
 def measure(
     args: Namespace, trainers: list[Trainer], ids: Tensor, fixed: dict[str, int], advance: Callable[[str], None]
-) -> dict:
-    """Points of every provider, by length. ``fixed``: bytes of weights, adapters and optimizer state.
+) -> Iterator[dict]:
+    """Points of every provider, more after every length. ``fixed``: bytes of weights, adapters and optimizer state.
 
     A length that does not fit on the device is a point too, and the last one of its provider.
     """
@@ -50,11 +49,11 @@ def measure(
         for trainer in fits:
             if trainer.results.step_seconds:
                 points[trainer.name][-1] |= _point(trainer.results, batch.numel(), fixed[trainer.name])
-    providers = {
-        name: {"points": each, "fixed": fixed[name], "fit": fit(each), "longest": longest(each, args.budget)}
-        for name, each in points.items()
-    }
-    return {"budget": args.budget, "batch": len(ids), "providers": providers}
+        providers = {
+            name: {"points": list(p), "fixed": fixed[name], "fit": fit(p), "longest": longest(p, args.budget)}
+            for name, p in points.items()
+        }
+        yield {"budget": args.budget, "batch": len(ids), "providers": providers}
 
 
 def _step(trainer: Trainer, batch: Tensor, seed: int, measures_memory: bool) -> None:
@@ -163,7 +162,7 @@ def ends_at(report: dict, name: str) -> str:
     """Where the budget ends, in words."""
     found = report["length"]["providers"][name]["longest"]
     if found is None:
-        return "unknown: fewer than two lengths fit on the device"
+        return "unknown: fewer than two lengths were measured"
     if found["sequence"] is None:
         return "any length (the fit does not grow)"
     positions = report["length"].get("positions")
@@ -179,17 +178,13 @@ def size(count: int) -> str:
     return f"{count / scale:.4g} {unit}"
 
 
-def write_csv(part: dict, path: Path) -> None:
+def rows(part: dict) -> list[dict]:
     """A row per provider and length."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.DictWriter(file, ("provider", "batch", *COLUMNS), lineterminator="\n")
-            rows.writeheader()
-            for name, provider in part["providers"].items():
-                rows.writerows({"provider": name, "batch": part["batch"], **point} for point in provider["points"])
-
-    replace_file(path, write)
+    return [
+        {"provider": name, "batch": part["batch"], **point}
+        for name, provider in part["providers"].items()
+        for point in provider["points"]
+    ]
 
 
 def draw(report: dict, path: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from fastlora import ledger, timeline
 from fastlora.benchmarks import training
+from fastlora.benchmarks.records import to_json, write_rows
 from fastlora.cli import INTERRUPTED, common, length
 from fastlora.cli.arguments import UsageError
 from fastlora.cli.profile_report import draw_memory, draw_time, memory_table, modules_table, time_table
-from fastlora.cli.report import NAMES, to_json, write_report
+from fastlora.cli.report import NAMES, write_report
 from fastlora.environment import environment
 from fastlora.files import replace_file
 
@@ -124,10 +125,10 @@ def _measure(args: Namespace, model: nn.Module, ids: Tensor, report: dict, advan
     if args.sequence:
         kept = ("weights", "adapters", "optimizer state")
         fixed = {name: sum(books[kind] for kind in kept) for name, books in memory.items()}
-        report["length"] = {
-            **length.measure(args, trainers, ids, fixed, advance),
-            "positions": getattr(model.config, "max_position_embeddings", None),
-        }
+        positions = getattr(model.config, "max_position_embeddings", None)
+        for part in length.measure(args, trainers, ids, fixed, advance):
+            report["length"] = part | {"positions": positions}
+            write_report(report, args.out / "profile.json")
 
 
 def _memory(trainer: training.Trainer, ids: Tensor) -> dict:
@@ -233,7 +234,7 @@ def _draw(report: dict, folder: Path) -> list[Path]:
             draw[part](report, folder / name)
             written.append(folder / name)
     if "length" in report:
-        length.write_csv(report["length"], folder / "sequence.csv")
+        write_rows(folder / "sequence.csv", length.rows(report["length"]))
         written.append(folder / "sequence.csv")
     return written
 
