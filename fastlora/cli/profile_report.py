@@ -174,7 +174,7 @@ def _draw_bars(
         for y, (name, size) in enumerate(zip(values, sizes, strict=True)):
             if size > 0.045 * largest:
                 text = "white" if colour in DARK else "black"
-                axes.text(starts[name] + size / 2, y, f"{size:,.0f}", ha="center", va="center", color=text)
+                axes.text(starts[name] + size / 2, y, f"{size:,.0f}", ha="center", va="center", color=text, zorder=4)
             starts[name] += size
     axes.axvline(starts["frozen"], color="black", linestyle="--", label="frozen model: the limit")
     if marks is not None:
