@@ -98,7 +98,8 @@ def is_merged(weight: Weight, p: float) -> bool:
 
 
 def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any, s: float, p: float) -> Tensor:
-    """``x wᵀ + bias + xa bᵀ``, like x but for N; xa is not used if the adapter `is_merged`."""
+    """``x wᵀ + bias + xa bᵀ``, like x but for N; xa is not used if the adapter `is_merged`: that is
+    ``nf4_matmul``, whose plan for few tokens on a GPU multiplies the 4-bit weight without decoding it to memory."""
     rows = rows_of(x)
     if isinstance(weight, Tensor):
         y = lora_matmul(rows, weight, xa, b, bias)
