@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint bench gpu clean
+.PHONY: setup demo test test-installed test-others lint bench gpu clean
 
 setup: $(READY)
 
@@ -24,8 +24,15 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 demo: setup
 	$(BIN)/fastlora compare --base bf16,nf4 --steps 8
 
+# In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted. The last two
+# run beside the first, each process on one core.
 test: setup
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-installed test-others
+
+test-installed:
 	$(BIN)/python -m pytest
+
+test-others:
 	$(BIN)/python -m pytest --no-cpu-kernels \
 		$(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
 	$(BIN)/python -m pytest --kernels-in-interpreter \
