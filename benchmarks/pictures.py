@@ -1,4 +1,4 @@
-"""Pictures of results: whose colour is whose, and which data a picture was drawn from."""
+"""Pictures that know which data they were drawn from."""
 
 import hashlib
 from pathlib import Path
@@ -10,33 +10,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind
-    "frozen": "#999999",
-    "peft": "#E69F00",
-    "fastlora": "#0072B2",
-    "peft+compile": "#F0E442",
-    "fastlora+compile": "#56B4E9",
-}
 
-
-def save(figure: "Figure", path: Path, data: Path) -> None:
-    """Write a PNG that names the file it was drawn from, and that file's digest, in its metadata."""
+def save(figure: "Figure", path: Path, data: str) -> None:
+    """Write a PNG with the digest of the text of the results that it shows: a CSV's or a JSON's."""
     metadata = {"Description": _description(data)}
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", metadata=metadata))
 
 
 def is_drawn_from(path: Path, data: Path) -> bool:
-    """Whether the PNG was drawn from the data file as it is now."""
+    """Whether the PNG shows what is in the file now."""
     from PIL import Image
 
     if not path.is_file() or not data.is_file():
         return False
     with Image.open(path) as image:
-        return image.info.get("Description") == _description(data)
+        return image.info.get("Description") == _description(data.read_text(encoding="utf-8"))
 
 
-def _description(data: Path) -> str:
-    return f"drawn from {data.name}, sha256 {hashlib.sha256(data.read_bytes()).hexdigest()}"
+def _description(data: str) -> str:
+    return f"drawn from data of sha256 {hashlib.sha256(data.strip().encode()).hexdigest()}"
 
 
 def plain(axes: "Axes") -> None:

@@ -1,0 +1,323 @@
+"""Writes benchmarks/RESULTS.md, and what README.md says of measurements, from the files in benchmarks/results.
+
+Pictures whose data have changed since they were drawn are drawn again. README.md's measured parts stand between
+<!-- name --> and <!-- /name -->; nothing there or in RESULTS.md is typed."""
+
+import argparse
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastlora.benchmarks import pictures
+from fastlora.benchmarks.records import read_rows
+from fastlora.benchmarks.studies import common
+from fastlora.cli import figure, profile
+from fastlora.cli.report import NAMES, case_name, megabytes
+from fastlora.files import replace_file
+
+HERE = Path(__file__).resolve().parent
+WIDTH = 120
+_EXAMPLE = """\
+example:
+  python -m benchmarks.report            write what is stale
+  python -m benchmarks.report --check    only name it, and end with 1 if there is any"""
+_HEAD = """\
+# Results
+
+Written by `python -m benchmarks.report` from the files in [results](results), which hold every row, the versions, the
+device and the date; [README.md](README.md) is the protocol. MB are 10^6 bytes; *saved* is what is kept for backward,
+weights not counted; *over frozen* is the median over rounds of a step's time over the frozen model's in the same round.
+"""
+
+
+class Picture(NamedTuple):
+    path: Path
+    data: Path
+    draw: Callable[[], None]
+
+
+def results_md(results: Path) -> str:
+    """All results of all devices."""
+    parts = [_HEAD]
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        sections = [text for section in SECTIONS for text in section(folder, results)]
+        if sections:
+            parts += [f"## {folder.name}", *sections]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+# Sections of RESULTS.md: a folder of results to Markdown, nothing where there are none.
+
+
+def compare_section(folder: Path, results: Path) -> Iterator[str]:
+    reports = [(path, _json(path)) for path in (folder / "report.json", *sorted(folder.glob("*/report.json")))]
+    reports = [(path, report) for path, report in reports if report is not None]
+    if not reports:
+        return
+    yield "### Fine-tuning with PEFT and with PEFT + fastlora (`fastlora compare`)"
+    for path, report in reports:
+        yield setting(report) + "."
+        yield compare_table([report])
+        yield _image("time, memory and losses", path.with_name("compare.png"), results)
+        yield where(report["environment"])
+
+
+def profile_section(folder: Path, results: Path) -> Iterator[str]:
+    report = _json(folder / "profile" / "profile.json")
+    if report is None:
+        return
+    providers = report["providers"]
+    yield "### What a step keeps in memory (`fastlora profile`)"
+    yield f"{report['model']}, {case_name(report['case'])}."
+    rows = [[kind, *(megabytes(p[kind]) for p in providers.values())] for kind in profile.CATEGORIES]
+    yield table(["MB", *(NAMES[name] for name in providers)], rows)
+    yield _image("memory of a step", folder / "profile" / "memory.png", results)
+    yield where(report["environment"])
+
+
+def overhead_section(folder: Path, results: Path) -> Iterator[str]:
+    report = _json(folder / "host_overhead.json")
+    if report is None:
+        return
+    yield "### What a layer costs the host"
+    yield "Microseconds a call on tensors too small to matter, one thread."
+    columns = ("frozen", "peft", "fastlora", "fastlora / peft")
+    rows = [
+        [case, mode, *(f"{found[name]:g}" for name in columns)]
+        for case, modes in report["microseconds"].items()
+        for mode, found in modes.items()
+    ]
+    yield table(["layer", "mode", "frozen", "PEFT", "PEFT + fastlora", "ratio"], rows)
+    yield where(report["environment"])
+
+
+def studies_section(folder: Path, results: Path) -> Iterator[str]:
+    found = [(study, *common.paths(folder / "studies", study.name)) for study in map(common.load, common.STUDIES)]
+    found = [entry for entry in found if entry[1].is_file()]
+    if found:
+        yield "### Studies (`python -m benchmarks.studies`)"
+    for study, data, report_file, picture in found:
+        rows, report = read_rows(data), _json(report_file) or {}
+        yield f"#### {study.title}"
+        yield study.finding(rows)
+        yield _image(study.title, picture, results)
+        body = [[common.cell(name, row[name]) for name in study.columns] for row in rows]
+        yield "<details><summary>rows</summary>\n\n" + table(list(study.columns.values()), body) + "\n\n</details>"
+        sizes = report["settings"]
+        run = f"{sizes['model']}, {sizes['batch']} x {sizes['tokens']} tokens a step, {sizes['rounds']} rounds; "
+        yield (run if study.needs_model else "") + where(report["environment"])
+
+
+SECTIONS = (compare_section, profile_section, overhead_section, studies_section)
+
+
+# What README.md says, by the name of its markers, from the results of one device.
+
+
+def compare_fragment(folder: Path) -> str:
+    report, checkpointing = _read(folder / "report.json"), _read(folder / "checkpointing" / "report.json")
+    env, settings = report["environment"], report["settings"]
+    text = (
+        f"{setting(report)}, {env['cores']} cores of an {env['device']}, torch {env['torch'].partition('+')[0]}, PEFT "
+        f"{env['peft']}, {_date(env)}; medians of {settings['steps'] - settings['warmup']} interleaved steps "
+        f"([report.json](benchmarks/results/{folder.name}/report.json), "
+        f"[with checkpointing](benchmarks/results/{folder.name}/checkpointing/report.json)):"
+    )
+    return f"{_fill(text)}\n\n{compare_table([report, checkpointing])}"
+
+
+def memory_fragment(folder: Path) -> str:
+    providers = _read(folder / "profile" / "profile.json")["providers"]
+    frozen, ours = (providers[name]["saved for backward"] for name in ("frozen", "fastlora"))
+    less = "less, since the MLP's inner activations are computed again" if ours < frozen else "no less"
+    return _fill(
+        f"The frozen model itself keeps {megabytes(frozen)} MB for backward; with fastlora, training adapters on it keeps "
+        f"{megabytes(ours)} MB, {less} ([the ledger](benchmarks/results/{folder.name}/profile/profile.json), by "
+        "`fastlora profile`):"
+    )
+
+
+def losses_fragment(folder: Path) -> str:
+    report = _read(folder / "report.json")
+    cases = [case for case in report["cases"] if not case["dropout"]]
+    bounds = [
+        f"{math.ceil(100 * case['providers']['fastlora']['max_loss_difference']) / 100:.2f}"
+        f"{' of PEFT’s' * (i == 0)} on {case['base'].upper() if case['base'][-1] == '4' else case['base']}"
+        for i, case in enumerate(cases)
+    ]
+    steps = report["settings"]["steps"]
+    return _fill(f"Over the same {steps} steps the losses stay within {' and '.join(bounds)}, where dropout is off.")
+
+
+def overhead_fragment(folder: Path) -> str:
+    modes = _read(folder / "host_overhead.json")["microseconds"]["bf16 base, dropout 0.0"]
+    forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
+    below = "is below PEFT's too" if max(forward, both) < 1 else "is not below PEFT's everywhere"
+    return _fill(
+        f"The layer's own overhead {below}: on tensors too small to matter, one thread, a forward without gradients takes "
+        f"{forward:.2f} of PEFT's time, forward and backward {both:.2f} "
+        f"([host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json))."
+    )
+
+
+def small_updates_fragment(folder: Path) -> str:
+    study = common.load("small_updates")
+    rows = read_rows(folder / "studies" / "small_updates.csv")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    by_magnitude: dict[float, list[str]] = {}
+    for row in rows:
+        by_magnitude.setdefault(row["magnitude_of_B"], []).append(f"{row['share_kept']:.2f}")
+    body = [[f"{magnitude:.0e}".replace("e-0", "e-"), *shares] for magnitude, shares in by_magnitude.items()]
+    return f"{_fill(study.finding(rows))}\n\n{table(['magnitude of B', *layers], body)}"
+
+
+FRAGMENTS = {
+    "compare": compare_fragment,
+    "memory": memory_fragment,
+    "losses": losses_fragment,
+    "overhead": overhead_fragment,
+    "small updates": small_updates_fragment,
+}
+
+
+def readme_md(text: str, folder: Path) -> str:
+    """README.md with its measured parts as the results in the folder have them.
+
+    Raises ValueError if markers are missing, open or unknown.
+    """
+    names = re.findall(r"<!-- ([^/].*?) -->", text)
+    if sorted(names) != sorted(FRAGMENTS):
+        raise ValueError(f"README.md must have the markers {', '.join(FRAGMENTS)}, each once, got {', '.join(names)}")
+    for name, fragment in FRAGMENTS.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"README.md must have {end} after {start}")
+        text = f"{before}{start}\n{fragment(folder)}\n{end}{after}"
+    return text
+
+
+def compare_table(reports: list[dict]) -> str:
+    head = ["base, dropout", "seconds a step: frozen (the limit)", "PEFT", "PEFT + fastlora", "faster"]
+    head += ["saved for backward: PEFT", "PEFT + fastlora", "ratio"]
+    rows = []
+    for case in (case for report in reports for case in report["cases"]):
+        frozen, peft, ours = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
+        base = case["base"].upper() if case["base"].endswith("4") else case["base"]
+        rows.append(
+            [
+                f"{base}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
+                *(f"{p['p50']:.3f}" for p in (frozen, peft, ours)),
+                f"{ours['speedup']:.2f}×",
+                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, ours)),
+                f"{ours['saved_ratio']:.2f}",
+            ]
+        )
+    return table(head, rows)
+
+
+def setting(report: dict) -> str:
+    settings = report["settings"]
+    return (
+        f"{report['model']}, r={settings['r']} on every linear layer, fp32 adapters, {settings['batch']} × "
+        f"{settings['tokens']} tokens a step"
+    )
+
+
+def where(env: dict) -> str:
+    """The environment in a line."""
+    libraries = ", ".join(f"{name} {env[name]}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
+    commit = f", commit {env['commit'][:10]}{'-dirty' * env['commit'].endswith('dirty')}" if env["commit"] else ""
+    return f"{env['device']}, {env['threads']} threads, {libraries}{commit}, {_date(env)}."
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)).replace("| --- ", "|---")
+
+
+def drawings(results: Path) -> list[Picture]:
+    """Every picture of the results."""
+    found = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        for data in (folder / "report.json", *sorted(folder.glob("*/report.json"))):
+            picture = data.with_name("compare.png")
+            found.append(Picture(picture, data, lambda data=data, picture=picture: figure.draw(_read(data), picture)))
+        data, picture = folder / "profile" / "profile.json", folder / "profile" / "memory.png"
+        found.append(Picture(picture, data, lambda data=data, picture=picture: profile.draw(_read(data), picture)))
+        for name in common.STUDIES:
+            data, _, picture = common.paths(folder / "studies", name)
+            draw = lambda name=name, folder=folder: common.draw(common.load(name), folder / "studies")  # noqa: E731
+            found.append(Picture(picture, data, draw))
+    return [picture for picture in found if picture.data.is_file()]
+
+
+def stale(results: Path, readme: Path, device: str = "cpu") -> dict[Path, Callable[[], Any]]:
+    """What does not say what the results say, and how to write it."""
+    found: dict[Path, Callable[[], Any]] = {
+        picture.path: picture.draw
+        for picture in drawings(results)
+        if not pictures.is_drawn_from(picture.path, picture.data)
+    }
+    texts = {
+        results.parent / "RESULTS.md": results_md(results),
+        readme: readme_md(readme.read_text(encoding="utf-8"), results / device),
+    }
+    for path, text in texts.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            found[path] = lambda path=path, text=text: replace_file(
+                path, lambda temporary: temporary.write_text(text, encoding="utf-8")
+            )
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if anything is stale")
+    args = parser.parse_args(argv)
+    try:
+        found = stale(HERE / "results", HERE.parent / "README.md")
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    for path, write in found.items():
+        print(f"{'stale' if args.check else 'written'}: {path.relative_to(HERE.parent)}")
+        if not args.check:
+            write()
+    return 1 if args.check and found else 0
+
+
+def _json(path: Path) -> dict | None:
+    return _read(path) if path.is_file() else None
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _image(text: str, path: Path, results: Path) -> str:
+    return f"![{text}]({path.relative_to(results.parent).as_posix()})"
+
+
+def _date(env: dict) -> str:
+    date = datetime.fromisoformat(env["date"])
+    return f"{date.day} {date:%B %Y}"
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
