@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint bench gpu clean
+.PHONY: setup demo test lint bench studies report gpu clean
 
 setup: $(READY)
 
@@ -43,6 +43,14 @@ bench: setup
 	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out benchmarks/results/cpu/checkpointing
 	$(BIN)/fastlora profile --out benchmarks/results/cpu/profile
 	$(BIN)/python benchmarks/host_overhead.py --json > benchmarks/results/cpu/host_overhead.json
+
+# Memory and time against position, rank, number of adapters, modules, base and optimizer: under ten minutes on two cores.
+studies: setup
+	$(BIN)/python -m benchmarks.studies
+
+# The numbers of README.md and benchmarks/RESULTS.md from the files of results, and the pictures whose data have changed.
+report: setup
+	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU, with whatever torch it has and without installing: correctness, rates, sweeps, in steps of
 # under ten minutes that go on where they stopped. make gpu ARGS='--only sweep', and see benchmarks/gpu.py --help.

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from fastlora.files import replace_file
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -29,8 +28,3 @@ def is_drawn_from(path: Path, data: Path) -> bool:
 
 def _description(data: str) -> str:
     return f"drawn from data of sha256 {hashlib.sha256(data.strip().encode()).hexdigest()}"
-
-
-def plain(axes: "Axes") -> None:
-    """Without the lines that say nothing."""
-    axes.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,12 +57,11 @@ def results_md(results: Path) -> str:
 
 
 def compare_section(folder: Path, results: Path) -> Iterator[str]:
-    reports = [(path, _json(path)) for path in (folder / "report.json", *sorted(folder.glob("*/report.json")))]
-    reports = [(path, report) for path, report in reports if report is not None]
-    if not reports:
-        return
-    yield "### Fine-tuning with PEFT and with PEFT + fastlora (`fastlora compare`)"
-    for path, report in reports:
+    paths = compare_reports(folder)
+    if paths:
+        yield "### Fine-tuning with PEFT and with PEFT + fastlora (`fastlora compare`)"
+    for path in paths:
+        report = _read(path)
         yield setting(report) + "."
         yield compare_table([report])
         yield _image("time, memory and losses", path.with_name("compare.png"), results)
@@ -137,8 +137,8 @@ def memory_fragment(folder: Path) -> str:
     frozen, ours = (providers[name]["saved for backward"] for name in ("frozen", "fastlora"))
     less = "less, since the MLP's inner activations are computed again" if ours < frozen else "no less"
     return _fill(
-        f"The frozen model itself keeps {megabytes(frozen)} MB for backward; with fastlora, training adapters on it keeps "
-        f"{megabytes(ours)} MB, {less} ([the ledger](benchmarks/results/{folder.name}/profile/profile.json), by "
+        f"The frozen model itself keeps {megabytes(frozen)} MB for backward; with fastlora, training adapters on it "
+        f"keeps {megabytes(ours)} MB: {less} ([the ledger](benchmarks/results/{folder.name}/profile/profile.json), by "
         "`fastlora profile`):"
     )
 
@@ -147,12 +147,11 @@ def losses_fragment(folder: Path) -> str:
     report = _read(folder / "report.json")
     cases = [case for case in report["cases"] if not case["dropout"]]
     bounds = [
-        f"{math.ceil(100 * case['providers']['fastlora']['max_loss_difference']) / 100:.2f}"
-        f"{' of PEFT’s' * (i == 0)} on {case['base'].upper() if case['base'][-1] == '4' else case['base']}"
-        for i, case in enumerate(cases)
+        f"{math.ceil(100 * case['providers']['fastlora']['max_loss_difference']) / 100:.2f} on {_base(case)}"
+        for case in cases
     ]
     steps = report["settings"]["steps"]
-    return _fill(f"Over the same {steps} steps the losses stay within {' and '.join(bounds)}, where dropout is off.")
+    return _fill(f"Where dropout is off, the {steps} losses differ from PEFT's by at most {' and '.join(bounds)}.")
 
 
 def overhead_fragment(folder: Path) -> str:
@@ -160,8 +159,8 @@ def overhead_fragment(folder: Path) -> str:
     forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
     below = "is below PEFT's too" if max(forward, both) < 1 else "is not below PEFT's everywhere"
     return _fill(
-        f"The layer's own overhead {below}: on tensors too small to matter, one thread, a forward without gradients takes "
-        f"{forward:.2f} of PEFT's time, forward and backward {both:.2f} "
+        f"The layer's own overhead {below}: on tensors too small to matter, one thread, a forward without gradients "
+        f"takes {forward:.2f} of PEFT's time, forward and backward {both:.2f} "
         f"([host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json))."
     )
 
@@ -173,7 +172,7 @@ def small_updates_fragment(folder: Path) -> str:
     by_magnitude: dict[float, list[str]] = {}
     for row in rows:
         by_magnitude.setdefault(row["magnitude_of_B"], []).append(f"{row['share_kept']:.2f}")
-    body = [[f"{magnitude:.0e}".replace("e-0", "e-"), *shares] for magnitude, shares in by_magnitude.items()]
+    body = [[common.power(magnitude), *shares] for magnitude, shares in by_magnitude.items()]
     return f"{_fill(study.finding(rows))}\n\n{table(['magnitude of B', *layers], body)}"
 
 
@@ -210,10 +209,9 @@ def compare_table(reports: list[dict]) -> str:
     rows = []
     for case in (case for report in reports for case in report["cases"]):
         frozen, peft, ours = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
-        base = case["base"].upper() if case["base"].endswith("4") else case["base"]
         rows.append(
             [
-                f"{base}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
+                f"{_base(case)}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
                 *(f"{p['p50']:.3f}" for p in (frozen, peft, ours)),
                 f"{ours['speedup']:.2f}×",
                 *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, ours)),
@@ -238,24 +236,32 @@ def where(env: dict) -> str:
     return f"{env['device']}, {env['threads']} threads, {libraries}{commit}, {_date(env)}."
 
 
+def compare_reports(folder: Path) -> list[Path]:
+    return [path for path in (folder / "report.json", *sorted(folder.glob("*/report.json"))) if path.is_file()]
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)).replace("| --- ", "|---")
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)).replace(
+        "| --- ", "|---"
+    )
 
 
 def drawings(results: Path) -> list[Picture]:
     """Every picture of the results."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        for data in (folder / "report.json", *sorted(folder.glob("*/report.json"))):
-            picture = data.with_name("compare.png")
-            found.append(Picture(picture, data, lambda data=data, picture=picture: figure.draw(_read(data), picture)))
-        data, picture = folder / "profile" / "profile.json", folder / "profile" / "memory.png"
-        found.append(Picture(picture, data, lambda data=data, picture=picture: profile.draw(_read(data), picture)))
+        for data in compare_reports(folder):
+            found.append(Picture(data.with_name("compare.png"), data, partial(_draw, figure.draw, data, "compare.png")))
+        data = folder / "profile" / "profile.json"
+        found.append(Picture(data.with_name("memory.png"), data, partial(_draw, profile.draw, data, "memory.png")))
         for name in common.STUDIES:
             data, _, picture = common.paths(folder / "studies", name)
-            draw = lambda name=name, folder=folder: common.draw(common.load(name), folder / "studies")  # noqa: E731
-            found.append(Picture(picture, data, draw))
+            found.append(Picture(picture, data, partial(common.draw, common.load(name), folder / "studies")))
     return [picture for picture in found if picture.data.is_file()]
+
+
+def _draw(draw: Callable[[dict, Path], None], data: Path, name: str) -> None:
+    draw(_read(data), data.with_name(name))
 
 
 def stale(results: Path, readme: Path, device: str = "cpu") -> dict[Path, Callable[[], Any]]:
@@ -271,9 +277,7 @@ def stale(results: Path, readme: Path, device: str = "cpu") -> dict[Path, Callab
     }
     for path, text in texts.items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            found[path] = lambda path=path, text=text: replace_file(
-                path, lambda temporary: temporary.write_text(text, encoding="utf-8")
-            )
+            found[path] = partial(replace_file, path, partial(Path.write_text, data=text, encoding="utf-8"))
     return found
 
 
@@ -308,6 +312,10 @@ def _read(path: Path) -> dict:
 
 def _image(text: str, path: Path, results: Path) -> str:
     return f"![{text}]({path.relative_to(results.parent).as_posix()})"
+
+
+def _base(case: dict) -> str:
+    return case["base"].upper() if case["base"].endswith("4") else case["base"]
 
 
 def _date(env: dict) -> str:

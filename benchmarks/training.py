@@ -170,7 +170,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # a node that holds its own output would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = forward()

@@ -10,9 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastlora.benchmarks import models, pictures, training
+from fastlora.benchmarks import models, training
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, pick
+from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 from fastlora.fourbit import quantisation_tensors
 
@@ -97,7 +98,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         for offset, name in zip((-0.27, 0), PROVIDERS, strict=True):
             own = [ratios(rows, base, name, adapted)[kind] for base in BASES]
             places = [place + offset for place in range(len(BASES))]
-            bars = axes.bar(places, own, width=0.25, color=pictures.COLOURS[name], label=NAMES[name])
+            bars = axes.bar(places, own, width=0.25, color=COLOURS[name], label=NAMES[name])
             axes.bar_label(bars, fmt="%.2f", fontsize=9)
         if adapted == "q, v, r = 8":
             places = [place + 0.27 for place in range(len(BASES))]
@@ -112,7 +113,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
             ("time of a step / the same provider's on bf16", "memory in all / the same provider's on bf16")[kind]
         )
         axes.set_ylim(top=1.15 * axes.get_ylim()[1])
-        pictures.plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fastlora.benchmarks import models, pictures, training
-from fastlora.benchmarks.gpu import read_rows, write_rows
+from fastlora.benchmarks.records import default_folder, read_rows, to_json, write_json, write_rows
 from fastlora.cli import INTERRUPTED, common, quieten
 from fastlora.cli.arguments import UsageError, _integer, _Parser
-from fastlora.cli.report import NAMES, quantiles, to_json, write_report
+from fastlora.cli.report import NAMES, quantiles
 from fastlora.environment import environment
 
 STUDIES = ("position", "rank", "many_adapters", "targets", "bases", "optimizers", "small_updates")
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # a Llama block's linear layers
 VERSION = 1
 
@@ -144,7 +142,7 @@ def column(rows: list[Row], name: str, **where: Any) -> list[Any]:
 def trend(values: Sequence[float], flat: float = 0.01) -> str:
     """What values do from first to last, in one word or two."""
     if max(values) <= (1 + flat) * min(values):
-        return "stays"
+        return "is flat"
     pairs = list(pairwise(values))
     if all(a >= b for a, b in pairs):
         return "falls"
@@ -155,10 +153,16 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.2g} MB"
 
 
+def power(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
+
+
 def cell(name: str, value: Any) -> str:
     """A value of a CSV as a reader wants it; headings say MB for bytes."""
     if value is None:
         return "-"
+    if name == "magnitude_of_B":
+        return power(value)
     if name == "provider":
         return NAMES.get(value, value)
     if name.endswith("_bytes"):
@@ -176,7 +180,7 @@ def draw(study: Study, folder: Path) -> None:
     data, _, picture = paths(folder, study.name)
     figure = Figure(dpi=150, layout="constrained")
     study.draw(read_rows(data), figure)
-    pictures.save(figure, picture, data)
+    pictures.save(figure, picture, data.read_text())
 
 
 def main(*names: str, argv: Sequence[str] | None = None) -> int:
@@ -189,7 +193,7 @@ def main(*names: str, argv: Sequence[str] | None = None) -> int:
     notes = Console(file=sys.stderr, highlight=False)
     try:
         device = common.device_of(args.device)
-        folder = args.out or default_folder(device, args.quick)
+        folder = args.out or (Path("fastlora-studies") if args.quick else default_folder(device) / "studies")
         common.make_folder(folder)
         reports = []
         with common.progress(notes) as progress:
@@ -215,13 +219,6 @@ def main(*names: str, argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def default_folder(device: torch.device, quick: bool) -> Path:
-    if quick:
-        return Path("fastlora-studies")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") / "studies"
-
-
 def _run(study: Study, setup: Setup, folder: Path) -> dict:
     data, report_file, picture = paths(folder, study.name)
     rows = study.measure(setup)
@@ -242,7 +239,7 @@ def _run(study: Study, setup: Setup, folder: Path) -> dict:
         },
         "finding": study.finding(rows),
     }
-    write_report(report, report_file)
+    write_json(report_file, report)
     draw(study, folder)
     return {**report, "rows": rows}
 

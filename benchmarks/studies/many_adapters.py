@@ -7,9 +7,9 @@ import sys
 
 from matplotlib.figure import Figure
 
-from fastlora.benchmarks import pictures
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, megabytes, pick
+from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 
 R = 16
@@ -69,7 +69,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
     time, memory = figure.subplots(1, 2)
     for name in ("peft", "fastlora"):
         counts = column(rows, "adapters", provider=name)
-        style = {"color": pictures.COLOURS[name], "label": NAMES[name]}
+        style = {"color": COLOURS[name], "label": NAMES[name]}
         time.plot(counts, column(rows, "over_frozen", provider=name), "-o", **style)
         memory.plot(counts, [size / 1e6 for size in column(rows, "saved_bytes", provider=name)], "-o", **style)
     limit = column(rows, "saved_bytes", provider="frozen")[0] / 1e6
@@ -83,7 +83,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("active adapters on every linear layer")
         axes.set_ylabel(label)
-        pictures.plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 

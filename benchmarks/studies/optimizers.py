@@ -10,10 +10,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastlora.benchmarks import pictures, training
+from fastlora.benchmarks import training
 from fastlora.benchmarks.models import LLAMA_2_7B_SHAPE
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, pick
+from fastlora.cli.figure import COLOURS
 
 R = 16
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
@@ -91,7 +92,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
     for axes, model in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         found = pick(rows, model=model)
         sizes = [row["optimizer_bytes"] / 1e6 for row in found]
-        bars = axes.bar(range(len(found)), sizes, color=pictures.COLOURS["fastlora"], width=0.6, label="measured")
+        bars = axes.bar(range(len(found)), sizes, color=COLOURS["fastlora"], width=0.6, label="measured")
         axes.bar_label(bars, fmt="%.2f", fontsize=9)
         for i, row in enumerate(found):
             level = row["formula_bytes"] / 1e6
@@ -101,7 +102,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         axes.set_title(f"{model}\n{found[0]['trainable_parameters']:,} parameters", fontsize=10)
         axes.set_ylabel("optimizer state, MB")
         axes.set_ylim(0, 1.15 * max(sizes))
-        pictures.plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
 
 

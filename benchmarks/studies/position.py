@@ -8,9 +8,9 @@ import sys
 
 from matplotlib.figure import Figure
 
-from fastlora.benchmarks import pictures
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, megabytes, trend
+from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 
 R = 16
@@ -55,7 +55,7 @@ def _moves(rows: list[Row], checkpointing: str) -> str:
     for provider, name in (("peft", "PEFT"), ("fastlora", "fastlora")):
         saved = column(rows, "saved_bytes", checkpointing=checkpointing, provider=provider)
         does, first, last = trend(saved), megabytes(saved[0]), megabytes(saved[-1])
-        words.append(f"{does} {f'at {first}' if does == 'stays' else f'from {first} to {last}'} with {name}")
+        words.append(f"{does} {f'at {first}' if does == 'is flat' else f'from {first} to {last}'} with {name}")
     return " and ".join(words)
 
 
@@ -75,7 +75,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
                     column(rows, "layer", **where),
                     [size / 1e6 for size in column(rows, kind, **where)],
                     line,
-                    color=pictures.COLOURS[name],
+                    color=COLOURS[name],
                     linewidth=3.5 if name == "peft" else 1.5,
                     alpha=0.7 if name == "peft" else 1,
                     markersize=7 if name == "peft" else 4,
@@ -84,7 +84,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         axes.set_xlabel("block that trains (0 is the first)")
         axes.set_ylabel(f"{label}, MB")
         axes.set_ylim(bottom=0)
-        pictures.plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 

@@ -7,9 +7,9 @@ import sys
 
 from matplotlib.figure import Figure
 
-from fastlora.benchmarks import pictures
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, megabytes, pick
+from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 
 
@@ -57,21 +57,19 @@ def _state(row: Row) -> int:
 
 def draw(rows: list[Row], figure: Figure) -> None:
     figure.set_size_inches(11, 4.6)
-    over = column(rows, "over_frozen", provider="peft")[-1] / column(rows, "over_frozen", provider="fastlora")[-1]
-    high = max(column(rows, "r"))
-    figure.suptitle(f"Rank: at r = {high} a step of PEFT's takes {over:.2f} times fastlora's, with the same parameters")
+    peft, ours = (column(rows, "over_frozen", provider=name) for name in ("peft", "fastlora"))
+    ranks = column(rows, "r", provider="peft")
+    figure.suptitle(
+        f"From r = {ranks[0]} to {ranks[-1]} a step takes {peft[0]:.2f} to {peft[-1]:.2f} times the frozen model's "
+        f"with PEFT, {ours[0]:.2f} to {ours[-1]:.2f} times with fastlora"
+    )
     memory, time = figure.subplots(1, 2)
     for name in ("peft", "fastlora"):
-        ranks = column(rows, "r", provider=name)
         saved = [size / 1e6 for size in column(rows, "saved_bytes", provider=name)]
-        memory.plot(ranks, saved, "-o", color=pictures.COLOURS[name], label=f"saved for backward, {NAMES[name]}")
-        time.plot(
-            ranks, column(rows, "over_frozen", provider=name), "-o", color=pictures.COLOURS[name], label=NAMES[name]
-        )
+        memory.plot(ranks, saved, "-o", color=COLOURS[name], label=f"saved for backward, {NAMES[name]}")
+        time.plot(ranks, column(rows, "over_frozen", provider=name), "-o", color=COLOURS[name], label=NAMES[name])
     states = [_state(row) / 1e6 for row in pick(rows, provider="peft")]
-    memory.plot(
-        column(rows, "r", provider="peft"), states, "-^", color="#009E73", label="adapters, gradients, AdamW (both)"
-    )
+    memory.plot(ranks, states, "-^", color="#009E73", label="adapters, gradients, AdamW (both)")
     limit = column(rows, "saved_bytes", provider="frozen")[0] / 1e6
     memory.axhline(limit, color="black", linestyle="--", label="saved for backward, frozen model (limit)")
     time.axhline(1, color="black", linestyle="--", label="frozen model: the limit")
@@ -84,7 +82,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         axes.set_xticks(ranks, [str(r) for r in ranks])
         axes.set_xlabel("rank r of every adapter")
         axes.legend(frameon=False, fontsize=9)
-        pictures.plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 STUDY = Study(

@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fastlora import lora_linear, reference
-from fastlora.benchmarks import pictures
 from fastlora.benchmarks.models import to_base
 from fastlora.benchmarks.studies import common
-from fastlora.benchmarks.studies.common import Row, Setup, Study, column
+from fastlora.benchmarks.studies.common import Row, Setup, Study, column, power
+from fastlora.cli.figure import COLOURS
 from fastlora.fourbit import weight_4bit
 
 M, K, N, R = 512, 4096, 1024, 16
+DRAWS = 8  # of x; the mean over them is what is said
 MAGNITUDES = (1e-5, 1e-4, 1e-3, 1e-2)
 LAYERS = ("unfused bf16 layer", "fastlora, bf16 base", "fastlora, NF4 base")
 
@@ -30,7 +31,7 @@ def measure(setup: Setup) -> list[Row]:
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return (std * torch.randn(shape, generator=generator, device=setup.device)).bfloat16()
 
-    x, w, a, unit = normal(M, K), normal(N, K, std=K**-0.5), normal(R, K, std=K**-0.5), normal(N, R)
+    w, a, unit = normal(N, K, std=K**-0.5), normal(R, K, std=K**-0.5), normal(N, R)
     model: Any = nn.Sequential(nn.Linear(K, N, bias=False, device=setup.device, dtype=torch.bfloat16))
     model[0].weight = nn.Parameter(w, requires_grad=False)
     nf4: Any = to_base(nn.Sequential(model[0]), "nf4").get_submodule("0").weight
@@ -39,22 +40,29 @@ def measure(setup: Setup) -> list[Row]:
     layer = unfused.base_model.model[0]
     layer.lora_A["default"].weight.data = a
 
-    rows = []
+    shares: dict[tuple[float, str], list[float]] = {}
+    draws = 2 if setup.quick else DRAWS
     with torch.no_grad():
-        bases = {"bf16": x.double() @ w.double().t(), "nf4": x.double() @ decoded(nf4).t()}
-        for magnitude in MAGNITUDES:
-            b = (magnitude * unit.float()).bfloat16()
-            layer.lora_B["default"].weight.data = b
-            expected = x.double() @ a.double().t() @ b.double().t()
-            results = (
-                (unfused(x), bases["bf16"]),
-                (lora_linear(x, w, a, b, 1.0), bases["bf16"]),
-                (lora_linear(x, nf4, a, b, 1.0), bases["nf4"]),
-            )
-            for name, (y, base) in zip(LAYERS, results, strict=True):
-                kept = ((y.double() - base) * expected).sum() / expected.square().sum()
-                rows.append({"magnitude_of_B": magnitude, "layer": name, "share_kept": kept.item()})
-    return rows
+        weights = {"bf16": w.double().t(), "nf4": decoded(nf4).t()}
+        for _ in setup.progress.track(range(draws), description="draws of x"):
+            x = normal(M, K)
+            bases = {base: x.double() @ weight for base, weight in weights.items()}
+            for magnitude in MAGNITUDES:
+                b = (magnitude * unit.float()).bfloat16()
+                layer.lora_B["default"].weight.data = b
+                expected = x.double() @ a.double().t() @ b.double().t()
+                results = (
+                    (unfused(x), bases["bf16"]),
+                    (lora_linear(x, w, a, b, 1.0), bases["bf16"]),
+                    (lora_linear(x, nf4, a, b, 1.0), bases["nf4"]),
+                )
+                for name, (y, base) in zip(LAYERS, results, strict=True):
+                    kept = ((y.double() - base) * expected).sum() / expected.square().sum()
+                    shares.setdefault((magnitude, name), []).append(kept.item())
+    return [
+        {"magnitude_of_B": magnitude, "layer": name, "draws": draws, "share_kept": sum(kept) / draws}
+        for (magnitude, name), kept in shares.items()
+    ]
 
 
 def decoded(weight: Any) -> Tensor:
@@ -71,9 +79,9 @@ def finding(rows: list[Row]) -> str:
     unfused, dense, nf4 = (column(rows, "share_kept", magnitude_of_B=magnitude, layer=name)[0] for name in LAYERS)
     worst = {name: max(column(rows, "share_kept", layer=name), key=lambda kept: abs(kept - 1)) for name in LAYERS}
     return (
-        f"Where B is around {magnitude:g}, as early in training, the unfused bf16 layer keeps {unfused:.2f} of the "
-        f"adapter's contribution, fastlora {dense:.2f} on a bf16 base and {nf4:.2f} on NF4. Over magnitudes from "
-        f"{rows[0]['magnitude_of_B']:g} to {rows[-1]['magnitude_of_B']:g} the share furthest from 1 is "
+        f"Where B is around {power(magnitude)}, as early in training, the unfused bf16 layer keeps {unfused:.2f} of "
+        f"the adapter's contribution, fastlora {dense:.2f} on a bf16 base and {nf4:.2f} on NF4. Over magnitudes from "
+        f"{power(rows[0]['magnitude_of_B'])} to {power(rows[-1]['magnitude_of_B'])} the share furthest from 1 is "
         f"{worst[LAYERS[0]]:.2f} unfused, {worst[LAYERS[1]]:.2f} and {worst[LAYERS[2]]:.2f} with fastlora."
     )
 
@@ -85,14 +93,14 @@ def draw(rows: list[Row], figure: Figure) -> None:
     figure.suptitle(f"Of an update with B around 1e-4, the unfused layer keeps {unfused:.0%}, fastlora {ours:.0%}")
     for name, colour, line in zip(LAYERS, ("peft", "fastlora", "fastlora+compile"), ("-o", "-s", "--^"), strict=True):
         magnitudes = column(rows, "magnitude_of_B", layer=name)
-        axes.plot(magnitudes, column(rows, "share_kept", layer=name), line, color=pictures.COLOURS[colour], label=name)
+        axes.plot(magnitudes, column(rows, "share_kept", layer=name), line, color=COLOURS[colour], label=name)
     axes.axhline(1, color="black", linestyle="--", label="all of it: the limit", zorder=0)
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("magnitude of B")
     axes.set_ylabel("share of the adapter's contribution in y")
     axes.legend(frameon=False, loc="lower right")
-    pictures.plain(axes)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 STUDY = Study(

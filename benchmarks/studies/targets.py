@@ -8,10 +8,10 @@ import sys
 import torch
 from matplotlib.figure import Figure
 
-from fastlora.benchmarks import pictures
 from fastlora.benchmarks.models import LLAMA_2_7B_SHAPE
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import MODULES, Row, Setup, Study, column, megabytes, pick
+from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 
 R = 16
@@ -84,7 +84,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
     counts = [count / 1e6 for count in column(rows, "trainable_parameters", provider="peft")]
     for offset, name in ((-0.2, "peft"), (0.2, "fastlora")):
         places = [i + offset for i in range(len(targets))]
-        style = {"width": 0.38, "color": pictures.COLOURS[name], "label": NAMES[name]}
+        style = {"width": 0.38, "color": COLOURS[name], "label": NAMES[name]}
         bars = time.bar(places, column(rows, "over_frozen", provider=name), **style)
         time.bar_label(bars, fmt="%.2f", fontsize=9)
         bars = memory.bar(places, [size / 1e6 for size in column(rows, "saved_bytes", provider=name)], **style)
@@ -98,7 +98,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         axes.set_xticks(range(len(targets)), [f"{t}\n{count:.2g} M" for t, count in zip(targets, counts, strict=True)])
         axes.set_xlabel("layers with adapters, and parameters that train")
         axes.set_ylabel(label)
-        pictures.plain(axes)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
 
 

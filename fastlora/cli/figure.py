@@ -10,9 +10,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fastlora.benchmarks import pictures
+from fastlora.benchmarks.records import to_json
 from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
 
-_COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind
+COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind
     "frozen": "#999999",
     "peft": "#E69F00",
     "fastlora": "#0072B2",
@@ -46,10 +48,10 @@ def draw(report: dict, path: Path) -> None:
             axes.tick_params(labelsize=10.5)
             axes.xaxis.label.set_size(10.5)
             axes.yaxis.label.set_size(10.5)
-    handles = [Patch(color=_COLOURS[name], label=NAMES[name]) for name in names if name != "frozen"]
+    handles = [Patch(color=COLOURS[name], label=NAMES[name]) for name in names if name != "frozen"]
     limit = Line2D([], [], color="black", linestyle="--", label="frozen model: the limit")
     figure.legend(handles=[*handles, limit], loc="outside lower center", ncols=3, frameon=False, fontsize=11)
-    figure.savefig(path)
+    pictures.save(figure, path, to_json(report))
 
 
 def _draw_time(axes: Axes, providers: dict[str, dict]) -> None:
@@ -57,7 +59,7 @@ def _draw_time(axes: Axes, providers: dict[str, dict]) -> None:
     limit = providers["frozen"]["p50"]
     end = max(limit, *(p["p80"] for p in bars.values()))
     for y, (name, p) in enumerate(bars.items()):
-        axes.barh(y, p["p50"], color=_COLOURS[name], height=0.7)
+        axes.barh(y, p["p50"], color=COLOURS[name], height=0.7)
         whiskers = [[p["p50"] - p["p20"]], [p["p80"] - p["p50"]]]
         axes.errorbar(p["p50"], y, xerr=whiskers, color="black", capsize=3, linewidth=1.2)
         text = f"{p['p50']:.3g} s" + ("" if name == "peft" else f",  {p['speedup']:.2f}x as fast")
@@ -76,7 +78,7 @@ def _draw_memory(axes: Axes, providers: dict[str, dict]) -> None:
         for i, (name, p) in enumerate((n, p) for n, p in providers.items() if n != "frozen"):
             size = p[f"{kind}_bytes"] / 1e6
             y = group + (i - (len(providers) - 2) / 2) * step
-            axes.barh(y, size, color=_COLOURS[name], height=0.88 * step)
+            axes.barh(y, size, color=COLOURS[name], height=0.88 * step)
             text = f"{megabytes(p[f'{kind}_bytes'])} MB"
             text += "" if name == "peft" else f",  {p[f'{kind}_ratio']:.2f}x"
             axes.text(size + 0.03 * end, y, text, **_STYLE)
@@ -96,7 +98,7 @@ def _draw_loss(axes: Axes, providers: dict[str, dict]) -> None:
         ("fastlora", {"linewidth": 1.6, "linestyle": "--"}),
     ):
         losses = providers[name]["losses"]
-        axes.plot(range(1, len(losses) + 1), losses, color=_COLOURS[name], **line)
+        axes.plot(range(1, len(losses) + 1), losses, color=COLOURS[name], **line)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))

@@ -10,11 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora import ledger
-from fastlora.benchmarks import training
+from fastlora.benchmarks import pictures, training
 from fastlora.cli import common
 from fastlora.cli.report import NAMES, case_name, megabytes, setting_line, to_json, write_report
 from fastlora.environment import environment
-from fastlora.files import replace_file
 
 CATEGORIES = {  # Okabe and Ito's palette: told apart by the colour-blind
     "weights": "#999999",
@@ -173,4 +172,4 @@ def draw(report: dict, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{_title(report)}, {report['environment']['device']}", fontsize=12)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_json(report))
