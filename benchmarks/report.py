@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
-from fastlora.benchmarks import pictures
-from fastlora.benchmarks.records import read_rows
+from fastlora.benchmarks import pictures, plots
+from fastlora.benchmarks.providers import PROVIDERS
+from fastlora.benchmarks.records import Rows, read_rows
 from fastlora.benchmarks.studies import common
 from fastlora.cli import figure, profile
 from fastlora.cli.report import NAMES, case_name, megabytes
 from fastlora.files import replace_file
 
+BENCH = ("linear", "block", "model", "decode")
 HERE = Path(__file__).resolve().parent
 WIDTH = 120
 _EXAMPLE = """\
@@ -97,6 +100,33 @@ def overhead_section(folder: Path, results: Path) -> Iterator[str]:
     yield where(report["environment"])
 
 
+def bench_section(folder: Path, results: Path) -> Iterator[str]:
+    for verb in BENCH:
+        rows, report = read_rows(folder / f"{verb}.csv"), _json(folder / f"{verb}.json")
+        if report is None:
+            continue
+        yield f"### `fastlora bench {verb}`"
+        yield _image(f"bench {verb}", folder / f"{verb}.png", results)
+        yield "Speed-up over " + ("bitsandbytes" if verb == "decode" else "PEFT") + ", the median over layers:"
+        yield speedups(rows)
+        yield where(report["environment"])
+
+
+def speedups(rows: Rows) -> str:
+    """A row for each base and number of tokens, a column for each provider."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["speedup"] is not None and row["mode"] == rows[-1]["mode"]:
+            case = f"{row['shape']}, {row['base']}, M={row['M']}" + f", dropout {row['dropout']}" * bool(row["dropout"])
+            found.setdefault(case, {}).setdefault(row["provider"], []).append(row["speedup"])
+    names = [name for name in PROVIDERS if any(name in each for each in found.values())]
+    body = [
+        [case, *(f"{median(each[name]):.2f}" if name in each else "-" for name in names)]
+        for case, each in found.items()
+    ]
+    return table(["case", *(PROVIDERS[name].label for name in names)], body)
+
+
 def studies_section(folder: Path, results: Path) -> Iterator[str]:
     found = [(study, *common.paths(folder / "studies", study.name)) for study in map(common.load, common.STUDIES)]
     found = [entry for entry in found if entry[1].is_file()]
@@ -114,7 +144,7 @@ def studies_section(folder: Path, results: Path) -> Iterator[str]:
         yield (run if study.needs_model else "") + where(report["environment"])
 
 
-SECTIONS = (compare_section, profile_section, overhead_section, studies_section)
+SECTIONS = (compare_section, profile_section, overhead_section, bench_section, studies_section)
 
 
 # What README.md says, by the name of its markers, from the results of one device.
@@ -254,10 +284,17 @@ def drawings(results: Path) -> list[Picture]:
             found.append(Picture(data.with_name("compare.png"), data, partial(_draw, figure.draw, data, "compare.png")))
         data = folder / "profile" / "profile.json"
         found.append(Picture(data.with_name("memory.png"), data, partial(_draw, profile.draw, data, "memory.png")))
+        for verb in BENCH:
+            data = folder / f"{verb}.csv"
+            found.append(Picture(data.with_suffix(".png"), data, partial(_draw_bench, data)))
         for name in common.STUDIES:
             data, _, picture = common.paths(folder / "studies", name)
             found.append(Picture(picture, data, partial(common.draw, common.load(name), folder / "studies")))
     return [picture for picture in found if picture.data.is_file()]
+
+
+def _draw_bench(data: Path) -> None:
+    plots.draw(read_rows(data), _read(data.with_suffix(".json")), data.with_suffix(".png"))
 
 
 def _draw(draw: Callable[[dict, Path], None], data: Path, name: str) -> None:

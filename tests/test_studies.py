@@ -1,6 +1,7 @@
 """The studies: each end to end on a tiny model, what must hold exactly, and findings that say what the rows say."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -215,3 +216,19 @@ def test_unusable_arguments(tmp_path, capsys):
             common.main("rank", argv=["--out", str(tmp_path), "--device", "cpu", *arguments])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_json_is_all_of_stdout_and_an_interrupted_study_writes_nothing(tmp_path, capsys, monkeypatch):
+    arguments = ["--quick", "--json", "--out", str(tmp_path), "--device", "cpu"]
+    assert common.main("small_updates", argv=arguments) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == rows_of(tmp_path, "small_updates")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(setup):
+        raise KeyboardInterrupt
+
+    study = replace(common.load("small_updates"), measure=interrupted)
+    monkeypatch.setattr(common, "load", lambda name: study)
+    assert common.main("small_updates", argv=arguments) == 130
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -99,20 +99,21 @@ def draw(rows: list[Row], figure: Figure) -> None:
             own = [ratios(rows, base, name, adapted)[kind] for base in BASES]
             places = [place + offset for place in range(len(BASES))]
             bars = axes.bar(places, own, width=0.25, color=COLOURS[name], label=NAMES[name])
-            axes.bar_label(bars, fmt="%.2f", fontsize=9)
+            color = "white" if name == "fastlora" else "black"
+            axes.bar_label(bars, fmt="%.2f", fontsize=9, label_type="center", color=color)
         if adapted == "q, v, r = 8":
             places = [place + 0.27 for place in range(len(BASES))]
             style = {"width": 0.25, "color": "white", "edgecolor": "#CC79A7", "hatch": "///"}
             label = "published: Llama-2-7B on one A100"
             bars = axes.bar(places, [published(base)[kind] for base in BASES], label=label, **style)
-            axes.bar_label(bars, fmt="%.2f", fontsize=9)
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            axes.bar_label(bars, fmt="%.2f", fontsize=9, label_type="center", bbox=box)
         axes.axhline(1, color="black", linestyle="--", linewidth=1, label="bf16")
         axes.set_xticks(range(len(BASES)), ["bf16", "NF4", "FP4"])
         axes.set_xlabel(f"base weights (adapters: {adapted})")
         axes.set_ylabel(
             ("time of a step / the same provider's on bf16", "memory in all / the same provider's on bf16")[kind]
         )
-        axes.set_ylim(top=1.15 * axes.get_ylim()[1])
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 

@@ -34,7 +34,7 @@ def measure(setup: Setup) -> list[Row]:
         setup.data, data = setup.data[:1], setup.data
         setup.train([trainer])
         setup.data = data
-        rows.append(_row(setup.label, trainer.optimizer, name))
+        rows.append(_row(f"{setup.label}, all layers, r = {R}", trainer.optimizer, name))
     for name, make in OPTIMIZERS.items():
         parameters = llama_2_7b_adapters(8, setup.device)
         for p in parameters:

@@ -86,9 +86,10 @@ def draw(rows: list[Row], figure: Figure) -> None:
         places = [i + offset for i in range(len(targets))]
         style = {"width": 0.38, "color": COLOURS[name], "label": NAMES[name]}
         bars = time.bar(places, column(rows, "over_frozen", provider=name), **style)
-        time.bar_label(bars, fmt="%.2f", fontsize=9)
+        inside = {"label_type": "center", "fontsize": 9, "color": "white" if name == "fastlora" else "black"}
+        time.bar_label(bars, fmt="%.2f", **inside)
         bars = memory.bar(places, [size / 1e6 for size in column(rows, "saved_bytes", provider=name)], **style)
-        memory.bar_label(bars, fmt="%.0f", fontsize=9)
+        memory.bar_label(bars, fmt="%.0f", **inside)
     limit = column(rows, "saved_bytes", provider="frozen")[0] / 1e6
     for axes, level, label in (
         (time, 1, "time of a step / the frozen model's"),
