@@ -31,9 +31,7 @@ def measure(setup: Setup) -> list[Row]:
     rows = []
     for name, make in OPTIMIZERS.items():
         trainer = setup.trainers(R, optimizer=make)["fastlora"]
-        setup.data, data = setup.data[:1], setup.data
-        setup.train([trainer])
-        setup.data = data
+        trainer.step(setup.data[0].to(setup.device))
         rows.append(_row(f"{setup.label}, all layers, r = {R}", trainer.optimizer, name))
     for name, make in OPTIMIZERS.items():
         parameters = llama_2_7b_adapters(8, setup.device)
