@@ -43,6 +43,26 @@ def draw(rows: Rows, report: dict, path: Path) -> None:
     pictures.save(figure, path, to_csv(rows))
 
 
+def draw_against(rows: Rows, report: dict, path: Path) -> None:
+    """How many times as fast this code is as another revision's: a bar a case and mode, equal speed as a line."""
+    shown = [row for row in rows if not row["error"]]
+    figure = Figure(figsize=(10, 1.6 + 0.3 * len(shown)), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    values = [row["speedup"] for row in shown]
+    axes.barh(range(len(shown)), values, color=[STYLES["fastlora"][0] if v >= 1 else "#D55E00" for v in values])
+    for y, value in enumerate(values):
+        axes.text(value, y, f" {value:.2f}", va="center")
+    axes.axvline(1, color="black", linestyle="--", label="as fast")
+    names = [f"{row['layer']} {row['base']} M={row['M']} r={row['r']}: {row['mode']}" for row in shown]
+    axes.set_yticks(range(len(shown)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max([1.0, *values]))
+    axes.set_xlabel("times as fast (line: as fast)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"fastlora against {report['settings']['against']}: {report['verb']}")
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
 def totals(rows: Rows, mode: str) -> dict[tuple, dict[str, dict[str, float]]]:
     """(shape, base, r, dropout, checkpointing) and tokens -> provider -> sums over a block's layers of what adds up.
 

@@ -7,7 +7,7 @@ rounds of the ratio of two turns of one round, so that whatever slows the machin
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -171,7 +171,7 @@ def run(
     device: torch.device,
     rates: Rates,
     rounds: int = ROUNDS,
-    modes: Iterable[str] = MODES,
+    modes: Collection[str] = MODES,
     clock: Clock | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Measure everyone on one case. Yields (what is being done, nothing) and at the end ("done", the rows).
@@ -183,7 +183,7 @@ def run(
     gate = Gate(subject)
     rows: list[dict[str, Any]] = []
     ways: dict[tuple[str, str], Way] = {}
-    facts: dict[str, dict[str, Any]] = {}
+    modules: dict[str, tuple[nn.Module, float | None]] = {}
     for provider in providers:
         yield f"checking {provider.label}", []
         try:
@@ -193,21 +193,32 @@ def run(
             error, reason = None, f"missing: {missing.name or missing} is not installed"  # type: ignore[assignment]
         except NotApplicable as why:
             error, reason = None, f"not applicable: {why}"  # type: ignore[assignment]
+        except torch.AcceleratorError:  # nothing more can run on the device
+            raise
+        except Exception as failure:
+            first = next(iter(str(failure).splitlines()), "")
+            error, reason = None, f"failed: {type(failure).__name__}: {first}"  # type: ignore[assignment]
         if reason is not None:
             rows.append(empty_row(case, provider.name, error, reason))
             continue
-        found = ways_of(subject, provider, module)
-        facts[provider.name] = memory(subject, module, found["step"]) | {"relative_error": error}
-        ways |= {(provider.name, mode): found[mode] for mode in modes}
+        modules[provider.name] = module, error
+        ways |= {(provider.name, mode): way for mode, way in ways_of(subject, provider, module).items()}
     del gate
     free()
     yield "timing", []
-    turns = interleave(ways, clock or clock_of(device), rounds)
-    for name, mode in ways:
-        row = case.row() | dict.fromkeys(COLUMNS) | {"provider": name, "mode": mode} | facts[name]
-        rows.append(row | derived(case, mode, name, turns, rates))
-        if device.type == "cuda":
-            rows[-1]["host"] = host_seconds(ways[name, mode])
+    turns = interleave({at: way for at, way in ways.items() if at[1] in modes}, clock or clock_of(device), rounds)
+    yield "memory", []  # last: hooks and profilers must not be what torch.compile has seen
+    for name, (module, error) in modules.items():
+        facts = memory(subject, module, ways[name, "step"]) | {"relative_error": error}
+        if name.endswith("+compile") and device.type != "cuda":
+            facts["launches"] = None  # what watches operators turns compilation off
+        for mode in modes:
+            row = case.row() | dict.fromkeys(COLUMNS) | {"provider": name, "mode": mode} | facts
+            rows.append(row | derived(case, mode, name, turns, rates))
+            if device.type == "cuda":
+                rows[-1]["host"] = host_seconds(ways[name, mode])
+    if any(name.endswith("+compile") for name in modules):
+        torch.compiler.reset()  # or the next case would meet the limit of recompilations
     yield "done", rows
 
 
@@ -264,7 +275,7 @@ def least(case: Case, mode: str, adapted: bool, rates: Rates) -> tuple[float, fl
     return total[0], total[1], total[2]
 
 
-def memory(subject: Subject, module: nn.Module, step: Way) -> dict[str, int]:
+def memory(subject: Subject, module: nn.Module, step: Way) -> dict[str, Any]:
     """Bytes kept for backward, the peak of a step beyond what was there before, and what a step launches."""
     device = subject.x.device
     step()

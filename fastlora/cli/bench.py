@@ -4,13 +4,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlora.benchmarks import decode, plots, protocol, records
+from fastlora.benchmarks import against, decode, plots, protocol, records
 from fastlora.benchmarks.providers import PROVIDERS, Provider
 from fastlora.benchmarks.training import keep_freed_memory
 from fastlora.benchmarks.workloads import Case, linear_cases
@@ -46,16 +47,21 @@ QUICK_ROUNDS = 5
 
 
 def run(args: Namespace) -> int:
-    """Measure every case, keeping VERB.csv and VERB.json up to date; then draw VERB.png and print the table."""
+    """Measure every case, keeping VERB.csv and VERB.json up to date; then draw VERB.png and print the table.
+
+    The exit code is 1 if a provider failed or was wrong.
+    """
     device = common.device_of(args.device)
     cases = cases_of(args, device)
-    providers = providers_of(args)
     common.check_bases([case.base for case in cases])
     out = args.out or records.default_folder(device)
     common.make_folder(out)
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else protocol.ROUNDS)
+    if args.against:
+        return _run_against(args, device, cases, out, rounds)
+    providers = providers_of(args)
     keep_freed_memory()
     notes = Console(file=sys.stderr, highlight=False)
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else protocol.ROUNDS)
     report: dict[str, Any] = {
         "version": 1,
         "complete": False,
@@ -89,7 +95,53 @@ def run(args: Namespace) -> int:
         notes.print(f"Interrupted. What was measured so far is in {out / f'{args.verb}.csv'}", soft_wrap=True)
         return INTERRUPTED
     notes.print("Written: " + ", ".join(str(out / f"{args.verb}.{end}") for end in ("csv", "json", "png")))
-    return 0
+    return int(any(map(is_refused, rows)))
+
+
+def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: Path, rounds: int) -> int:
+    """Measure fastlora at another revision and here; write VERB-against.csv, .json and .png; print the table."""
+    if args.verb == "decode" or args.providers:
+        raise UsageError("--against compares fastlora's linear, block and model with its own of another revision")
+    notes = Console(file=sys.stderr, highlight=False)
+    name = f"{args.verb}-against"
+    settings = {"rounds": rounds, "turn_seconds": protocol.TURN, "against": args.against}
+    report = {"version": 1, "verb": args.verb, "environment": environment(device), "settings": settings}
+    rows: records.Rows = []
+    try:
+        with common.progress(notes) as progress:
+            task = progress.add_task("", total=len(cases))
+            for text, found in against.run(args.against, cases, device, rounds, args.modes):
+                rows += found
+                progress.update(task, description=text, advance=bool(found))
+    except against.RevisionError as error:
+        raise UsageError(str(error)) from error
+    write(out, name, report, rows)
+    plots.draw_against(rows, report, out / f"{name}.png")
+    if args.json:
+        print(records.to_json(report | {"rows": rows}))
+    elif args.csv:
+        print(records.to_csv(rows), end="")
+    else:
+        _console().print(against_table(rows, args.against))
+    notes.print("Written: " + ", ".join(str(out / f"{name}.{end}") for end in ("csv", "json", "png")))
+    return int(any(map(is_refused, rows)))
+
+
+def against_table(rows: records.Rows, revision: str) -> Table:
+    caption = "Faster: above 1 this code is; the median of ratios of interleaved rounds."
+    found = Table(title=f"fastlora here and at {revision}", caption=caption, caption_justify="left")
+    found.add_column("case")
+    for head in ("mode", revision, "here", "faster", f"saved MB, {revision}", "here"):
+        found.add_column(head, justify="right", no_wrap=True)
+    for row in rows:
+        if row["error"]:
+            found.add_row(case_title(row), f"[bold red]{row['provider']}: {row['error']}")
+            continue
+        found.add_row(
+            case_title(row), row["mode"], duration(row["other_p50"]), duration(row["this_p50"]),
+            number(row["speedup"], "x"), megabytes(row["other_saved_bytes"]), megabytes(row["this_saved_bytes"]),
+        )  # fmt: skip
+    return found
 
 
 def measure(
@@ -136,7 +188,7 @@ def providers_of(args: Namespace) -> list[Provider]:
     return [PROVIDERS[name] for name in names]
 
 
-def write(out: Any, verb: str, report: dict, rows: records.Rows) -> None:
+def write(out: Path, verb: str, report: dict, rows: records.Rows) -> None:
     records.write_rows(out / f"{verb}.csv", rows)
     records.write_json(out / f"{verb}.json", report)
 
@@ -148,15 +200,15 @@ def show(args: Namespace, report: dict, rows: records.Rows) -> None:
     if args.csv:
         print(records.to_csv(rows), end="")
         return
-    console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+    console = _console()
     if args.verb == "decode":
         console.print(decode_table(rows, report))
     else:
         for case in dict.fromkeys(map(case_key, rows)):
             console.print(table([row for row in rows if case_key(row) == case and not row["error"]]), "")
         console.print(CAPTION)
-    for provider, reason in dict.fromkeys((row["provider"], row["error"]) for row in rows if row["error"]):
-        console.print(f"not timed: {label(provider)}: {reason}", style=None if "wrong" not in reason else "bold red")
+    for (provider, reason), row in {(row["provider"], row["error"]): row for row in rows if row["error"]}.items():
+        console.print(f"not timed: {label(provider)}: {reason}", style="bold red" if is_refused(row) else None)
 
 
 CAPTION = """\
@@ -179,7 +231,7 @@ def table(rows: records.Rows) -> Table:
         found.add_row(
             label(name), *times, number(last["speedup"], "x"), number(last["of_limit"], "x"),
             number(last["tflops"]), number(last["gbytes"]), percent(last["roofline"]),
-            megabytes(last["saved_bytes"]), megabytes(last["peak_bytes"]), str(last["launches"]),
+            megabytes(last["saved_bytes"]), megabytes(last["peak_bytes"]), str(last["launches"] or "-"),
         )  # fmt: skip
     return found
 
@@ -202,8 +254,17 @@ def decode_table(rows: records.Rows, report: dict) -> Table:
     return found
 
 
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
+
+
 def label(provider: str) -> str:
     return PROVIDERS[provider].label if provider in PROVIDERS else provider
+
+
+def is_refused(row: dict) -> bool:
+    """Whether a provider failed or was wrong, rather than missing or not meant for the case."""
+    return bool(row["error"]) and row["error"].startswith(("wrong", "failed"))
 
 
 def case_key(row: dict) -> tuple:
