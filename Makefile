@@ -48,10 +48,12 @@ bench: setup
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/bench/speed.json
 	$(BIN)/python benchmarks/host_overhead.py --json > $(RESULTS)/host_overhead.json
+	$(BIN)/python -m benchmarks.report
 
 # Memory and time against position, rank, number of adapters, modules, base and optimizer: under ten minutes on two cores.
 studies: setup
 	$(BIN)/python -m benchmarks.studies
+	$(BIN)/python -m benchmarks.report
 
 # The numbers of README.md and benchmarks/RESULTS.md from the files of results, and the pictures whose data have changed.
 report: setup

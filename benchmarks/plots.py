@@ -60,7 +60,7 @@ def draw_against(rows: Rows, report: dict, path: Path) -> None:
     axes.set_xlabel("times as fast (line: as fast)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"fastlora against {report['settings']['against']}: {report['verb']}")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_csv(rows))
 
 
 def totals(rows: Rows, mode: str) -> dict[tuple, dict[str, dict[str, float]]]:

@@ -101,14 +101,12 @@ def overhead_section(folder: Path, results: Path) -> Iterator[str]:
 
 
 def bench_section(folder: Path, results: Path) -> Iterator[str]:
-    for verb in BENCH:
-        rows, report = read_rows(folder / f"{verb}.csv"), _json(folder / f"{verb}.json")
-        if report is None:
-            continue
-        yield f"### `fastlora bench {verb}`"
-        yield _image(f"bench {verb}", folder / f"{verb}.png", results)
-        yield "Speed-up over " + ("bitsandbytes" if verb == "decode" else "PEFT") + ", the median over layers:"
-        yield speedups(rows)
+    for data in bench_rows(folder):
+        report = _read(data.with_suffix(".json"))
+        yield f"### `fastlora bench {report['verb']}`"
+        yield _image(f"bench {report['verb']}", data.with_suffix(".png"), results)
+        yield f"Speed-up over {'bitsandbytes' if report['verb'] == 'decode' else 'PEFT'}, the median over layers:"
+        yield speedups(read_rows(data))
         yield where(report["environment"])
 
 
@@ -270,6 +268,10 @@ def compare_reports(folder: Path) -> list[Path]:
     return [path for path in (folder / "report.json", *sorted(folder.glob("*/report.json"))) if path.is_file()]
 
 
+def bench_rows(folder: Path) -> list[Path]:
+    return [path for verb in BENCH for path in sorted(folder.rglob(f"{verb}.csv"))]
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)).replace(
         "| --- ", "|---"
@@ -284,8 +286,7 @@ def drawings(results: Path) -> list[Picture]:
             found.append(Picture(data.with_name("compare.png"), data, partial(_draw, figure.draw, data, "compare.png")))
         data = folder / "profile" / "profile.json"
         found.append(Picture(data.with_name("memory.png"), data, partial(_draw, profile.draw, data, "memory.png")))
-        for verb in BENCH:
-            data = folder / f"{verb}.csv"
+        for data in bench_rows(folder):
             found.append(Picture(data.with_suffix(".png"), data, partial(_draw_bench, data)))
         for name in common.STUDIES:
             data, _, picture = common.paths(folder / "studies", name)
