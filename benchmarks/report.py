@@ -201,7 +201,9 @@ def small_updates_fragment(folder: Path) -> str:
     for row in rows:
         by_magnitude.setdefault(row["magnitude_of_B"], []).append(f"{row['share_kept']:.2f}")
     body = [[common.power(magnitude), *shares] for magnitude, shares in by_magnitude.items()]
-    return f"{_fill(study.finding(rows))}\n\n{table(['magnitude of B', *layers], body)}"
+    sentence, _, _ = study.finding(rows).partition(". ")
+    head = ["magnitude of B", f"share of the adapter's contribution kept: {layers[0]}", *layers[1:]]
+    return f"{_fill(f'{sentence}:')}\n\n{table(head, body)}"
 
 
 FRAGMENTS = {
