@@ -186,7 +186,7 @@ def test_findings_follow_the_numbers(out):
         assert words in says("many_adapters", rows)
         assert f"{peft:.2f} times" in says("many_adapters", rows) and f"{ours:.2f} times" in says("many_adapters", rows)
 
-    bases = changed(rows_of(out, "bases"), "over_bf16", lambda _: 1.23, base="nf4", provider="peft")
+    bases = changed(rows_of(out, "bases"), "over_peft_bf16", lambda _: 1.23, base="nf4", provider="peft")
     assert "NF4 1.23 times as long with PEFT" in says("bases", bases)
 
     optimizers = rows_of(out, "optimizers")
