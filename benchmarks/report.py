@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from fastlora.benchmarks import pictures, plots
 from fastlora.benchmarks.providers import PROVIDERS
-from fastlora.benchmarks.records import Rows, read_rows
+from fastlora.benchmarks.records import Rows, read_rows, write_json
 from fastlora.benchmarks.studies import common
 from fastlora.cli import figure, profile
 from fastlora.cli.report import NAMES, case_name, megabytes
@@ -304,6 +304,16 @@ def _draw(draw: Callable[[dict, Path], None], data: Path, name: str) -> None:
     draw(_read(data), data.with_name(name))
 
 
+def study_reports(results: Path) -> Iterator[tuple[Path, dict]]:
+    """Reports of studies that do not say what their rows say, as they should be."""
+    for name in common.STUDIES:
+        for data in sorted(results.glob(f"*/studies/{name}.csv")):
+            report_file = data.with_suffix(".json")
+            report, finding = _read(report_file), common.load(name).finding(read_rows(data))
+            if report["finding"] != finding:
+                yield report_file, {**report, "finding": finding}
+
+
 def stale(results: Path, readme: Path, device: str = "cpu") -> dict[Path, Callable[[], Any]]:
     """What does not say what the results say, and how to write it."""
     found: dict[Path, Callable[[], Any]] = {
@@ -311,6 +321,8 @@ def stale(results: Path, readme: Path, device: str = "cpu") -> dict[Path, Callab
         for picture in drawings(results)
         if not pictures.is_drawn_from(picture.path, picture.data)
     }
+    for report_file, report in study_reports(results):
+        found[report_file] = partial(write_json, report_file, report)
     texts = {
         results.parent / "RESULTS.md": results_md(results),
         readme: readme_md(readme.read_text(encoding="utf-8"), results / device),

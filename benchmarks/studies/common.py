@@ -153,6 +153,13 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB" if count >= 1e7 else f"{count / 1e6:.2g} MB"
 
 
+def change(first: float, last: float) -> str:
+    """What becomes of a number of bytes, to follow a subject."""
+    if megabytes(first) == megabytes(last):
+        return f"stays at {megabytes(first)}"
+    return f"goes from {megabytes(first)} to {megabytes(last)}"
+
+
 def power(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-")
 

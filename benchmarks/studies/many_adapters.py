@@ -8,7 +8,7 @@ import sys
 from matplotlib.figure import Figure
 
 from fastlora.benchmarks.studies import common
-from fastlora.benchmarks.studies.common import Row, Setup, Study, column, megabytes, pick
+from fastlora.benchmarks.studies.common import Row, Setup, Study, change, column, pick
 from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 
@@ -48,9 +48,9 @@ def finding(rows: list[Row]) -> str:
     return (
         f"With {k} adapters of r = {r} on every layer a step takes {peft['over_one']:.2f} times as long as with one of "
         f"r = {peft_one['r']} and {'as many' if equal else 'NOT as many'} parameters with PEFT, and "
-        f"{ours['over_one']:.2f} times with fastlora, {less}. What is kept for backward goes from "
-        f"{megabytes(peft_one['saved_bytes'])} to {megabytes(peft['saved_bytes'])} with PEFT, and from "
-        f"{megabytes(ours_one['saved_bytes'])} to {megabytes(ours['saved_bytes'])} with fastlora."
+        f"{ours['over_one']:.2f} times with fastlora, {less}. What is kept for backward "
+        f"{change(peft_one['saved_bytes'], peft['saved_bytes'])} with PEFT, and "
+        f"{change(ours_one['saved_bytes'], ours['saved_bytes'])} with fastlora."
     )
 
 

@@ -18,7 +18,8 @@ R = 16
 
 def measure(setup: Setup) -> list[Row]:
     last = setup.model.config.num_hidden_layers - 1
-    positions = sorted({round(i * last / (2 if setup.quick else 6)) for i in range(3 if setup.quick else 7)})
+    steps = 2 if setup.quick else 4
+    positions = sorted({round(i * last / steps) for i in range(steps + 1)})
     rows = []
     task = setup.progress.add_task("", total=4 * len(positions))
     for checkpointing in (False, True):
@@ -51,12 +52,14 @@ def finding(rows: list[Row]) -> str:
 
 
 def _moves(rows: list[Row], checkpointing: str) -> str:
-    words = []
+    words: dict[str, list[str]] = {}
     for provider, name in (("peft", "PEFT"), ("fastlora", "fastlora")):
         saved = column(rows, "saved_bytes", checkpointing=checkpointing, provider=provider)
-        does, first, last = trend(saved), megabytes(saved[0]), megabytes(saved[-1])
-        words.append(f"{does} {f'at {first}' if does == 'is flat' else f'from {first} to {last}'} with {name}")
-    return " and ".join(words)
+        first, last = megabytes(saved[0]), megabytes(saved[-1])
+        does = trend(saved)
+        sizes = f"at {first}" if does == "is flat" else f"from {first} to {last}"
+        words.setdefault(does, []).append(f"{sizes} with {name}")
+    return " and ".join(f"{does} {' and '.join(sizes)}" for does, sizes in words.items())
 
 
 def draw(rows: list[Row], figure: Figure) -> None:
