@@ -179,13 +179,15 @@ def _bars(axes: Axes, providers: dict[str, dict[str, float]], names: list[str], 
     shown = [name for name in names if name in providers]
     values = [value(name) for name in shown]
     axes.barh(shown, values, color=[STYLES[name][0] for name in shown])
+    limit = value("frozen") if "frozen" in providers else 0.0
     for y, number in enumerate(values):
-        axes.text(number, y, f" {number:.3g}", va="center")
+        beside_line = number <= limit < 1.2 * number
+        axes.text(limit if beside_line else number, y, f" {number:.3g}", va="center")
     if "frozen" in providers:
-        axes.axvline(value("frozen"), color="black", linestyle="--", linewidth=1.3)
+        axes.axvline(limit, color="black", linestyle="--", linewidth=1.3)
     axes.set_yticks(range(len(shown)), [NAMES[name] for name in shown])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max([*values, value("frozen") if "frozen" in providers else 0, 1e-9]))
+    axes.set_xlim(0, 1.2 * max([*values, limit, 1e-9]))
     axes.set_xlabel(f"{label} (line: the frozen layer, the limit)" if "frozen" in providers else label)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -239,7 +239,7 @@ class TestWrong:
             module.layer.lora_B["default"].weight.register_hook(lambda grad: 1.02 * grad)
             return module
 
-        assert "wrong: error of layer.lora_B" in self.judge(wrong)
+        assert self.judge(wrong).startswith("wrong: error of layer.lora_B")
 
     def test_without_its_adapter(self):
         def wrong(module, case):
@@ -248,6 +248,20 @@ class TestWrong:
             return module
 
         assert "wrong: error of y" in self.judge(wrong)
+
+    def test_many_layers_may_not_all_be_a_little_worse_nor_one_much(self):
+        names = ["y", *(f"{i}.lora_A" for i in range(20))]
+        bar = [1e-2] * 21
+
+        def reason(*errors):
+            return protocol.inexact(names, list(errors), bar, torch.bfloat16)
+
+        assert reason(*[1.8e-2] * 21) is None, "half a unit in the last place is 0.4e-2"
+        assert reason(1e-2, *[1e-2] * 19, 2.5e-2) is None, "one of many, by chance"
+        assert "error of 19.lora_A" in reason(1e-2, *[1e-2] * 19, 5e-2)
+        assert "error of lora_A" in reason(1e-2, *[2.2e-2] * 20)
+        assert "error of y" in reason(2.2e-2, *[1e-2] * 20)
+        assert "error of y nan" in reason(float("nan"), *[1e-2] * 20)
 
     def test_shape(self):
         subject = workloads.make_subject(LINEAR, CPU)
