@@ -58,6 +58,7 @@ class Setup:
     label: str
     data: list[Tensor]  # a batch a round
     device: torch.device
+    environment: dict  # as it was before the first result was written, which changes the checkout
     quick: bool
     seed: int
     progress: Progress
@@ -235,7 +236,7 @@ def _run(study: Study, setup: Setup, folder: Path) -> dict:
     report = {
         "version": VERSION,
         "study": study.name,
-        "environment": environment(setup.device),
+        "environment": setup.environment,
         "settings": {
             "model": setup.label if study.needs_model else None,
             "batch": setup.data[0].shape[0] if study.needs_model else None,
@@ -253,7 +254,7 @@ def _run(study: Study, setup: Setup, folder: Path) -> dict:
 
 def _setup(args: argparse.Namespace, device: torch.device, progress: Progress, needs_model: bool) -> Setup:
     quick = args.quick
-    setup = Setup(None, "", [], device, quick, args.seed, progress)
+    setup = Setup(None, "", [], device, environment(device), quick, args.seed, progress)
     if not needs_model:
         return setup
     name = args.model or ("llama-2-7b" if device.type == "cuda" else "smollm2")
