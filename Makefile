@@ -42,7 +42,7 @@ RESULTS := benchmarks/results/cpu
 bench: setup
 	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 21 --out $(RESULTS)
 	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out $(RESULTS)/checkpointing
-	$(BIN)/fastlora profile --out $(RESULTS)/profile
+	$(BIN)/fastlora profile --sequence 128,256,512,1024 --budget 2GB --out $(RESULTS)/profile
 	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench

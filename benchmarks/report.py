@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,8 @@ from fastlora.benchmarks.providers import PROVIDERS
 from fastlora.benchmarks.records import Rows, read_rows, write_json
 from fastlora.benchmarks.studies import common
 from fastlora.cli import figure, profile
-from fastlora.cli.report import NAMES, case_name, megabytes
+from fastlora.cli.profile_report import MEMORY, TIME
+from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
 from fastlora.files import replace_file
 
 BENCH = ("linear", "block", "model", "decode")
@@ -75,12 +76,21 @@ def profile_section(folder: Path, results: Path) -> Iterator[str]:
     report = _json(folder / "profile" / "profile.json")
     if report is None:
         return
-    providers = report["providers"]
-    yield "### What a step keeps in memory (`fastlora profile`)"
-    yield f"{report['model']}, {case_name(report['case'])}."
-    rows = [[kind, *(megabytes(p[kind]) for p in providers.values())] for kind in profile.CATEGORIES]
-    yield table(["MB", *(NAMES[name] for name in providers)], rows)
-    yield _image("memory of a step", folder / "profile" / "memory.png", results)
+    yield "### Where a step's memory and time go (`fastlora profile`)"
+    yield f"{report['model']}, {case_name(report['case'])}, {setting_line(report['settings'])}."
+    parts: dict[str, tuple[str, Iterable[str], Callable[[dict, str], str]]] = {
+        "memory": ("MB", MEMORY, lambda record, kind: megabytes(record[kind])),
+        "time": ("ms, under the profiler", TIME, lambda record, kind: f"{1e3 * record['seconds'][kind]:.0f}"),
+    }
+    for part, (picture, _) in profile.PICTURES.items():
+        if part not in report:
+            continue
+        if part in parts:
+            head, kinds, cell = parts[part]
+            records = report[part]
+            rows = [[kind, *(cell(record, kind) for record in records.values())] for kind in kinds]
+            yield table([head, *(NAMES[name] for name in records)], rows)
+        yield _image(f"{part} of a step", folder / "profile" / picture, results)
     yield where(report["environment"])
 
 
@@ -161,7 +171,7 @@ def compare_fragment(folder: Path) -> str:
 
 
 def memory_fragment(folder: Path) -> str:
-    providers = _read(folder / "profile" / "profile.json")["providers"]
+    providers = _read(folder / "profile" / "profile.json")["memory"]
     frozen, ours = (providers[name]["saved for backward"] for name in ("frozen", "fastlora"))
     less = "less, since the MLP's inner activations are computed again" if ours < frozen else "no less"
     return _fill(
@@ -287,7 +297,9 @@ def drawings(results: Path) -> list[Picture]:
         for data in compare_reports(folder):
             found.append(Picture(data.with_name("compare.png"), data, partial(_draw, figure.draw, data, "compare.png")))
         data = folder / "profile" / "profile.json"
-        found.append(Picture(data.with_name("memory.png"), data, partial(_draw, profile.draw, data, "memory.png")))
+        parts = _json(data) or {}
+        for name, draw in (picture for part, picture in profile.PICTURES.items() if part in parts):
+            found.append(Picture(data.with_name(name), data, partial(_draw, draw, data, name)))
         for data in bench_rows(folder):
             found.append(Picture(data.with_suffix(".png"), data, partial(_draw_bench, data)))
         for name in common.STUDIES:

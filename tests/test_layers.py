@@ -28,7 +28,7 @@ LAYERS = [  # each may import what stands before it
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
-    {"aot", "cases", "ledger"},
+    {"aot", "cases", "ledger", "timeline"},
     {"tuning", "environment"},
     {"benchmarks"},
     {"cli"},

@@ -135,6 +135,7 @@ def profiled(tmp_path_factory):
         "nf4",
         "--dropout",
         "0.05",
+        "--quick",
     ]
     assert main(["profile", *arguments, "--out", str(out)]) == 0
     return arguments, out
@@ -142,9 +143,9 @@ def profiled(tmp_path_factory):
 
 def test_profile_writes_a_report_and_a_picture(profiled):
     _, out = profiled
-    assert sorted(path.name for path in out.iterdir()) == ["memory.png", "profile.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["memory.png", "profile.json", "time.png"]
     report = json.loads((out / "profile.json").read_text())
-    frozen, theirs, ours = (report["providers"][name] for name in ("frozen", "peft", "fastlora"))
+    frozen, theirs, ours = (report["memory"][name] for name in ("frozen", "peft", "fastlora"))
     assert frozen["adapters"] == frozen["gradients"] == frozen["optimizer state"] == 0
     assert ours["saved for backward"] < theirs["saved for backward"]
     assert ours["weights"] == theirs["weights"] and ours["optimizer state"] == theirs["optimizer state"] > 0

@@ -17,11 +17,19 @@ example:
   fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 20
       SmolLM2-135M, dense and 4-bit, with and without dropout: four cases"""
 _PROFILE = """\
-Run one training step with the frozen model, PEFT, and PEFT + fastlora, and say who keeps how many bytes for backward,
-what several layers keep, and what is computed again. Writes profile.json and memory.png."""
+Take training steps with the frozen model, PEFT, and PEFT + fastlora, and say who keeps how many bytes for backward and
+where the time goes: base products, adapter, decoding, attention, elementwise, loss, optimizer, and gaps in which
+nothing computes. With --sequence or --budget also time and memory against sequence length, and how long a sequence
+fits. Writes profile.json, a picture of each, and sequence.csv. Ctrl-C keeps what was measured so far."""
 _PROFILE_EXAMPLE = """\
 example:
-  fastlora profile --base nf4 --dropout 0.05 --checkpointing"""
+  fastlora profile --base nf4 --dropout 0.05 --checkpointing
+  fastlora profile --sequence 128,256,512,1024 --budget 24GB
+      how long a sequence fits into 24 GB with PEFT, and with fastlora
+  fastlora profile --quick --budget 1GB --json
+      all of it in less than two minutes on two cores
+  fastlora profile --trace
+      traces that chrome://tracing and ui.perfetto.dev open"""
 _INFO = "Say which versions, devices and implementations of fastlora's ops are in use here."
 _INFO_EXAMPLE = """\
 example:
@@ -86,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_compare(_add_command(commands, "compare", "fine-tune with and without fastlora", _COMPARE, _COMPARE_EXAMPLE))
-    _add_profile(_add_command(commands, "profile", "who keeps which memory", _PROFILE, _PROFILE_EXAMPLE))
+    _add_profile(_add_command(commands, "profile", "where memory and time go", _PROFILE, _PROFILE_EXAMPLE))
     _add_bench(_add_command(commands, "bench", "layers, blocks, models and decoding, timed", _BENCH, _BENCH_EXAMPLE))
     _add_command(commands, "info", "versions, devices, implementations", _INFO, _INFO_EXAMPLE).add_argument(
         "--json", action="store_true", help="print JSON"
@@ -131,11 +139,21 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument(
-        "--base", type=_one_of(BASES), default="bf16", help=f"one of {', '.join(BASES)} (default: bf16)"
+    add = parser.add_argument
+    add("--base", type=_one_of(BASES), default="bf16", help=f"one of {', '.join(BASES)} (default: bf16)")
+    add("--dropout", type=_probability, default=0.0, help="probability in [0, 1) (default: 0)")
+    add("--steps", type=_integer(1), help="steps with and steps without the profiler (default: 7, --quick: 2)")
+    add(
+        "--sequence",
+        metavar="LENGTHS",
+        type=_list(_integer(2)),
+        help="also measure sequences of these lengths (with --budget: 128,256,512,1024, --quick: 64,128,256)",
     )
-    parser.add_argument("--dropout", type=_probability, default=0.0, help="probability in [0, 1) (default: 0)")
-    _add_out(parser, "profile.json and memory.png", "fastlora-profile")
+    add("--budget", metavar="SIZE", type=_size, help="memory to fit a sequence into: 24GB, 512MB, 16GiB")
+    add("--quick", action="store_true", help="fewer steps, shorter sequences: less than two minutes on two cores")
+    add("--trace", action="store_true", help="write the Chrome trace of a step of each, trace-NAME.json.gz")
+    add("--memory-snapshot", action="store_true", help="on CUDA: write torch's record of a step, memory-NAME.pickle")
+    _add_out(parser, "profile.json and the pictures", "fastlora-profile")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -279,6 +297,20 @@ def _probability(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
     return value
+
+
+_UNITS = {"b": 1}
+_UNITS |= {f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", 1)}
+_UNITS |= {f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", 1)}
+
+
+def _size(text: str) -> int:
+    """Bytes: GB are 10^9, GiB are 2^30."""
+    number, unit = text.rstrip("BbIiKkMmGgTt"), text.lstrip("0123456789. ").lower()
+    size = _float(number) * _UNITS.get(unit, math.nan)
+    if not 1 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a size such as 24GB, 512MB or 16GiB, got {text!r}")
+    return int(size)
 
 
 def _positive(text: str) -> float:

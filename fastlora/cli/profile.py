@@ -1,69 +1,141 @@
-"""``fastlora profile``: who keeps how many bytes for backward, with PEFT and with PEFT + fastlora."""
+"""``fastlora profile``: where the memory and the time of a step go, frozen, with PEFT, and with PEFT + fastlora."""
 
+import gzip
+import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-from matplotlib.figure import Figure
+import torch
 from rich.console import Console
-from rich.table import Table
+from torch import Tensor, nn
 
-from fastlora import ledger
-from fastlora.benchmarks import pictures, training
-from fastlora.cli import common
-from fastlora.cli.report import NAMES, case_name, megabytes, setting_line, to_json, write_report
+from fastlora import ledger, timeline
+from fastlora.benchmarks import training
+from fastlora.benchmarks.records import to_json, write_rows
+from fastlora.cli import INTERRUPTED, common, length
+from fastlora.cli.arguments import UsageError
+from fastlora.cli.profile_report import draw_memory, draw_time, memory_table, modules_table, time_table
+from fastlora.cli.report import NAMES, write_report
 from fastlora.environment import environment
+from fastlora.files import replace_file
 
-CATEGORIES = {  # Okabe and Ito's palette: told apart by the colour-blind
-    "weights": "#999999",
-    "adapters": "#CC79A7",
-    "optimizer state": "#F0E442",
-    "gradients": "#009E73",
-    "saved for backward": "#0072B2",
-    "scratch": "#56B4E9",
+PICTURES = {  # of the parts of a report
+    "memory": ("memory.png", draw_memory),
+    "time": ("time.png", draw_time),
+    "length": ("sequence.png", length.draw),
 }
-LEAST = 0.002  # of the total: what a module must keep to have a line of its own in the table
+PROVIDERS = 3
+Advance = Callable[[str], None]
 
 
 def run(args: Namespace) -> int:
-    """Record a step of every provider; write DIR/profile.json and DIR/memory.png; print two tables."""
+    """Measure part by part, keeping DIR/profile.json up to date; then draw the pictures and print the tables."""
     device = common.device_of(args.device)
+    if args.memory_snapshot and device.type != "cuda":
+        raise UsageError("--memory-snapshot needs a CUDA device: it is the record of torch's CUDA allocator")
+    _set_defaults(args)
     text = common.read_text(args.text)
     common.check_bases([args.base])
     common.make_folder(args.out)
+
+    training.keep_freed_memory()
+    report: dict[str, Any] = {
+        "version": 2,
+        "complete": False,
+        "environment": environment(device),
+        "model": None,
+        "settings": {name: getattr(args, name) for name in ("r", "batch", "tokens", "steps", "seed")},
+        "case": {"base": args.base, "dropout": args.dropout, "checkpointing": args.checkpointing},
+    }
     notes = Console(file=sys.stderr, highlight=False)
-    with common.progress(notes) as progress:
-        task = progress.add_task(f"{args.base}: loading the model", total=3)
-        model, data, label = common.load(args, args.base, text, device, steps=1)
-        report: dict[str, Any] = {
-            "version": 1,
-            "environment": environment(device),
-            "model": label,
-            "settings": {"r": args.r, "batch": args.batch, "tokens": args.tokens, "seed": args.seed},
-            "case": {"base": args.base, "dropout": args.dropout, "checkpointing": args.checkpointing},
-            "providers": {},
-        }
-        if label.startswith("RANDOM"):
-            progress.console.print(f"No trained weights: {label}", style="bold red")
-        ids = data[0].to(device)
-        trainers = training.make_trainers(model, args.r, args.dropout, args.checkpointing, False, 1e-4, args.seed)
-        for trainer in trainers:
-            progress.update(task, description=NAMES[trainer.name])
-            report["providers"][trainer.name] = _record(trainer, ids)
-            progress.update(task, advance=1)
+    interrupted = False
+    try:
+        with common.progress(notes) as progress:
+            steps = PROVIDERS * (1 + 2 * args.steps + len(args.sequence) * (1 + length.ROUNDS))
+            task = progress.add_task(f"{args.base}: loading the model", total=steps)
+
+            def advance(done: str) -> None:
+                progress.update(task, advance=1, description=done)
+
+            model, ids, label = _load(args, text, device)
+            report["model"] = label
+            if label.startswith("RANDOM"):
+                progress.console.print(f"No trained weights: {label}", style="bold red")
+            _measure(args, model, ids, report, advance)
+        report["complete"] = True
+    except KeyboardInterrupt:
+        interrupted = True
     write_report(report, args.out / "profile.json")
-    draw(report, args.out / "memory.png")
+    written = [args.out / "profile.json", *_draw(report, args.out)]
     if args.json:
         print(to_json(report))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
-        console.print(categories_table(report), "", modules_table(report))
-    notes.print(f"Written: {args.out / 'profile.json'}, {args.out / 'memory.png'}", soft_wrap=True)
+        _print(report, Console(width=None if sys.stdout.isatty() else 150, highlight=False))
+    if interrupted:
+        notes.print(f"Interrupted. What was measured so far is in {written[0]}", soft_wrap=True)
+        return INTERRUPTED
+    notes.print(f"Written: {', '.join(map(str, written))}", soft_wrap=True)
     return 0
 
 
-def _record(trainer: training.Trainer, ids: Any) -> dict:
+def _set_defaults(args: Namespace) -> None:
+    if args.steps is None:
+        args.steps = 2 if args.quick else 7
+    if args.sequence is None:
+        short, usual = [64, 128, 256], [128, 256, 512, 1024]
+        args.sequence = [] if args.budget is None else short if args.quick else usual
+    args.sequence.sort()
+
+
+def _load(args: Namespace, text: str | None, device: torch.device) -> tuple[nn.Module, Tensor, str]:
+    """The model, ids as long as the longest sequence, and the model's label."""
+    longest = max([args.tokens, *args.sequence])
+    option = "--tokens" if longest == args.tokens else "--sequence"
+    try:
+        sizes = Namespace(**{**vars(args), "tokens": longest})
+        model, data, label = common.load(sizes, args.base, text, device, steps=1)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--tokens", option)) from error
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UsageError(f"{option} {longest} is more than the {positions} positions that the model has")
+    return model, data[0].to(device), label
+
+
+def _measure(args: Namespace, model: nn.Module, ids: Tensor, report: dict, advance: Advance) -> None:
+    """Fill in the report's parts. A part that is in it is one that can be shown."""
+    for name in (*(name for name, _ in PICTURES.values()), "sequence.csv"):
+        (args.out / name).unlink(missing_ok=True)  # one of another run must not stand beside this report
+    trainers = training.make_trainers(model, args.r, args.dropout, args.checkpointing, False, 1e-4, args.seed)
+    batch = ids[:, : args.tokens].contiguous()
+    memory = {}
+    for trainer in trainers:
+        memory[trainer.name] = _memory(trainer, batch)
+        advance(f"memory: {NAMES[trainer.name]}")
+    report["memory"] = memory
+    write_report(report, args.out / "profile.json")
+
+    _time(args, trainers, batch, report, advance)
+    for trainer in trainers:
+        if args.trace:
+            _write_trace(trainer, batch, args.out / f"trace-{trainer.name}.json.gz")
+        if args.memory_snapshot:
+            _write_snapshot(trainer, batch, args.out / f"memory-{trainer.name}.pickle")
+
+    if args.sequence:
+        kept = ("weights", "adapters", "optimizer state")
+        fixed = {name: sum(books[kind] for kind in kept) for name, books in memory.items()}
+        positions = getattr(model.config, "max_position_embeddings", None)
+        for part in length.measure(args, trainers, ids, fixed, advance):
+            report["length"] = part | {"positions": positions}
+            write_report(report, args.out / "profile.json")
+
+
+def _memory(trainer: training.Trainer, ids: Tensor) -> dict:
     def forward() -> Any:
         return trainer.forward(ids)
 
@@ -85,91 +157,93 @@ def _record(trainer: training.Trainer, ids: Any) -> dict:
     }
 
 
-def _title(report: dict) -> str:
-    return f"{report['model']}: {case_name(report['case'])}\n{setting_line(report['settings'])}"
+def _time(args: Namespace, trainers: list[training.Trainer], ids: Tensor, report: dict, advance: Advance) -> None:
+    """Steps without the profiler and steps with it, in turn, the order of the providers rotated every round."""
+    lines: dict[str, list[timeline.Timeline]] = {trainer.name: [] for trainer in trainers}
+    for trainer in trainers:
+        trainer.step(ids)
+    for i in range(args.steps):
+        turn = i % len(trainers)
+        for trainer in trainers[turn:] + trainers[:turn]:
+            what = f"time: round {i + 1}/{args.steps}, {NAMES[trainer.name]}"
+            trainer.timed_step(ids, args.seed + i)
+            advance(what)
+            torch.manual_seed(args.seed + i)
+            lines[trainer.name].append(_timeline(trainer, ids)[0])
+            advance(f"{what}, profiled")
+        report["time"] = {t.name: time_record(t.results.step_seconds, lines[t.name]) for t in trainers}
+        write_report(report, args.out / "profile.json")
 
 
-def categories_table(report: dict) -> Table:
-    """A row per kind of memory, a column per provider."""
-    providers = report["providers"]
-    table = Table(title=_title(report), caption="MB = 10^6 bytes; x: relative to PEFT", caption_justify="left")
-    table.add_column("memory, MB")
-    for name in providers:
-        table.add_column(NAMES[name], justify="right")
-    for category in CATEGORIES:
-        cells = [megabytes(p[category]) for p in providers.values()]
-        if category == "saved for backward":
-            peft = providers["peft"][category]
-            cells = [f"{megabytes(p[category])} ({p[category] / peft:.2f}x)" for p in providers.values()]
-        table.add_row(category, *cells)
-    table.add_section()
-    table.add_row("in all", *(megabytes(sum(p[category] for category in CATEGORIES)) for p in providers.values()))
-    products = [sum(p["recomputed_products"].values()) for p in providers.values()]
-    if any(products):
-        table.add_row("products computed again", *map(str, products))
-    return table
+def _timeline(trainer: training.Trainer, ids: Tensor, shapes: bool = False) -> tuple[timeline.Timeline, dict]:
+    return timeline.record(trainer.model, lambda: trainer.forward(ids), trainer.optimizer, shapes)
 
 
-def modules_table(report: dict) -> Table:
-    """A row per module, those of repeated blocks as one, by name."""
-    providers = report["providers"]
-    saved = {name: _folded(p["saved"]) for name, p in providers.items()}
-    shared = {name: _folded(p["shared"]) for name, p in providers.items()}
-    table = Table(
-        title="saved for backward, MB",
-        caption="(+ kept by this module too, but counted for the one that kept it first). Who saves is who runs: a\n"
-        "function that computes several layers saves for all of them.",
-        caption_justify="left",
-    )
-    table.add_column("module (* stands for every block)")
-    for name in providers:
-        table.add_column(NAMES[name], justify="right")
-    modules = {module for p in saved.values() for module in p}
-    least = LEAST * max(sum(p.values()) for p in saved.values())
-    rest = dict.fromkeys(providers, 0)
-    for module in sorted(modules):
-        if max(p.get(module, 0) for p in saved.values()) < least:
-            for name, p in saved.items():
-                rest[name] += p.get(module, 0)
-            continue
-        cells = []
-        for name in providers:
-            more = shared[name].get(module, 0)
-            cells.append(megabytes(saved[name].get(module)) + (f" (+{megabytes(more)})" if more else ""))
-        table.add_row(module, *cells)
-    table.add_row("all others", *map(megabytes, rest.values()))
-    return table
+def time_record(step_seconds: list[float], lines: list[timeline.Timeline]) -> dict:
+    """The median of the steps without the profiler. Means over the faster half of those with it, which add up as every
+    step's do; the slower ones are slow for reasons of the machine."""
+    usual = sorted(lines, key=lambda line: line.wall)[: (len(lines) + 1) // 2]
+
+    def mean(pick: Callable[[timeline.Timeline], int]) -> float:
+        return fmean(map(pick, usual)) / 1e9
+
+    return {
+        "p50": median(step_seconds),
+        "step_seconds": list(step_seconds),
+        "profiled_seconds": mean(lambda line: line.wall),
+        "profiled_step_seconds": [line.wall / 1e9 for line in lines],
+        "seconds": {c: mean(lambda line, c=c: line.by_category()[c]) for c in timeline.CATEGORIES},  # type: ignore[misc]
+        "phases": {
+            phase: {c: mean(lambda line, p=phase, c=c: line.spent[p][c]) for c in timeline.CATEGORIES}  # type: ignore[misc]
+            for phase in timeline.PHASES
+        },
+        "ops": _ops(usual),
+    }
 
 
-def _folded(by_module: dict[str, int]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for module, count in by_module.items():
-        name = ledger.fold(module)
-        total[name] = total.get(name, 0) + count
-    return total
+def _ops(lines: list[timeline.Timeline]) -> dict:
+    """Calls and seconds of the ops of a step by category, those that took longest first."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for category, ops in lines[0].ops.items():
+        rows = {
+            op: {"calls": calls, "seconds": fmean(line.ops[category].get(op, [0, 0])[1] for line in lines) / 1e9}
+            for op, (calls, _) in ops.items()
+        }
+        found[category] = dict(sorted(rows.items(), key=lambda row: -row[1]["seconds"]))
+    return found
 
 
-def draw(report: dict, path: Path) -> None:
-    """A stacked bar a provider, a colour a kind of memory."""
-    providers = report["providers"]
-    figure = Figure(figsize=(11, 1.9 + 0.55 * len(providers)), dpi=160, layout="constrained")
-    axes = figure.subplots()
-    starts = dict.fromkeys(providers, 0.0)
-    for category, colour in CATEGORIES.items():
-        sizes = [p[category] / 1e6 for p in providers.values()]
-        axes.barh(list(providers), sizes, left=list(starts.values()), color=colour, height=0.65, label=category)
-        for y, (name, size) in enumerate(zip(providers, sizes, strict=True)):
-            if size > 0.06 * max(sum(p[c] for c in CATEGORIES) for p in providers.values()) / 1e6:
-                dark = category in ("saved for backward", "gradients")
-                colour = "white" if dark else "black"
-                axes.text(starts[name] + size / 2, y, f"{size:,.0f}", ha="center", va="center", color=colour)
-            starts[name] += size
-    limit = starts["frozen"]
-    axes.axvline(limit, color="black", linestyle="--", label="frozen model: the limit")
-    axes.set_yticks(range(len(providers)), [NAMES[name] for name in providers])
-    axes.invert_yaxis()
-    axes.set_xlabel("memory of a training step, MB")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{_title(report)}, {report['environment']['device']}", fontsize=12)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    pictures.save(figure, path, to_json(report))
+def _write_trace(trainer: training.Trainer, ids: Tensor, path: Path) -> None:
+    """A step of its own, with the shapes of every op's inputs."""
+    _, trace = _timeline(trainer, ids, shapes=True)
+    content = gzip.compress(json.dumps(trace).encode(), compresslevel=5)
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _write_snapshot(trainer: training.Trainer, ids: Tensor, path: Path) -> None:
+    """The allocations of a step, in the format that pytorch.org/memory_viz opens."""
+    torch.cuda.memory._record_memory_history()
+    try:
+        trainer.step(ids)
+        replace_file(path, lambda temporary: torch.cuda.memory._dump_snapshot(str(temporary)))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def _draw(report: dict, folder: Path) -> list[Path]:
+    written = []
+    for part, (name, draw) in PICTURES.items():
+        if part in report:
+            draw(report, folder / name)
+            written.append(folder / name)
+    if "length" in report:
+        write_rows(folder / "sequence.csv", length.rows(report["length"]))
+        written.append(folder / "sequence.csv")
+    return written
+
+
+def _print(report: dict, console: Console) -> None:
+    tables = {"memory": (memory_table, modules_table), "time": (time_table,), "length": (length.table,)}
+    for part, makes in tables.items():
+        for make in makes if part in report else ():
+            console.print(make(report), "")
