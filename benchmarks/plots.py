@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from fastlora.benchmarks import pictures
 from fastlora.benchmarks.providers import PROVIDERS
-from fastlora.benchmarks.records import Rows
-from fastlora.files import replace_file
+from fastlora.benchmarks.records import Rows, to_csv
 
 # Okabe and Ito's palette: told apart by the colour-blind. Markers too, for print without colours.
 STYLES = {
@@ -40,7 +40,7 @@ def draw(rows: Rows, report: dict, path: Path) -> None:
         "decode": "decoding 4-bit weights",
     }[report["verb"]]
     figure.suptitle(f"{what}: {shapes}\n{report['environment']['device']}", fontsize=12.5)
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_csv(rows))
 
 
 def draw_against(rows: Rows, report: dict, path: Path) -> None:
@@ -60,7 +60,7 @@ def draw_against(rows: Rows, report: dict, path: Path) -> None:
     axes.set_xlabel("times as fast (line: as fast)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"fastlora against {report['settings']['against']}: {report['verb']}")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_csv(rows))
 
 
 def totals(rows: Rows, mode: str) -> dict[tuple, dict[str, dict[str, float]]]:
