@@ -37,12 +37,17 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 	$(BIN)/mypy
 
-# The measurements behind the README's table and picture: under ten minutes on two cores.
+# The measurements behind the README's tables and pictures: under ten minutes on two cores.
+RESULTS := benchmarks/results/cpu
 bench: setup
-	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 21 --out benchmarks/results/cpu
-	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out benchmarks/results/cpu/checkpointing
-	$(BIN)/fastlora profile --out benchmarks/results/cpu/profile
-	$(BIN)/python benchmarks/host_overhead.py --json > benchmarks/results/cpu/host_overhead.json
+	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 21 --out $(RESULTS)
+	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out $(RESULTS)/checkpointing
+	$(BIN)/fastlora profile --out $(RESULTS)/profile
+	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
+	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
+	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/bench/speed.json
+	$(BIN)/python benchmarks/host_overhead.py --json > $(RESULTS)/host_overhead.json
 
 # On a machine with a GPU, with whatever torch it has and without installing: correctness, rates, sweeps, in steps of
 # under ten minutes that go on where they stopped. make gpu ARGS='--only sweep', and see benchmarks/gpu.py --help.

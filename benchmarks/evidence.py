@@ -4,17 +4,18 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import layers
-from benchmarks.timing import block, free, measure, samples, synchronize
 from fastlora import functional, plans, tuning
+from fastlora.benchmarks import protocol, steps
+from fastlora.benchmarks.providers import PROVIDERS, NotApplicable
+from fastlora.benchmarks.training import synchronize
+from fastlora.benchmarks.workloads import Case, make_subject
 from fastlora.cases import MODELS, cases, groups, linears
-from fastlora.cli.info import environment
+from fastlora.environment import environment
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
 
@@ -42,16 +43,21 @@ def step_graph(run: Any) -> Found:
                 continue
             run.case = case
             N = K = 64 if run.tiny else 4096
-            layer = layers.make_layer(base, M, N, K, 16, run.device)
-            step = partial(layers.step, layer, layers.ours(layer))
+            subject = make_subject(Case("linear", "square", "q", M, 16, base, N=N, K=K), run.device)
+            step = partial(_results, subject, PROVIDERS["fastlora"].build(subject))
             expected = step()
             graph, results = capture(step)
             graph.replay()
             same = all(torch.equal(a, b) for a, b in zip(expected, results, strict=True))
-            times = measure(run, {"eager": step, "graph": graph.replay})
-            rows = [{"check": "time", "provider": name, **found} for name, found in times.items()]
+            ways = {"eager": protocol.Way.of(step), "graph": protocol.Way.of(graph.replay)}
+            turns = protocol.interleave(ways, protocol.clock_of(run.device), steps.rounds(run))
+            rows = [{"check": "time", "provider": n, **protocol.quantiles(found)} for n, found in turns.items()]
             yield case, [{"check": "same bits as eager", "outcome": same}, *rows]
-            free()
+            protocol.free()
+
+
+def _results(subject: Any, module: Any) -> tuple[Tensor, ...]:
+    return tuple(subject.results(module).values())
 
 
 def _check_masks(step: Callable[[], tuple[Tensor, Tensor]], p: float) -> list[dict[str, Any]]:
@@ -92,30 +98,29 @@ def step_profile(run: Any) -> Found:
     on_gpu = run.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     for base in ("bf16", "nf4"):
-        for name in ("frozen", "peft", "addmm", "ours"):
+        for name in ("frozen", "peft", "addmm", "fastlora"):
             case = f"{base} {name}"
             if case in run.done:
                 continue
             run.case = case
-            make, _ = layers.providers(base)[name]
             try:
-                steps = []
-                for N, K, count in block(run).values():
-                    layer = layers.make_layer(base, M, N, K, r, run.device)
-                    steps += [partial(layers.step, layer, make(layer), name != "frozen")] * count
-            except ImportError as error:
+                calls = []
+                for layer in steps.layers_of(run, M=M, r=r, base=base):
+                    subject = make_subject(layer, run.device)
+                    calls += [partial(_results, subject, PROVIDERS[name].build(subject))] * layer.count
+            except (ImportError, NotApplicable) as error:
                 yield case, [{"kernel": None, "error": str(error)}]
                 continue
-            for step in steps:
-                step()
-            synchronize(run)
+            for call in calls:
+                call()
+            synchronize(run.device)
             with profile(activities=activities) as profiled:
-                for step in steps:
-                    step()
-                synchronize(run)
+                for call in calls:
+                    call()
+                synchronize(run.device)
             yield case, kernel_rows(profiled.key_averages(), on_gpu)
-            del steps
-            free()
+            del calls
+            protocol.free()
 
 
 def kernel_rows(events: Any, on_gpu: bool, most: int = 25) -> list[dict[str, Any]]:
@@ -135,7 +140,7 @@ def kernel_rows(events: Any, on_gpu: bool, most: int = 25) -> list[dict[str, Any
 
 def step_compare(run: Any) -> Found:
     """Training steps of whole models with random weights: frozen, PEFT, PEFT + fastlora, in turn."""
-    from fastlora.cli import models, training
+    from fastlora.benchmarks import models, training
 
     tokens, rounds, r = (8, 1, 4) if run.tiny else (2048, 20, 16)
     quantise = ("nf4",) if importlib.util.find_spec("bitsandbytes") else ()
@@ -161,7 +166,7 @@ def step_compare(run: Any) -> Found:
                 known = {"model": name, "base": base, "dropout": dropout, "tokens": tokens * batch}
                 yield case, [known | _training_row(trainer) for trainer in trainers]
                 del trainers, model, loaded
-                free()
+                protocol.free()
 
 
 def _training_row(trainer: Any) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def llama(hidden: int, intermediate: int, kv: int, heads: int, device: torch.dev
     """A model of two blocks of this size and hardly a vocabulary: its time is that of the blocks."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fastlora.cli.models import LoadedModel
+    from fastlora.benchmarks.models import LoadedModel
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2,
@@ -190,12 +195,13 @@ def llama(hidden: int, intermediate: int, kv: int, heads: int, device: torch.dev
 
 def step_tune(run: Any) -> Found:
     """`fastlora tune` for Llama-3-8B at 8192 and 16 tokens; the table goes beside the results, not to the user's."""
-    shapes = [(M, N, K) for M in ((8,) if run.tiny else (8192, 16)) for N, K, _ in block(run).values()]
+    sizes = [(case.N, case.K) for case in steps.layers_of(run, M=0, r=0, base="bf16")]
+    shapes = [(M, N, K) for M in ((8,) if run.tiny else (8192, 16)) for N, K in sizes]
     siblings = [(M, Ns, K) for M, *_ in shapes[::4] for Ns, K in groups(linears(*MODELS["llama-3-8b"]))]
     problems = cases(shapes, [4 if run.tiny else 16], torch.bfloat16, True, siblings)
     if run.tiny:
         tuning.SIZE, problems = 64, problems[:1]
-    tuner = tuning.Tuner(run.device, lambda call: median(samples(run, call)), run.name)
+    tuner = tuning.Tuner(run.device, steps.clock(run), run.name)
     path = run.folder / plans.TABLE_FILE
     if run.done and path.exists():
         tuner.found.table = plans.read_tables(path)[run.name]

@@ -13,10 +13,8 @@ gpu.json with where, when and with what it was measured.
 """
 
 import argparse
-import csv
 import json
 import os
-import re
 import sys
 import time
 import traceback
@@ -67,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         interpreter.repair()
     import torch
 
+    from fastlora.benchmarks.records import folder_name
+
     if args.device == "cuda" and not torch.cuda.is_available():
         print(
             "gpu.py: needs a GPU that torch sees; --device cpu --tiny tries the code out without one", file=sys.stderr
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device = torch.device(args.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    folder = args.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    folder = args.out / folder_name(name)
     if args.summary:
         return _summary(folder)
     steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
@@ -108,7 +108,8 @@ def _run_step(
     step: str, args: argparse.Namespace, device: Any, name: str, folder: Path, argv: list[str] | None
 ) -> bool:
     """Go on with a step until it is complete or its time is spent. Whether it is complete."""
-    from benchmarks import evidence, steps
+    from fastlora.benchmarks import evidence, steps
+    from fastlora.benchmarks.records import read_rows, write_rows
     from fastlora.cases import kernels
 
     state, environment = read_state(folder), _environment(device, args)
@@ -195,8 +196,8 @@ def _broken(device: Any) -> bool:
 
 
 def _environment(device: Any, args: argparse.Namespace) -> dict:
-    from benchmarks.timing import clocks
-    from fastlora.cli.info import environment
+    from fastlora.benchmarks.records import clocks
+    from fastlora.environment import environment
 
     found = environment(device)
     return {**found, "commit": found["commit"] or args.commit, "clocks": clocks(device), "tiny": args.tiny}
@@ -216,44 +217,9 @@ def write_state(folder: Path, state: dict[str, dict]) -> None:
     replace_file(folder / "gpu.json", lambda path: path.write_text(text))
 
 
-def read_rows(path: Path) -> Rows:
-    """The rows of a CSV; numbers as numbers, nothing as None."""
-    try:
-        with path.open(newline="") as file:
-            return [{name: _value(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        return []
-
-
-def _text(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _value(text: str | None) -> Any:
-    for number in (int, float):
-        try:
-            return number(text)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            pass
-    return text or None
-
-
-def write_rows(path: Path, rows: Rows) -> None:
-    from fastlora.files import replace_file
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: _text(value) for name, value in row.items()} for row in rows)
-
-    replace_file(path, write)
-
-
 def _summary(folder: Path) -> int:
-    from benchmarks.goals import goals, lines
+    from fastlora.benchmarks.goals import goals, lines
+    from fastlora.benchmarks.records import read_rows
 
     state = read_state(folder)
     tiny = any(entry["environment"]["tiny"] for entry in state.values())

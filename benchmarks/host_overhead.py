@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.cli.info import environment
+from fastlora.environment import environment
 
 TOKENS, FEATURES, RANK = 4, 8, 4
 WARMUP = 300

@@ -8,22 +8,23 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks import layers, resume
-from benchmarks.timing import block, clocks, free, host_seconds, measure, rates, samples
 from fastlora import kernel_ops, plans, roofline, tuning
-from fastlora.cases import decoded, poisoned, random_weight_4bit
-from fastlora.cli.info import versions
-from fastlora.roofline import Problem
+from fastlora.benchmarks import decode, protocol, resume
+from fastlora.benchmarks.providers import PROVIDERS, Provider, forcing
+from fastlora.benchmarks.records import clocks
+from fastlora.benchmarks.workloads import Case, linear_cases
+from fastlora.environment import versions
+from fastlora.roofline import Problem, Rates
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +89,17 @@ def _tests(run: Any, name: str, arguments: list[str]) -> Found:
 
 def _pytest(run: Any, arguments: list[str], shards: int, shard: int, notes: Path) -> tuple[int, str]:
     """Run one shard, again and again while its tests break the device, and stop it if one hangs."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.resume", "-p", "no:cacheprovider", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "benchmarks.resume",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+    ]
     command += ["--outcomes", str(notes), "--shard", f"{shard}/{shards}", "--seconds"]
     while True:
         left = max(1.0, run.seconds_left - 20)
@@ -107,13 +118,45 @@ def _pytest(run: Any, arguments: list[str], shards: int, shard: int, notes: Path
 
 
 def step_rates(run: Any) -> Found:
-    def clock(call: Callable[[], Any]) -> float:
-        return median(samples(run, call))
-
     if run.tiny:
         tuning.SIZE = 64
-    found = tuning.measure_rates(run.device, clock, roofline.modelled(run.name))
+    found = tuning.measure_rates(run.device, clock(run), roofline.modelled(run.name))
     yield "all", [{"name": name, "value": value} for name, value in asdict(found).items() if name != "measured"]
+
+
+def clock(run: Any) -> tuning.Clock:
+    """Seconds of a call: on a GPU the median, elsewhere of a single one."""
+    if run.device.type == "cuda":
+        return tuning.gpu_clock
+    return lambda call: protocol.cpu_clock(protocol.Way.of(call))[0]
+
+
+def rates(run: Any) -> Rates:
+    """Those that the step `rates` measured, or the modelled ones."""
+    found = {row["name"]: row["value"] for row in run.results.get("rates", [])}
+    return Rates.from_json({**found, "measured": True}) if found else roofline.modelled(run.name)
+
+
+def layers_of(run: Any, **fields: Any) -> list[Case]:
+    """The distinct linears of Llama-3-8B."""
+    return linear_cases("tiny" if run.tiny else "llama-3-8b", **fields)
+
+
+def rounds(run: Any) -> int:
+    return 1 if run.tiny else 3
+
+
+FORCED = {
+    "bf16": [{"lora_matmul": plan, "lora_grad": "one_pass"} for plan in plans.PLANS["lora_matmul"]]
+    + [{"lora_grad": "two_pass"}],
+    "nf4": [{"lora_grad": plan} for plan in plans.PLANS["lora_grad"]],
+}
+
+
+def providers_of(base: str) -> list[Provider]:
+    """Those without torch.compile, which is for `fastlora bench`; and fastlora by every plan."""
+    plain = [provider for name, provider in PROVIDERS.items() if not name.endswith("+compile")]
+    return plain + [forcing(**forced) for forced in FORCED[base]]
 
 
 def step_sweep(run: Any) -> Found:
@@ -121,120 +164,75 @@ def step_sweep(run: Any) -> Found:
     for r in (4,) if run.tiny else (16, 64):
         for M in tokens:
             for base in ("bf16", "nf4"):
-                for names, (N, K, count) in block(run).items():
-                    case = f"{base} {names} M={M} r={r}"
-                    if case not in run.done:
-                        run.case = case
-                        sizes = {"base": base, "layer": names, "count": count, "M": M, "N": N, "K": K, "r": r}
-                        yield case, [sizes | row for row in _sweep_case(run, base, M, N, K, r)]
-                        free()
+                for case in layers_of(run, M=M, r=r, base=base):
+                    if str(case) not in run.done:
+                        run.case = str(case)
+                        yield str(case), _sweep_case(run, case)
+                        protocol.free()
 
 
-def _sweep_case(run: Any, base: str, M: int, N: int, K: int, r: int) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    layer = layers.make_layer(base, M, N, K, r, run.device)
-    dense = layer.dense
-    exact = {adapted: layers.truth(layer, dense, adapted) for adapted in (True, False)}
-    bar = layers.errors(layers.step(layer, layers.eager(layer)), exact[True])
-    ways: dict[str, dict[str, Callable[[], Any]]] = {"forward": {}, "step": {}}
-    rows, found = [], {}
-    providers = layers.providers(base)
-    for name, (make, forced) in providers.items():
-        try:
-            forward, adapted = make(layer), name != "frozen"
-            way = partial(_forced, forced, partial(layers.step, layer, forward, adapted))
-            with poisoned():
-                results = way()
-            found[name] = layers.errors(results, exact[adapted])
-            del results
-            if (reason := layers.inexact(found[name], bar)) is not None:
-                raise ArithmeticError(reason)
-        except (ImportError, ArithmeticError, RuntimeError, ValueError) as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise
-            rows.append({"provider": name, "mode": "step", "p50": None, "error": f"{type(error).__name__}: {error}"})
-            continue
-        ways["step"][name] = way
-        ways["forward"][name] = partial(_without_grad, forced, forward)
-    del exact
-    c, at, device = Problem(M, N, K, r), rates(run), kernel_ops._name(run.device)
-    for mode, named in ways.items():
-        backward = mode == "step"
-        floor = roofline.floor(c, at, backward, packed=base == "nf4")
-        for name, times in measure(run, named).items():
-            row = {"provider": name, "mode": mode, **times, "host": host_seconds(run, named[name]), "floor": floor}
-            if name.startswith("ours"):
-                with plans.use(**providers[name][1]):
-                    row["predicted"] = layers.predicted(c, base, at, device, backward)
-                    row["plan"] = plans.choose("lora_matmul", c, device) if base == "bf16" else "merged"
-            worst = max(found[name]) if backward else found[name][0]
-            rows.append(row | {"relative_error": worst, "error": None})
+def _sweep_case(run: Any, case: Case) -> list[dict[str, Any]]:
+    providers = providers_of(case.base)
+    if case.base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        return [protocol.empty_row(case, p.name, None, "missing: bitsandbytes is not installed") for p in providers]
+    at, device = rates(run), kernel_ops._name(run.device)
+    *_, (_, rows) = protocol.run(case, providers, run.device, at, rounds(run), ("forward", "step"))
+    within = {provider.name: provider.within for provider in providers}
+    c = Problem(case.M, case.N, case.K, case.r)
+    for row in rows:
+        row |= {"predicted": None, "plan": None}
+        if row["provider"].startswith("fastlora") and row["p50"]:
+            with within[row["provider"]]():
+                row["predicted"] = predicted(c, case.base, at, device, row["mode"] == "step")
+                row["plan"] = plans.choose("lora_matmul", c, device) if case.base == "bf16" else "merged"
     return rows
 
 
-def _forced(forced: dict[str, str], call: Callable[[], Any]) -> Any:
-    with plans.use(**forced):
-        return call()
-
-
-def _without_grad(forced: dict[str, str], forward: Callable[[], Any]) -> Any:
-    with plans.use(**forced), torch.no_grad():
-        return forward()
+def predicted(c: Problem, base: str, rates: Rates, device: str, backward: bool) -> float:
+    """Seconds that the roofline says our layer takes, by the plans that are in force on the device of this name."""
+    dy, dx = replace(c, N=0, K=c.N), replace(c, N=c.K, K=c.N)
+    matmul, grad = plans.choose("lora_matmul", c, device), plans.choose("lora_grad", dy, device)
+    calls = [("shrink", "", c), ("lora_matmul", matmul, c)] if base == "bf16" else [("linear_4bit", "merged", c)]
+    if backward and base == "bf16":
+        calls += [("lora_matmul", plans.choose("lora_matmul", dx, device), dx)]
+    elif backward:
+        calls += [("shrink", "", c), ("linear_4bit", "merged", c)]  # the same bytes and FLOPs for dx as for y
+    if backward:
+        calls += [("lora_grad", grad, dy), ("lora_grad_a", "", c)]
+    return sum(roofline.predict(op, plan, problem, rates).seconds for op, plan, problem in calls)
 
 
 def step_decode(run: Any) -> Found:
-    """Decoding alone and with an adapter merged, and products of few tokens, against a copy of 1 GiB.
+    """Decoding alone and with an adapter merged, and products of few tokens.
 
     Bytes are those that no implementation can spare: partial sums do not count as bandwidth that was used.
     """
+    tokens = (1, 8) if run.tiny else (1, 4, 16, 32, 64)
+    for case in (replace(case, verb="decode") for case in layers_of(run, M=0, r=16, base="nf4")):
+        if case.layer not in run.done:
+            run.case = case.layer
+            given = decode.operands(case, run.device)
+            found = [*decode.candidates(case, given), *_products(case, given, tokens)]
+            yield case.layer, decode.run(case, found, run.device, rates(run), rounds(run))
+            protocol.free()
+
+
+def _products(case: Case, given: decode.Operands, tokens: tuple[int, ...]) -> Iterator[decode.Candidate]:
     nf4_matmul = kernel_ops.launcher("nf4_matmul", "nf4_matmul")
-    source = torch.randn((1 << 16) if run.tiny else (1 << 27), device=run.device)
-    target = torch.empty_like(source)
-    r, s = 16, layers.S
-    for names, (N, K, count) in block(run).items():
-        if names in run.done:
-            continue
-        run.case = names
-        torch.manual_seed(0)
-        w = random_weight_4bit(N, K, run.device)
-        a, b = torch.randn(r, K, device=run.device) / K, torch.randn(N, r, device=run.device)
-        dense, merged = decoded(w, torch.bfloat16), decoded(w, torch.float64) + s * b.double() @ a.double()
-        packed = roofline.packed_bytes(Problem(0, N, K, r))
-        # name, tokens -> bytes, the call, what eager torch gives, the truth
-        ways: dict[tuple[str, int | None], tuple[int, Callable, Callable, Callable]] = {
-            ("decode", None): (
-                packed + 2 * N * K,
-                partial(w.decode, torch.bfloat16),
-                lambda dense=dense: dense,
-                partial(decoded, w, torch.float64),
-            ),
-            ("decode merged", None): (
-                packed + 2 * N * K + 4 * r * (N + K),
-                partial(w.decode_merged, torch.bfloat16, a, b, s),
-                lambda merged=merged: merged.bfloat16(),
-                lambda merged=merged: merged,
-            ),
-        }
-        for M in (1, 8) if run.tiny else (1, 4, 16, 32, 64):
-            x = torch.randn(M, K, device=run.device).bfloat16()
-            ways["nf4_matmul", M] = (
-                packed + 2 * M * (N + K) + 4 * r * (N + K),
-                partial(nf4_matmul, x, *w, a, b, s),
-                lambda x=x, a=a, b=b, dense=dense: (x @ dense.t()) + (s * (x.float() @ a.t()) @ b.t()).bfloat16(),
-                lambda x=x, merged=merged: x.double() @ merged.t(),
-            )
-        rows, right = [], {}
-        for (kernel, M), (moved, call, eager, truth) in ways.items():
-            with poisoned():
-                result = call()
-            (error,), (bar,) = (layers.errors((each,), (truth(),)) for each in (result, eager()))
-            row = {"kernel": kernel, "layer": names, "count": count, "N": N, "K": K, "M": M, "bytes": moved}
-            reason = layers.inexact([error], [bar])
-            rows.append(row | dict.fromkeys(("p20", "p50", "p80", "copy")) | {"relative_error": error, "error": reason})
-            if reason is None:
-                right[f"{kernel} {M}"] = (call, rows[-1])
-        times = measure(run, {name: call for name, (call, _) in right.items()} | {"copy": lambda: target.copy_(source)})
-        for name, (_, row) in right.items():
-            row |= {**times[name], "copy": 2 * source.nbytes / times["copy"]["p50"]}
-        yield names, rows
-        free()
+    w, a, b, s = given.w, given.a, given.b, given.s
+    dense = given.exact.bfloat16()
+
+    def eager(x: Tensor) -> Tensor:
+        return x @ dense.t() + (s * (x.float() @ a.t()) @ b.t()).bfloat16()
+
+    def truth(x: Tensor) -> Tensor:
+        return x.float() @ given.merged.t()
+
+    for M in tokens:
+        x = torch.randn(M, case.K, device=a.device).bfloat16()
+        c = Problem(M, case.N, case.K, case.r)
+        moved = int(roofline.packed_bytes(c)) + 2 * M * (c.N + c.K) + 4 * c.r * (c.N + c.K)
+        yield decode.Candidate(
+            "fastlora", f"nf4_matmul M={M}", moved,
+            partial(nf4_matmul, x, *w, a, b, s), partial(eager, x), partial(truth, x),
+        )  # fmt: skip

@@ -115,18 +115,28 @@ def predict(op: str, plan: str, problem: Problem, rates: Rates) -> Prediction:
     )
 
 
-def floor(problem: Problem, rates: Rates, backward: bool = False, packed: bool = False) -> float:
-    """Seconds below which no implementation of the layer can go: every tensor once, every FLOP at the vendor's rate.
+def passes(c: Problem, packed: bool = False) -> list[tuple[float, float]]:
+    """Bytes and FLOPs of forward and of backward that no implementation of the layer can spare: every tensor once.
 
     Forward reads x and w (4-bit if packed) and writes y. Backward reads dy, w and x and writes dx; da and db are small.
+    Without an adapter (r = 0) backward needs no x.
     """
-    M, N, K, r, i = problem.M, problem.N, problem.K, problem.r, problem.itemsize
-    weight = packed_bytes(problem) if packed else N * K * i
-    passes = [(M * (K + N) * i + weight, 2 * M * (N * K + r * (N + K)))]
-    if backward:
-        passes.append((M * (2 * K + N) * i + weight, 2 * M * (N * K + 2 * r * (N + K))))
-    gemm = rates.gemm if i == 2 else rates.gemm_fp32
-    return sum(max(moved / rates.copy, flops / gemm) for moved, flops in passes)
+    M, N, K, r, i = c.M, c.N, c.K, c.r, c.itemsize
+    weight = packed_bytes(c) if packed else N * K * i
+    return [
+        (M * (K + N) * i + weight, 2 * M * (N * K + r * (N + K))),
+        (M * ((2 if r else 1) * K + N) * i + weight, 2 * M * (N * K + 2 * r * (N + K))),
+    ]
+
+
+def seconds(moved: float, flops: float, c: Problem, rates: Rates) -> float:
+    """What a pass takes at the rates of a copy and of the vendor's GEMM, whichever is longer."""
+    return max(moved / rates.copy, flops / (rates.gemm if c.itemsize == 2 else rates.gemm_fp32))
+
+
+def floor(c: Problem, rates: Rates, backward: bool = False, packed: bool = False) -> float:
+    """Seconds below which no implementation of forward, or of forward and backward, can go."""
+    return sum(seconds(*each, c, rates) for each in passes(c, packed)[: 1 + backward])
 
 
 def _tile(kernel: str, c: Problem, size: int):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from fastlora.cases import Case, Results, kernels, poisoned, wrong
 from fastlora.plans import Table
 from fastlora.roofline import Problem, Rates
 
+Name = TypeVar("Name")
+Way = TypeVar("Way")
+Taken = TypeVar("Taken")
 Clock = Callable[[Callable[[], Any]], float]  # seconds that a call takes on the device
 ROUNDS = 3
 GAIN = 0.02  # a way that is faster by less is not worth an entry
@@ -33,9 +36,10 @@ def gpu_clock(run: Callable[[], Any]) -> float:
     return do_bench(run, warmup=10, rep=40, return_mode="median") / 1e3
 
 
-def measure(ways: dict[Any, Callable[[], Any]], clock: Clock, rounds: int = ROUNDS) -> dict[Any, list[float]]:
-    """Seconds of each way in each round; they take turns, and the first of a round is another one every time."""
-    times: dict[Any, list[float]] = {way: [] for way in ways}
+def measure(ways: dict[Name, Way], clock: Callable[[Way], Taken], rounds: int = ROUNDS) -> dict[Name, list[Taken]]:
+    """What the clock says of each way in each round; they take turns, and the first of a round is another one every
+    time."""
+    times: dict[Name, list[Taken]] = {way: [] for way in ways}
     names = list(ways)
     for i in range(rounds):
         turn = i % max(1, len(names))

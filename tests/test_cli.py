@@ -8,9 +8,10 @@ import transformers
 from matplotlib.image import imread
 
 from fastlora import ops
-from fastlora.cli import main, training
+from fastlora.benchmarks import training
+from fastlora.benchmarks.training import Measurements
+from fastlora.cli import main
 from fastlora.cli.report import provider_records, to_json, write_report
-from fastlora.cli.training import Measurements
 
 BASES, DROPOUTS, STEPS, TOKENS, BATCH = ("bf16", "nf4"), (0.0, 0.05), 3, 32, 2
 STATISTICS = ("p20", "p50", "p80", "tokens_per_second", "speedup", "speedup_paired", "final_loss")

@@ -4,15 +4,16 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import evidence, gpu, layers, resume, steps, timing
-from benchmarks.goals import goals, lines
 from fastlora import tuning
+from fastlora.benchmarks import evidence, gpu, records, resume, steps, workloads
+from fastlora.benchmarks.goals import goals, lines
 from fastlora.cases import MODELS, linears
 
 pytest.importorskip("triton")
@@ -38,7 +39,7 @@ def run(out, *more):
 
 
 def rows(out, step):
-    return gpu.read_rows(out / "cpu" / f"{step}.csv")
+    return records.read_rows(out / "cpu" / f"{step}.csv")
 
 
 @pytest.mark.parametrize("step", ["environment", "rates", "decode", "graph", "tune"])
@@ -57,25 +58,28 @@ def test_step(step, tmp_path, capsys):
 @pytest.fixture
 def one_layer(monkeypatch):
     """Of the block's linears only one, which takes a fraction of the time."""
-    monkeypatch.setattr(steps, "block", lambda run: {"q,k,v,o,gate,up,down": (32, 64, 7)})
+    one = workloads.Case("linear", "tiny", "q,k,v,o,gate,up,down", 0, 0, "", N=32, K=64, count=7)
+    monkeypatch.setattr(steps, "layers_of", lambda run, **fields: [replace(one, **fields)])
 
 
 def test_sweep_compares_every_provider(one_layer, tmp_path):
     assert run(tmp_path, "--only", "sweep") == 0
     found = rows(tmp_path, "sweep")
     for base in ("bf16", "nf4"):
+        here = [row for row in found if row["base"] == base]
+        assert {row["provider"] for row in here} == {provider.name for provider in steps.providers_of(base)}
         for mode in ("forward", "step"):
-            case = [r for r in found if (r["base"], r["mode"], r["M"]) == (base, mode, 8)]
-            assert [r["provider"] for r in case] == list(layers.providers(base))
-            assert all(0 < r["p20"] <= r["p50"] <= r["p80"] and r["host"] > 0 and r["floor"] > 0 for r in case)
-            assert all(0 < r["relative_error"] < 0.01 for r in case)
-    ours = {(r["base"], r["provider"]): r for r in found if r["provider"].startswith("ours") and r["mode"] == "step"}
-    assert {at: r["plan"] for at, r in ours.items()} == {
-        ("bf16", "ours"): "tail", ("bf16", "ours tail one_pass"): "tail", ("bf16", "ours two_pass"): "tail",
-        ("bf16", "ours base_last one_pass"): "base_last",
-        ("nf4", "ours"): "merged", ("nf4", "ours one_pass"): "merged", ("nf4", "ours two_pass"): "merged",
+            timed = [row for row in here if row["mode"] == mode]
+            assert {"frozen", "peft", "addmm", "fastlora"} <= {row["provider"] for row in timed}
+            assert all(0 < r["p20"] <= r["p50"] <= r["p80"] and r["roofline"] > 0 for r in timed)
+            assert all(0 < r["relative_error"] < 0.01 for r in timed)
+    timed = [r for r in found if r["provider"].startswith("fastlora") and r["mode"] == "step"]
+    assert {(r["base"], r["provider"]): r["plan"] for r in timed} == {
+        ("bf16", "fastlora"): "tail", ("bf16", "fastlora tail one_pass"): "tail",
+        ("bf16", "fastlora two_pass"): "tail", ("bf16", "fastlora base_last one_pass"): "base_last",
+        ("nf4", "fastlora"): "merged", ("nf4", "fastlora one_pass"): "merged", ("nf4", "fastlora two_pass"): "merged",
     }  # fmt: skip
-    assert all(r["predicted"] > r["floor"] for r in ours.values())
+    assert all(r["predicted"] > 0 for r in timed)
 
 
 class TestOnlyOnAGPU:
@@ -122,8 +126,7 @@ class TestOnlyOnAGPU:
             monkeypatch.setattr(
                 evidence.torch, name, lambda *a, make=make, device, **k: make(*a, device=torch_device, **k)
             )
-        make_layer = layers.make_layer
-        monkeypatch.setattr(layers, "make_layer", lambda *a: make_layer(*a[:-1], torch_device))
+        monkeypatch.setattr(evidence, "make_subject", lambda case, device: workloads.make_subject(case, torch_device))
         found = dict(evidence.step_graph(given))
         assert list(found) == ["masks", "bf16 M=4", "nf4 M=4"]
         outcomes = [row["outcome"] for rows in found.values() for row in rows if "outcome" in row]
@@ -138,16 +141,16 @@ class TestOnlyOnAGPU:
         asked = []
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(
-            timing.subprocess, "run", lambda command, **how: asked.append(command) or SimpleNamespace(stdout=line)
+            records.subprocess, "run", lambda command, **how: asked.append(command) or SimpleNamespace(stdout=line)
         )
-        found = timing.clocks(SimpleNamespace(type="cuda"))
+        found = records.clocks(SimpleNamespace(type="cuda"))
         assert found["driver_version"] == "580.95.05" and found["temperature.gpu"] == "31"
         assert all(argument.startswith(("nvidia-smi", "--id", "--query", "--format")) for argument in asked[0])
 
     def test_clocks_without_the_tool(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setenv("PATH", "")
-        assert timing.clocks(SimpleNamespace(type="cuda")) == {}
+        assert records.clocks(SimpleNamespace(type="cuda")) == {}
 
     def test_kernels_of_a_profile(self):
         def event(key, seconds, device):
@@ -183,25 +186,12 @@ def test_slow_step(step, tmp_path):
     test_step(step, tmp_path, SimpleNamespace(readouterr=lambda: SimpleNamespace(out=f"{step}: complete, from")))
 
 
-def test_a_wrong_provider_gets_no_timing(one_layer, tmp_path, monkeypatch):
-    right = layers.ours
-    monkeypatch.setattr(layers, "ours", lambda layer, forced=None: lambda: right(layer, forced)() * 1.02)
-    assert run(tmp_path, "--only", "sweep") == 0
-    found = rows(tmp_path, "sweep")
-    ours = [r for r in found if r["provider"].startswith("ours")]
-    assert ours and all(r["p50"] is None and "error of y" in r["error"] for r in ours)
-    assert all(r["p50"] for r in found if r["provider"] == "peft")
-
-
 def test_what_is_missing_is_listed(one_layer, tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "_quantise", lambda linear: None)
-    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
     assert run(tmp_path, "--only", "sweep") == 0
-    found = rows(tmp_path, "sweep")
-    by_base = {base: {r["provider"]: r["error"] for r in found if r["base"] == base} for base in ("bf16", "nf4")}
-    assert by_base["nf4"]["frozen"] == "ModuleNotFoundError: bitsandbytes is not installed"
-    assert "peft" in by_base["bf16"]["peft"] and by_base["bf16"]["frozen"] is None
-    assert by_base["nf4"]["ours"] is None, "needs no bitsandbytes"
+    found = [row for row in rows(tmp_path, "sweep") if row["base"] == "nf4"]
+    assert {row["error"] for row in found} == {"missing: bitsandbytes is not installed"}
+    assert len(found) == len(steps.providers_of("nf4")) and all(row["p50"] is None for row in found)
 
 
 class TestBudget:
@@ -298,7 +288,16 @@ def test_it(i):
 
     def pytest(self, folder, *more):
         (folder / "test_it.py").write_text(self.TESTS)
-        plugins = ["-p", "benchmarks.resume", "-p", "no:cacheprovider", "-c", "pytest.ini", "--rootdir", str(folder)]
+        plugins = [
+            "-p",
+            "benchmarks.resume",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            "pytest.ini",
+            "--rootdir",
+            str(folder),
+        ]
         command = [sys.executable, "-m", "pytest", "-q", *plugins, "--outcomes", str(folder / "notes"), *more]
         (folder / "pytest.ini").write_text("[pytest]\n")
         ran = subprocess.run(
@@ -383,8 +382,8 @@ class TestGoals:
 
     def test_met_and_missed(self):
         sweep = {
-            ("bf16", "frozen"): 1.0, ("bf16", "peft"): 1.4, ("bf16", "addmm"): 1.1, ("bf16", "ours"): 1.05,
-            ("nf4", "frozen"): 1.3, ("nf4", "peft"): 2.0, ("nf4", "ours"): 1.4,
+            ("bf16", "frozen"): 1.0, ("bf16", "peft"): 1.4, ("bf16", "addmm"): 1.1, ("bf16", "fastlora"): 1.05,
+            ("nf4", "frozen"): 1.3, ("nf4", "peft"): 2.0, ("nf4", "fastlora"): 1.4,
         }  # fmt: skip
         found = self.of(sweep=sweep)
         assert found["bf16: faster than eager PEFT"] == (pytest.approx(1.4 / 1.05), True)
@@ -397,17 +396,19 @@ class TestGoals:
         assert "<= 1.10   1.05  met" in text and ">= 1.12   1.05  MISSED" in text and "not measured" in text
 
     def test_part_of_a_block_is_not_measured(self):
-        results = self.results(sweep={("bf16", "peft"): 2.0, ("bf16", "ours"): 1.0})
+        results = self.results(sweep={("bf16", "peft"): 2.0, ("bf16", "fastlora"): 1.0})
         results["sweep"] = results["sweep"][1:]
         assert all(goal.met is None for goal in goals(results))
 
     def test_bandwidth_is_of_the_seven_weights_together(self):
+        copied = {"decode": [(6, 1e6, 1e-6), (1, 4e6, 2e-6)], "nf4_matmul M=1": [(7, 1e6, 1e-6)]}
         decode = [
-            {"kernel": "decode", "M": None, "count": 6, "bytes": 1e6, "p50": 1e-6, "copy": 2e12},
-            {"kernel": "decode", "M": None, "count": 1, "bytes": 4e6, "p50": 2e-6, "copy": 2e12},
-            {"kernel": "nf4_matmul", "M": 1, "count": 7, "bytes": 1e6, "p50": 1e-6, "copy": 2e12},
-            {"kernel": "nf4_matmul", "M": 16, "count": 7, "bytes": 1e6, "p50": None, "copy": None},
+            {"provider": "fastlora", "mode": mode, "count": count, "p50": p50, "roofline": moved / 2e12 / p50}
+            for mode, weights in copied.items()
+            for count, moved, p50 in weights
         ]
+        decode += [{"provider": "fastlora", "mode": "nf4_matmul M=16", "count": 7, "p50": None, "roofline": None}]
+        decode += [{**decode[0], "provider": "bitsandbytes"}]
         found = self.of(sweep={}, decode=decode)
         assert found["decode: share of copy bandwidth"] == (pytest.approx(10e6 / 8e-6 / 2e12), False)
         assert found["NF4, 1 token: share of copy bandwidth"] == (pytest.approx(0.5), False)
@@ -418,7 +419,7 @@ class TestGoals:
         assert self.of(sweep={}, correctness=outcomes)["tests on the device that pass"] == (0.5, False)
 
     def test_checks_of_graphs_that_fail_count(self):
-        graph = [{"outcome": o} for o in ("True", "False", None)]  # as a CSV has them
+        graph = [{"outcome": o} for o in (True, False, None)]
         assert self.of(sweep={}, graph=graph)["checks of CUDA graphs that hold"] == (0.5, False)
 
     def test_tiny_sizes_meet_no_goal(self, tmp_path, capsys):

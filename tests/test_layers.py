@@ -29,7 +29,8 @@ LAYERS = [  # each may import what stands before it
     {"peft"},
     {""},  # fastlora/__init__.py itself
     {"aot", "cases", "ledger"},
-    {"tuning"},
+    {"tuning", "environment"},
+    {"benchmarks"},
     {"cli"},
     {"__main__"},
 ]
@@ -60,7 +61,9 @@ def imported_layers(file: Path) -> set[str]:
     return layers
 
 
-SOURCES = sorted(file for file in PACKAGE.rglob("*.py"))
+SOURCES = sorted(
+    {*PACKAGE.rglob("*.py"), *(PACKAGE / "benchmarks").rglob("*.py"), *(PACKAGE / "kernels").rglob("*.py")}
+)  # links
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(PACKAGE)))
@@ -72,7 +75,8 @@ def test_imports_point_one_way(file):
     assert not wrong, f"{own or '__init__'} may not import {wrong}"
 
 
-def test_kernels_know_nothing_above_them():
-    folder = PACKAGE / "kernels"
-    assert folder.is_symlink() and folder.resolve() == PACKAGE.parent / "kernels"
-    assert not (folder / "__init__.py").exists(), "it would shadow the package that others import as kernels"
+@pytest.mark.parametrize("room", ["kernels", "benchmarks"])
+def test_top_level_folder_is_part_of_the_package(room):
+    folder = PACKAGE / room
+    assert folder.is_symlink() and folder.resolve() == PACKAGE.parent / room
+    assert not (folder / "__init__.py").exists(), "it would shadow the package that others import as this"

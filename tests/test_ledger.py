@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import ledger
+from fastlora.benchmarks.training import saved_bytes
 from fastlora.cli import main
-from fastlora.cli.training import saved_bytes
 
 M = 10
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastlora.cli.inspect import run
         elif args.command == "tune":
             from fastlora.cli.tune import run
+        elif args.command == "bench":
+            from fastlora.cli.bench import run
         elif args.command == "profile":
             from fastlora.cli.profile import run
         else:

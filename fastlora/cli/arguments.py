@@ -43,6 +43,26 @@ example:
   fastlora tune --shape 8192,4096,4096 --shape 8192,14336,4096 --r 16,64 --base bf16
   fastlora tune --model llama-3-8b --dry-run
       the plans and what the roofline predicts for them, without a GPU"""
+_BENCH = """\
+Measure an adapted linear layer, a decoder block, a training step of a model, or the decoding of 4-bit weights, by
+everyone who computes them: the frozen layer (the limit), PEFT, fastlora and what else is installed. Whoever is less
+exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
+what was measured."""
+_BENCH_EXAMPLE = """\
+example:
+  fastlora bench linear --quick --json
+  fastlora bench linear --model-shape llama-3-8b --m 16,1024 --r 8,64 --base bf16,nf4 --providers frozen,peft,fastlora
+  fastlora bench block --dropout 0.05 --checkpointing
+  fastlora bench decode --model-shape llama-2-7b --base fp4
+  fastlora bench linear --quick --against HEAD~1
+      this code and another revision's, in turn"""
+VERBS = ("linear", "block", "model", "decode")
+MODES = ("forward", "backward", "step")
+MODEL_SHAPES = ("llama-3-8b", "llama-2-7b", "mistral-7b", "qwen2.5-7b", "smollm2-135m", "tiny")
+PROVIDERS = (
+    "frozen", "peft", "peft+compile", "addmm", "bitsandbytes", "torchtune", "unsloth", "liger", "fastlora",
+    "fastlora+compile",
+)  # fmt: skip
 TUNABLE = ("bf16", "fp16", "fp32", "nf4")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
@@ -67,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_compare(_add_command(commands, "compare", "fine-tune with and without fastlora", _COMPARE, _COMPARE_EXAMPLE))
     _add_profile(_add_command(commands, "profile", "who keeps which memory", _PROFILE, _PROFILE_EXAMPLE))
+    _add_bench(_add_command(commands, "bench", "layers, blocks, models and decoding, timed", _BENCH, _BENCH_EXAMPLE))
     _add_command(commands, "info", "versions, devices, implementations", _INFO, _INFO_EXAMPLE).add_argument(
         "--json", action="store_true", help="print JSON"
     )
@@ -98,7 +119,9 @@ def _add_command(commands: Any, name: str, summary: str, description: str, examp
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_model(parser)
-    add("--base", type=_list(_base), default=["bf16", "nf4"], help=f"of {', '.join(BASES)} (default: bf16,nf4)")
+    add(
+        "--base", type=_list(_one_of(BASES)), default=["bf16", "nf4"], help=f"of {', '.join(BASES)} (default: bf16,nf4)"
+    )
     add("--dropout", type=_list(_probability), default=[0.0], help="probabilities in [0, 1) (default: 0)")
     add("--steps", type=_integer(2), default=20, help="steps; the first is not timed (default: 20)")
     add("--compile", action="store_true", help="also with torch.compile")
@@ -108,7 +131,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _add_profile(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--base", type=_base, default="bf16", help=f"one of {', '.join(BASES)} (default: bf16)")
+    parser.add_argument(
+        "--base", type=_one_of(BASES), default="bf16", help=f"one of {', '.join(BASES)} (default: bf16)"
+    )
     parser.add_argument("--dropout", type=_probability, default=0.0, help="probability in [0, 1) (default: 0)")
     _add_out(parser, "profile.json and memory.png", "fastlora-profile")
 
@@ -142,6 +167,42 @@ def _add_out(parser: argparse.ArgumentParser, files: str, folder: str) -> None:
     )
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("verb", choices=VERBS, metavar="VERB", help=f"one of {', '.join(VERBS)}")
+    add(
+        "--model-shape", type=_list(_one_of(MODEL_SHAPES)), metavar="NAMES",
+        help=f"of {', '.join(MODEL_SHAPES)} (default: smollm2-135m on a CPU, llama-3-8b on a GPU)",
+    )  # fmt: skip
+    add("--m", type=_list(_integer(1)), metavar="TOKENS", help="rows of x (default: by device, see --quick)")
+    add("--r", type=_list(_integer(1)), default=[16], help="ranks of the adapters (default: 16)")
+    add("--base", type=_list(_one_of(BASES)), help=f"of {', '.join(BASES)} (default: bf16,nf4)")
+    add("--dropout", type=_list(_probability), default=[0.0], help="probabilities in [0, 1) (default: 0)")
+    add("--checkpointing", action="store_true", help="every layer or block is checkpointed")
+    add(
+        "--providers", type=_list(_one_of(PROVIDERS)), metavar="NAMES",
+        help=f"of {', '.join(PROVIDERS)} (default: all; with --quick none that compiles)",
+    )  # fmt: skip
+    add("--modes", type=_list(_one_of(MODES)), default=list(MODES), help=f"of {', '.join(MODES)} (default: all)")
+    add("--rounds", type=_integer(1), help="turns of every provider (default: 9; with --quick 5)")
+    add("--quick", action="store_true", help="a set that takes less than two minutes on two cores")
+    add("--against", metavar="REF", help="compare fastlora with its code at another git revision, interleaved")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    output.add_argument("--csv", action="store_true", help="print CSV instead of a table")
+    add("--out", metavar="DIR", type=Path, help="where the files go (default: ./benchmarks/results/<device>)")
+
+
+def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(names)}, got {text!r}")
+        return text
+
+    return parse
+
+
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -162,7 +223,12 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     tokens = "tokens in a step, for --model (default: 16,8192)"
     add("--tokens", type=_list(_integer(1)), default=[16, 8192], help=tokens)
     add("--r", type=_list(_integer(1)), default=[16], help="ranks of the adapters (default: 16)")
-    add("--base", type=_list(_tunable), default=["bf16", "nf4"], help=f"of {', '.join(TUNABLE)} (default: bf16,nf4)")
+    add(
+        "--base",
+        type=_list(_one_of(TUNABLE)),
+        default=["bf16", "nf4"],
+        help=f"of {', '.join(TUNABLE)} (default: bf16,nf4)",
+    )
     add("--dry-run", action="store_true", help="list the plans and what the roofline predicts; needs no GPU")
     add("--json", action="store_true", help="print JSON")
     add("--out", metavar="FILE", type=Path, help="where to keep the result (default: in the user's cache directory)")
@@ -176,12 +242,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if len(sizes) != 3:
         raise argparse.ArgumentTypeError(f"must be M,N,K, three positive integers, got {text!r}")
     return sizes
-
-
-def _tunable(text: str) -> str:
-    if text not in TUNABLE:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(TUNABLE)}, got {text!r}")
-    return text
 
 
 def _list(item: Callable[[str], Any]) -> Callable[[str], list]:
@@ -198,12 +258,6 @@ def _architectures(text: str) -> list[str]:
 def _architecture(text: str) -> str:
     if text not in ARCHITECTURES:
         raise argparse.ArgumentTypeError(f"must be of {', '.join(ARCHITECTURES)} or all, got {text!r}")
-    return text
-
-
-def _base(text: str) -> str:
-    if text not in BASES:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(BASES)}, got {text!r}")
     return text
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fastlora.cli import models
+from fastlora.benchmarks import models
 from fastlora.cli.arguments import UsageError
 
 

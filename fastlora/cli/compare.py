@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from fastlora.cli import INTERRUPTED, common, training
+from fastlora.benchmarks import training
+from fastlora.cli import INTERRUPTED, common
 from fastlora.cli.figure import draw
-from fastlora.cli.info import environment
 from fastlora.cli.report import NAMES, VERSION, WARMUP, case_name, provider_records, table, to_json, write_report
+from fastlora.environment import environment
 
 
 def run(args: Namespace) -> int:

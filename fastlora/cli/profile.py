@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora import ledger
-from fastlora.cli import common, training
-from fastlora.cli.info import environment
+from fastlora.benchmarks import training
+from fastlora.cli import common
 from fastlora.cli.report import NAMES, case_name, megabytes, setting_line, to_json, write_report
+from fastlora.environment import environment
 from fastlora.files import replace_file
 
 CATEGORIES = {  # Okabe and Ito's palette: told apart by the colour-blind

@@ -1,14 +1,13 @@
 """From measurements to numbers: statistics, the JSON report, and the table of one case."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
 
-from fastlora.cli.training import Measurements, speedup
+from fastlora.benchmarks.records import to_json
+from fastlora.benchmarks.training import Measurements, speedup
 from fastlora.files import replace_file
 
 VERSION = 1
@@ -58,19 +57,6 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 def _max_difference(one: Measurements, other: Measurements) -> float | None:
     differences = [abs(a - b) for a, b in zip(one.losses, other.losses, strict=False)]
     return max(differences) if differences and all(map(math.isfinite, differences)) else None
-
-
-def to_json(report: dict) -> str:
-    return json.dumps(_without_nan(report), indent=1, allow_nan=False)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity (a diverged loss): null stands for them."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_report(report: dict, path: Path) -> None:

@@ -17,7 +17,7 @@ from fastlora import plans, roofline, tuning
 from fastlora.cases import MODELS, Case, cases, groups, linears
 from fastlora.cli import INTERRUPTED
 from fastlora.cli.arguments import UsageError
-from fastlora.cli.info import environment
+from fastlora.environment import environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 

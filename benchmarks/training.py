@@ -82,12 +82,12 @@ def make_trainers(
     config = peft.LoraConfig(
         r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    frozen = _copy_sharing_frozen(base)
-    reference: Any = peft.get_peft_model(_copy_sharing_frozen(base), config)
-    models: dict[str, Any] = {"frozen": frozen, "peft": reference, "fastlora": _copy_sharing_frozen(reference)}
+    frozen = copy_sharing_frozen(base)
+    reference: Any = peft.get_peft_model(copy_sharing_frozen(base), config)
+    models: dict[str, Any] = {"frozen": frozen, "peft": reference, "fastlora": copy_sharing_frozen(reference)}
     if compiled:
-        models["peft+compile"] = _copy_sharing_frozen(reference)
-        models["fastlora+compile"] = _copy_sharing_frozen(reference)
+        models["peft+compile"] = copy_sharing_frozen(reference)
+        models["fastlora+compile"] = copy_sharing_frozen(reference)
     device = next(base.parameters()).device
     trainers = []
     for name, model in models.items():
@@ -189,6 +189,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _copy_sharing_frozen(model: nn.Module) -> nn.Module:
+def copy_sharing_frozen(model: nn.Module) -> nn.Module:
     """A deep copy whose frozen parameters are the original's."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})

@@ -85,7 +85,7 @@ def to_base(model: Any, base: str) -> nn.Module:
         return model.to(DENSE[base])
     import bitsandbytes as bnb
 
-    head = model.get_output_embeddings()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, linear in [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]:
         quantised = bnb.nn.Linear4bit(
             linear.in_features,

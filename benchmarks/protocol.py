@@ -1,0 +1,356 @@
+"""How everything is measured: who is allowed a timing, in which order, by which clock, and what is made of the times.
+
+A provider whose results are not as exact as PEFT's gets no timing. Those that get one take turns, one turn each a
+round, in an order that rotates; a turn is as many calls as fill `TURN` seconds. What is compared is the median over
+rounds of the ratio of two turns of one round, so that whatever slows the machine for longer than a round slows both.
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark.utils.timer import timer
+
+from fastlora import roofline, tuning
+from fastlora.benchmarks.providers import NotApplicable, Provider
+from fastlora.benchmarks.training import peak_bytes, saved_bytes
+from fastlora.benchmarks.workloads import Case, Subject, make_subject, truth
+from fastlora.cases import poisoned
+from fastlora.roofline import Problem, Rates
+
+MODES = ("forward", "backward", "step")
+TURN = 0.02  # seconds; one call at least
+ROUNDS = 9
+QUANTILES = (20, 50, 80)
+COLUMNS = (  # of a row, after the case's: seconds, bytes and ratios
+    "provider", "mode", "p20", "p50", "p80", "calls", "speedup", "of_limit", "tflops", "gbytes", "roofline",
+    "saved_bytes", "peak_bytes", "host", "launches", "relative_error", "error",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is timed: ``call(prepare())``, of which only the call counts."""
+
+    call: Callable[[Any], Any]
+    prepare: Callable[[], Any] = lambda: None
+
+    def __call__(self) -> Any:
+        return self.call(self.prepare())
+
+    @classmethod
+    def of(cls, call: Callable[[], Any]) -> "Way":
+        """A call that needs nothing prepared."""
+        return cls(lambda _: call())
+
+
+Clock = Callable[[Way], list[float]]  # one turn: the seconds of each of its calls
+
+
+def cpu_clock(way: Way) -> list[float]:
+    taken: list[float] = []
+    end = time.monotonic() + TURN
+    while not taken or (time.monotonic() < end and len(taken) < 1000):
+        state = way.prepare()
+        start = timer()
+        result = way.call(state)
+        taken.append(timer() - start)
+        del state, result
+    return taken
+
+
+def gpu_clock(way: Way) -> list[float]:
+    """Seconds of each call by the device's events, the L2 cache emptied before each."""
+    from triton.runtime import driver
+    from triton.testing import do_bench
+
+    if way.prepare is Way.prepare:
+        return [ms / 1e3 for ms in do_bench(way, warmup=5, rep=TURN * 1e3, return_mode="all")]
+    cache = driver.active.get_empty_cache_for_benchmark()
+    events = []
+    for _ in range(10):  # what is prepared must not run between the events: do_bench cannot do that
+        state = way.prepare()
+        driver.active.clear_cache(cache)
+        events.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+        events[-1][0].record()
+        result = way.call(state)
+        events[-1][1].record()
+        del state, result
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def clock_of(device: torch.device) -> Clock:
+    return gpu_clock if device.type == "cuda" else cpu_clock
+
+
+Turns = list[list[float]]  # the seconds of each call, by round
+
+
+def interleave(ways: Mapping[Any, Way], clock: Clock, rounds: int = ROUNDS) -> dict[Any, Turns]:
+    """The turns of all ways, after one that does not count."""
+    for way in ways.values():
+        way()
+    return tuning.measure(dict(ways), clock, rounds)
+
+
+def quantiles(turns: Turns) -> dict[str, float]:
+    """p20, p50 and p80 of the calls of all turns."""
+    pooled = torch.tensor([seconds for turn in turns for seconds in turn], dtype=torch.float64)
+    return {f"p{q}": torch.quantile(pooled, q / 100).item() for q in QUANTILES}
+
+
+def ratio(one: Turns, other: Turns) -> float:
+    """How many times as long one takes as the other: the median over rounds of the ratio of their medians."""
+    return median(median(a) / median(b) for a, b in zip(one, other, strict=True))
+
+
+# ---- who may be timed
+
+
+@dataclass
+class Gate:
+    """The truth of a case, and how far from it PEFT's own layers are."""
+
+    subject: Subject
+
+    def __post_init__(self) -> None:
+        self.exact = {adapted: tuple(truth(self.subject, adapted).values()) for adapted in (False, True)}
+        self.bar = relative_errors(self._results(self.subject.adapted), self.exact[True])
+
+    def judge(self, provider: Provider, module: nn.Module) -> tuple[float, str | None]:
+        """The largest error of y and the gradients, and why there is no timing, if there is none."""
+        with provider.within(), poisoned():
+            results = self._results(module)
+        exact = self.exact[provider.adapted]
+        if [t.shape for t in results] != [t.shape for t in exact]:
+            return float(
+                "nan"
+            ), f"wrong: shapes {[list(t.shape) for t in results]}, not {[list(t.shape) for t in exact]}"
+        errors = relative_errors(results, exact)
+        names = ("y", *self.subject.leaves(self.subject.adapted))
+        return max(errors), inexact(names, errors, self.bar, self.subject.case.dtype)
+
+    def _results(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """Without dropout: masks are everyone's own."""
+        training = module.training
+        try:
+            return tuple(self.subject.results(module.eval() if self.subject.case.dropout else module).values())
+        finally:
+            module.train(training)
+
+
+def relative_errors(results: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
+    """In the Frobenius norm."""
+    pairs = ((ours.to(theirs.dtype), theirs) for ours, theirs in zip(results, exact, strict=False))
+    return [((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item() for ours, theirs in pairs]
+
+
+def inexact(names: Iterable[str], errors: list[float], bar: list[float], dtype: torch.dtype) -> str | None:
+    """Why results with these errors get no timing, None if they may be timed.
+
+    The error of y, of dx, and the root mean square over layers of those of dA and of dB, may be 1.5 times the
+    baseline's, and half a unit in the last place on top of that; of no layer alone more than three times.
+    """
+    floor = max(torch.finfo(dtype).eps / 2, 1e-6)
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, error, theirs in zip(names, errors, bar, strict=False):
+        if not error <= 3 * theirs + floor:
+            return f"wrong: error of {name} {error:.1e}, the baseline's is {theirs:.1e}"
+        kind = next((part for part in ("lora_A", "lora_B") if part in name), name)
+        kinds.setdefault(kind, []).append((error, theirs))
+    for kind, pairs in kinds.items():
+        error, theirs = (math.sqrt(sum(e * e for e in each) / len(pairs)) for each in zip(*pairs, strict=True))
+        if not error <= 1.5 * theirs + floor:
+            return f"wrong: error of {kind} {error:.1e}, the baseline's is {theirs:.1e}"
+    return None
+
+
+# ---- one case
+
+
+def run(
+    case: Case,
+    providers: Iterable[Provider],
+    device: torch.device,
+    rates: Rates,
+    rounds: int = ROUNDS,
+    modes: Collection[str] = MODES,
+    clock: Clock | None = None,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Measure everyone on one case. Yields (what is being done, nothing) and at the end ("done", the rows).
+
+    Every provider has a row for each mode, or a single one that says why it has none.
+    """
+    yield "weights and truth", []
+    subject = make_subject(case, device)
+    gate = Gate(subject)
+    rows: list[dict[str, Any]] = []
+    ways: dict[tuple[str, str], Way] = {}
+    modules: dict[str, tuple[nn.Module, float | None]] = {}
+    for provider in providers:
+        yield f"checking {provider.label}", []
+        try:
+            module = provider.build(subject)
+            error, reason = gate.judge(provider, module)
+        except ImportError as missing:
+            error, reason = None, f"missing: {missing.name or missing} is not installed"  # type: ignore[assignment]
+        except NotApplicable as why:
+            error, reason = None, f"not applicable: {why}"  # type: ignore[assignment]
+        except torch.AcceleratorError:  # nothing more can run on the device
+            raise
+        except Exception as failure:
+            first = next(iter(str(failure).splitlines()), "")
+            error, reason = None, f"failed: {type(failure).__name__}: {first}"  # type: ignore[assignment]
+        if reason is not None:
+            rows.append(empty_row(case, provider.name, error, reason))
+            continue
+        modules[provider.name] = module, error
+        ways |= {(provider.name, mode): way for mode, way in ways_of(subject, provider, module).items()}
+    del gate
+    free()
+    yield "timing", []
+    turns = interleave({at: way for at, way in ways.items() if at[1] in modes}, clock or clock_of(device), rounds)
+    yield "memory", []  # last: hooks and profilers must not be what torch.compile has seen
+    for name, (module, error) in modules.items():
+        facts = memory(subject, module, ways[name, "step"]) | {"relative_error": error}
+        if name.endswith("+compile") and device.type != "cuda":
+            facts["launches"] = None  # what watches operators turns compilation off
+        for mode in modes:
+            row = case.row() | dict.fromkeys(COLUMNS) | {"provider": name, "mode": mode} | facts
+            rows.append(row | derived(case, mode, name, turns, rates))
+            if device.type == "cuda":
+                rows[-1]["host"] = host_seconds(ways[name, mode])
+    if any(name.endswith("+compile") for name in modules):
+        torch.compiler.reset()  # or the next case would meet the limit of recompilations
+    yield "done", rows
+
+
+def empty_row(case: Case, provider: str, error: float | None, reason: str) -> dict[str, Any]:
+    return case.row() | dict.fromkeys(COLUMNS) | {"provider": provider, "relative_error": error, "error": reason}
+
+
+def ways_of(subject: Subject, provider: Provider, module: nn.Module) -> dict[str, Way]:
+    def forward(_: Any = None) -> Tensor:
+        with provider.within():
+            return subject.forward(module)
+
+    def backward(y: Tensor) -> Any:
+        with provider.within():
+            return subject.gradients(module, y)
+
+    return {"forward": Way(forward), "backward": Way(backward, forward), "step": Way.of(lambda: backward(forward()))}
+
+
+def derived(
+    case: Case, mode: str, name: str, turns: Mapping[tuple[str, str], Turns], rates: Rates
+) -> dict[str, float | int | None]:
+    """What follows from the times: ratios to PEFT and frozen, and rates of what has to be done at least."""
+    own = turns[name, mode]
+    peft, frozen = turns.get(("peft", mode)), turns.get(("frozen", mode))
+    found: dict[str, Any] = {
+        **quantiles(own),
+        "calls": sum(map(len, own)),
+        "speedup": ratio(peft, own) if peft else None,
+        "of_limit": ratio(own, frozen) if frozen else None,
+    }
+    if case.verb != "model":
+        flops, moved, floor = least(case, mode, name != "frozen", rates)
+        seconds = found["p50"]
+        found |= {"tflops": flops / seconds / 1e12, "gbytes": moved / seconds / 1e9, "roofline": floor / seconds}
+    return found
+
+
+def least(case: Case, mode: str, adapted: bool, rates: Rates) -> tuple[float, float, float]:
+    """FLOPs, bytes and seconds that no implementation of the case's linear layers can spare.
+
+    A checkpointed step's second forward is not among them, nor is what stands between a block's layers.
+    """
+    total = [0.0, 0.0, 0.0]
+    packed = case.base in ("nf4", "fp4")
+    for N, K in case.sizes:
+        c = Problem(case.M, N, K, case.r if adapted else 0, itemsize=case.dtype.itemsize)
+        passes = roofline.passes(c, packed)
+        chosen = {"forward": passes[:1], "backward": passes[1:], "step": passes}[mode]
+        for moved, flops in chosen:
+            total[0] += flops
+            total[1] += moved
+            total[2] += roofline.seconds(moved, flops, c, rates)
+    return total[0], total[1], total[2]
+
+
+def memory(subject: Subject, module: nn.Module, step: Way) -> dict[str, Any]:
+    """Bytes kept for backward, the peak of a step beyond what was there before, and what a step launches."""
+    device = subject.x.device
+    step()
+    return {
+        "saved_bytes": saved_bytes(module, lambda: subject.forward(module)),
+        "peak_bytes": peak_bytes(device, step),
+        "launches": launches(step, device),
+    }
+
+
+class _Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call: Callable[[], Any], device: torch.device) -> int:
+    """The kernels that a call launches; on a CPU, the operators that it dispatches, views not counted."""
+    if device.type != "cuda":
+        with _Count() as counted:
+            call()
+        return counted.count
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type.name == "CUDA" for event in profiled.events())  # type: ignore[union-attr]
+
+
+def host_seconds(way: Way, calls: int = 20) -> float:
+    """What a call takes the host, which does not wait for the device: the median."""
+    taken = []
+    for _ in range(calls):
+        state = way.prepare()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = way.call(state)
+        taken.append(time.perf_counter() - start)
+        del state, result
+    torch.cuda.synchronize()
+    return median(taken)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, size: int = 2048) -> Rates:
+    """What the device does a second, here and now: a copy far beyond any cache, and the vendor's GEMM."""
+    source = torch.ones(size * size * 16, device=device)
+    target = torch.empty_like(source)
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    ways = {"copy": Way.of(lambda: target.copy_(source)), "gemm": Way.of(lambda: x @ w.t())}
+    times = {name: quantiles(turns)["p50"] for name, turns in interleave(ways, clock_of(device), 5).items()}
+    copy, gemm = 2 * source.nbytes / times["copy"], 2 * size**3 / times["gemm"]
+    known = roofline.modelled(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+    return Rates.from_json(
+        known.to_json() | {"copy": copy, "gemm": gemm, "kernel_gemm": gemm, "gemm_fp32": gemm, "kernel_gemm_fp32": gemm}
+        | {"measured": True}
+    )  # fmt: skip
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,218 @@
+"""What is measured: a linear layer, a block or a model, frozen and adapted by PEFT, with its inputs and its truth."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlora.benchmarks import models
+from fastlora.benchmarks.training import copy_sharing_frozen
+from fastlora.cases import MODELS, decoded, linears
+from fastlora.fourbit import is_4bit, weight_4bit
+
+HEADS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32), "mistral-7b": (32, 8), "qwen2.5-7b": (28, 4)}
+HEADS |= {"smollm2-135m": (9, 3), "tiny": (2, 1)}  # of q, of k and v
+SHAPES = {**MODELS, "tiny": (64, 128, 32)}
+SCALING = 2  # lora_alpha / r
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a sweep. ``layer`` is one of q, k, v, o, gate, up, down; a block or a model is of its shape's name.
+
+    N and K are the layer's, 0 where there are several; ``count`` is how many layers of this size a block has.
+    """
+
+    verb: str  # linear, block or model
+    shape: str
+    layer: str
+    M: int  # tokens
+    r: int
+    base: str  # bf16, fp16, fp32, nf4 or fp4
+    dropout: float = 0.0
+    checkpointing: bool = False
+    N: int = 0
+    K: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        more = f" dropout={self.dropout:g}" if self.dropout else ""
+        return f"{self.shape} {self.layer} {self.base} M={self.M} r={self.r}{more}{' ckpt' * self.checkpointing}"
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return models.DENSE.get(self.base, torch.bfloat16)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(N, K) of every linear layer of a linear or a block."""
+        return [(self.N, self.K)] if self.verb == "linear" else list(linears(*SHAPES[self.shape]).values())
+
+
+def linear_cases(shape: str, **fields: Any) -> list[Case]:
+    """A case for each distinct size among the seven linear layers of a block, named after the layers that have it."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for name, size in linears(*SHAPES[shape]).items():
+        found.setdefault(size, []).append(name)
+    return [
+        Case("linear", shape, ",".join(names), N=N, K=K, count=len(names), **fields) for (N, K), names in found.items()
+    ]
+
+
+@dataclass
+class Subject:
+    """A case as modules and tensors. ``base`` is frozen; ``adapted`` is PEFT's and shares its weights."""
+
+    case: Case
+    base: nn.Module
+    adapted: nn.Module
+    x: Tensor  # an activation, or a model's ids
+    dy: Tensor | None  # None: the output is a loss
+
+    def forward(self, module: nn.Module) -> Tensor:
+        if self.dy is None:
+            return module(input_ids=self.x, labels=self.x, use_cache=False).loss
+        if self.case.checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, self.x, use_reentrant=False)  # type: ignore[return-value]
+        return module(self.x)
+
+    def leaves(self, module: nn.Module) -> dict[str, Tensor]:
+        """What gets a gradient: x, unless it is ids, and the adapters by their places in the module."""
+        found = {"x": self.x} if self.dy is not None else {}
+        return found | {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+    def gradients(self, module: nn.Module, y: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        if self.dy is None and not any(p.requires_grad for p in module.parameters()):  # the frozen model
+            y.backward(retain_graph=retain_graph)
+            return ()
+        return torch.autograd.grad(y, tuple(self.leaves(module).values()), self.dy, retain_graph=retain_graph)
+
+    def results(self, module: nn.Module) -> dict[str, Tensor]:
+        """y and all gradients, by name."""
+        y = self.forward(module)
+        return {"y": y.detach()} | dict(zip(self.leaves(module), self.gradients(module, y), strict=False))
+
+
+def make_subject(case: Case, device: torch.device, seed: int = 0) -> Subject:
+    """Weights, adapters (B as after some training, not zero) and inputs, from the seed."""
+    torch.manual_seed(seed)
+    if case.verb == "model":
+        base: nn.Module = _language_model(case, device)
+        tokens = torch.randint(base.config.vocab_size, (1, case.M), device=device)  # type: ignore[union-attr, arg-type]
+        if case.checkpointing:
+            base.gradient_checkpointing_enable(  # type: ignore[operator]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        base.enable_input_require_grads()  # type: ignore[operator]
+        return Subject(case, base.train(), adapt(base, case).train(), tokens, None)
+    shape = (1, case.M) if case.verb == "block" else (case.M,)
+    N, K = (case.N, case.K) if case.verb == "linear" else (SHAPES[case.shape][0],) * 2
+    x = torch.randn(*shape, K, device=device).to(case.dtype).requires_grad_()
+    dy = torch.randn(*shape, N, device=device).to(case.dtype)
+    base = _Linear(N, K) if case.verb == "linear" else _Block(case.shape)
+    base = models.to_base(base.to(case.dtype).to(device), case.base).train()
+    return Subject(case, base, adapt(base, case).train(), x, dy)
+
+
+def adapt(base: nn.Module, case: Case) -> nn.Module:
+    """A copy of the module with PEFT's adapters, its weights shared."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=case.r, lora_alpha=SCALING * case.r, lora_dropout=case.dropout, target_modules=_targets(base)
+    )
+    wrapped = peft.get_peft_model(copy_sharing_frozen(base), config)  # type: ignore[arg-type]
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1 * case.r**-0.5)
+    return wrapped.base_model.model if case.verb != "model" else wrapped  # type: ignore[return-value]
+
+
+def _targets(base: nn.Module) -> list[str]:
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return [name for name, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def truth(subject: Subject, adapted: bool) -> dict[str, Tensor]:
+    """`Subject.results` in fp32, or in fp64 if the case is in fp32: of the same weights, decoded, without dropout."""
+    wide = torch.float64 if subject.case.dtype == torch.float32 else torch.float32
+    dense: Any = copy.deepcopy(subject.base)
+    for name, m in [(n, m) for n, m in dense.named_modules() if isinstance(m, nn.Linear)]:
+        if is_4bit(m.weight):
+            linear = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None, device="meta")
+            linear.weight = nn.Parameter(decoded(weight_4bit(m.weight), wide), requires_grad=False)
+            linear.bias = m.bias
+            dense.set_submodule(name, linear)
+    dense = dense.to(wide)
+    dense.is_loaded_in_4bit = False
+    x = subject.x if subject.dy is None else subject.x.detach().to(wide).requires_grad_()
+    dy = None if subject.dy is None else subject.dy.to(wide)
+    exact = replace(subject, x=x, dy=dy)
+    module = dense
+    if adapted:
+        module = adapt(dense, replace(subject.case, dropout=0.0))
+        theirs = {name: p for name, p in subject.adapted.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    p.copy_(theirs[name])
+    return exact.results(module.to(wide))
+
+
+class _Linear(nn.Module):
+    def __init__(self, N: int, K: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(K, N, bias=False)
+        nn.init.normal_(self.layer.weight, std=K**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def _config(shape: str, **more: Any) -> Any:
+    from transformers import LlamaConfig
+
+    hidden, intermediate, _ = SHAPES[shape]
+    heads, kv_heads = HEADS[shape]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        attn_implementation="sdpa", **more,  # type: ignore[call-arg]
+    )  # fmt: skip
+
+
+class _Block(nn.Module):
+    """One decoder block: attention, MLP, both norms and both residual sums."""
+
+    def __init__(self, shape: str) -> None:
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+        super().__init__()
+        config = _config(shape)
+        self.block, self.rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return self.block(x, position_embeddings=self.rotary(x, positions), attention_mask=None)
+
+
+def _language_model(case: Case, device: torch.device) -> Any:
+    """The real SmolLM2 where it is installed; others with random weights, two blocks deep and hardly a vocabulary."""
+    if case.shape == "smollm2-135m":
+        return models.to_base(models.load_model("smollm2", case.dtype).model.to(device), case.base)
+    from transformers import LlamaForCausalLM
+
+    with device:
+        model: nn.Module = LlamaForCausalLM(_config(case.shape, num_hidden_layers=2, vocab_size=512))
+    return models.to_base(model.to(case.dtype), case.base)
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that have a gate, an up and a down projection."""
+    return (m for m in model.modules() if all(hasattr(m, f"{name}_proj") for name in ("gate", "up", "down")))
