@@ -9,6 +9,19 @@ from fastlora.files import replace_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COLOURS = {  # of providers: Okabe and Ito's palette, told apart by the colour-blind
+    "frozen": "#999999",
+    "peft": "#E69F00",
+    "peft+compile": "#F0E442",
+    "addmm": "#009E73",
+    "bitsandbytes": "#D55E00",
+    "torchtune": "#CC79A7",
+    "unsloth": "#000000",
+    "liger": "#8C6D31",
+    "fastlora": "#0072B2",
+    "fastlora+compile": "#56B4E9",
+}
+
 
 def save(figure: "Figure", path: Path, data: str) -> None:
     """Write a PNG with the digest of the text of the results that it shows: a CSV's or a JSON's."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.benchmarks import against, plots, protocol, providers, records, workloads
+from fastlora.benchmarks import against, pictures, plots, protocol, providers, records, workloads
 from fastlora.cli import arguments, main
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bitsandbytes_eager")]
@@ -100,7 +100,9 @@ def test_unusable_arguments(chosen, message, tmp_path, capsys):
 
 
 def test_the_command_names_what_the_harness_has():
-    assert tuple(providers.PROVIDERS) == arguments.PROVIDERS and set(providers.PROVIDERS) == set(plots.STYLES)
+    assert tuple(providers.PROVIDERS) == arguments.PROVIDERS and set(providers.PROVIDERS) == set(plots.MARKERS) == set(
+        pictures.COLOURS
+    )
     assert set(arguments.MODEL_SHAPES) == set(workloads.SHAPES)
     assert arguments.MODES == protocol.MODES
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fastlora.benchmarks import models, training
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, pick
-from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 from fastlora.fourbit import quantisation_tensors
 

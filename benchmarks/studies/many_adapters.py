@@ -7,9 +7,9 @@ import sys
 
 from matplotlib.figure import Figure
 
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, change, column, pick
-from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 
 R = 16

@@ -12,9 +12,9 @@ from torch import nn
 
 from fastlora.benchmarks import training
 from fastlora.benchmarks.models import LLAMA_2_7B_SHAPE
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, pick
-from fastlora.cli.figure import COLOURS
 
 R = 16
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {

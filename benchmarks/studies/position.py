@@ -8,9 +8,9 @@ import sys
 
 from matplotlib.figure import Figure
 
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, megabytes, trend
-from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES
 
 R = 16

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fastlora import lora_linear, reference
 from fastlora.benchmarks.models import to_base
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, power
-from fastlora.cli.figure import COLOURS
 from fastlora.fourbit import weight_4bit
 
 M, K, N, R = 512, 4096, 1024, 16

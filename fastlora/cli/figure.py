@@ -11,16 +11,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fastlora.benchmarks import pictures
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.records import to_json
 from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
 
-COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind
-    "frozen": "#999999",
-    "peft": "#E69F00",
-    "fastlora": "#0072B2",
-    "peft+compile": "#F0E442",
-    "fastlora+compile": "#56B4E9",
-}
 _STYLE: dict[str, Any] = {"fontsize": 10.5, "va": "center"}
 
 

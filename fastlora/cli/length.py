@@ -16,10 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from fastlora.benchmarks import pictures
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.records import to_json
 from fastlora.benchmarks.training import Measurements, Trainer
 from fastlora.cli import common
-from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES, case_name, megabytes
 
 ROUNDS = 3  # timed steps of each length
