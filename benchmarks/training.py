@@ -23,6 +23,7 @@ class Measurements:
     losses: list[float] = field(default_factory=list)
     saved_bytes: int = 0  # kept for backward by autograd, weights not counted
     peak_bytes: int = 0  # most that was allocated during a step beyond what was there before it
+    gradient_bytes: int = 0  # of the parameters that train
 
 
 @dataclass
@@ -56,35 +57,60 @@ class Trainer:
         self.results.losses.append(loss)
 
     def measure_memory(self, ids: Tensor) -> None:
-        """Fill in saved_bytes and peak_bytes from forward and backward, without an optimizer step.
+        """Fill in what is kept in bytes, from forward and backward without an optimizer step.
 
         A first pass compiles, and lets libraries allocate the workspaces that they keep.
         """
         self.forward(ids).backward()
+        self.results.gradient_bytes = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self.model.zero_grad(set_to_none=True)
         self.results.saved_bytes = saved_bytes(self.model, lambda: self.forward(ids))
         self.results.peak_bytes = peak_bytes(self.device, lambda: self.forward(ids).backward())
         self.model.zero_grad(set_to_none=True)
 
 
+def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr, fused=True)
+
+
 def make_trainers(
-    base: nn.Module, r: int, dropout: float, checkpointing: bool, compiled: bool, lr: float, seed: int
+    base: nn.Module,
+    r: int,
+    dropout: float,
+    checkpointing: bool,
+    compiled: bool,
+    lr: float,
+    seed: int,
+    *,
+    adapters: int = 1,
+    optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] = adamw,
+    **lora: Any,
 ) -> list[Trainer]:
     """The frozen model (the limit), PEFT, and PEFT patched with fastlora; if compiled, the last two again compiled.
 
     All share the frozen weights of ``base`` and start from the same adapters.
+
+    Args:
+        adapters: how many of rank r every adapted layer has, all of them active.
+        lora: further arguments of `peft.LoraConfig`, e.g. target_modules (every linear layer unless given).
     """
     import peft
 
     from fastlora.peft import patch
 
     torch.manual_seed(seed)
-    config = peft.LoraConfig(
-        r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    frozen = copy_sharing_frozen(base)
-    reference: Any = peft.get_peft_model(copy_sharing_frozen(base), config)
-    models: dict[str, Any] = {"frozen": frozen, "peft": reference, "fastlora": copy_sharing_frozen(reference)}
+    lora = {"lora_alpha": 2 * r, "target_modules": "all-linear", **lora}
+    names = ["default", *(f"default_{i}" for i in range(1, adapters))]
+    configs = [peft.LoraConfig(r=r, lora_dropout=dropout, task_type="CAUSAL_LM", **lora) for _ in names]
+    reference: Any = peft.get_peft_model(copy_sharing_frozen(base), configs[0])
+    for name, config in zip(names[1:], configs[1:], strict=True):
+        reference.add_adapter(name, config)
+    reference.base_model.set_adapter(names)
+    models: dict[str, Any] = {
+        "frozen": copy_sharing_frozen(base),
+        "peft": reference,
+        "fastlora": copy_sharing_frozen(reference),
+    }
     if compiled:
         models["peft+compile"] = copy_sharing_frozen(reference)
         models["fastlora+compile"] = copy_sharing_frozen(reference)
@@ -105,7 +131,7 @@ def make_trainers(
             Trainer(
                 name,
                 torch.compile(model) if name.endswith("+compile") else model,  # type: ignore[arg-type]
-                torch.optim.AdamW(trainable, lr=lr, fused=True) if trainable else None,
+                optimizer(trainable, lr) if trainable else None,
                 device,
             )
         )
@@ -144,7 +170,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # a node that holds its own output would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = forward()

@@ -32,14 +32,23 @@ LAYERS = [  # each may import what stands before it
     {"tuning", "environment"},
     {"benchmarks"},
     {"cli"},
+    {"benchmarks.studies"},  # programs of their own
+    {"benchmarks.report"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
 def layer_of(file: Path) -> str:
-    top = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "" if top == "__init__" else top
+    first, *rest = file.relative_to(PACKAGE).with_suffix("").parts
+    program = ".".join([first, *rest[:1]])
+    return program if program in RANK else "" if first == "__init__" else first
+
+
+def layer_named(name: str) -> str:
+    """The layer of ``fastlora.*``, whatever it names there; ``""`` for what fastlora itself exports."""
+    parts = name.split(".")[1:]
+    return next((layer for layer in (".".join(parts[:2]), *parts[:1]) if layer in RANK), "")
 
 
 def imported_layers(file: Path) -> set[str]:
@@ -48,16 +57,11 @@ def imported_layers(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "fastlora":
-            names = [f"fastlora.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for name in names:
-            if name.split(".")[0] == "fastlora":
-                part = [*name.split("."), ""][1]
-                layers.add(part if part in RANK else "")
+        layers |= {layer_named(name) for name in names if name.split(".")[0] == "fastlora"}
     return layers
 
 

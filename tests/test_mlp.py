@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accuracy import linear_4bit
 from blocks import HIDDEN, MLP, CountOps, SwiGLU, gradients, randomise
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
@@ -120,6 +121,22 @@ def test_saves_x_gate_up_and_no_more(kind, p):
         module(x)
     large = sorted(shape for shape in saved.values() if shape.numel() > 50 * 5)
     assert large == [(50, HIDDEN), (50, MLP), (50, MLP)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_h_dies_with_forward(kind, monkeypatch):
+    """However it might be kept: saved, or as an attribute of the graph's node."""
+    made = []
+
+    def swiglu(*args):
+        h = torch.ops.fastlora.swiglu(*args)
+        made.append(StorageWeakRef(h.untyped_storage()))
+        return h
+
+    monkeypatch.setattr("fastlora.mlp.swiglu", swiglu)
+    y = make(kind=kind, dtype=torch.float32)(torch.randn(4, HIDDEN).requires_grad_())
+    assert y.requires_grad
+    assert made and all(h.expired() for h in made)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -355,7 +355,7 @@ def test_interrupted_report_has_what_was_measured(tiny, tmp_path, monkeypatch, c
     assert "Interrupted" in capsys.readouterr().err
     report = json.loads((tmp_path / "profile.json").read_text())
     assert report["complete"] is False and set(PICTURES) & set(report) == parts
-    files = {PICTURES[part] for part in parts} | ({"sequence.csv"} if "length" in parts else set())
+    files = {PICTURES[part][0] for part in parts} | ({"sequence.csv"} if "length" in parts else set())
     assert {path.name for path in tmp_path.iterdir()} == {"profile.json"} | files
 
 

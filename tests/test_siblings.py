@@ -5,6 +5,7 @@ import gc
 import pickle
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -271,6 +272,40 @@ def test_nothing_is_held_after_the_step(end, calls):
         gc.enable()
 
 
+def test_a_leaf_dies_without_backward():
+    """The token holds x's graph, and that graph would hold a leaf: a leaf's layers are chained to nothing."""
+    model = attention()
+    x = an_input().detach().requires_grad_()
+    storage = StorageWeakRef(x.untyped_storage())
+    model(x)
+    del x
+    assert storage.expired()
+
+
+def test_backward_lets_go_of_the_graph_though_x_lives():
+    model, x = attention(), an_input()
+    model(x).sum().backward()
+    weight = weakref.ref(model.q_proj.lora_A)
+    del model
+    assert weight() is None, "the graph that the last token belongs to leads to the adapter"
+
+
+def test_called_again_with_x_starts_a_graph_of_its_own():
+    """Joined to the calls before, as a sibling's would be, it would keep all of them while x lives."""
+    model, x = attention(), an_input()
+
+    def nodes(y):
+        seen, ahead = set(), [y.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                ahead += [node for node, _ in node.next_functions]
+        return len(seen)
+
+    assert len({nodes(sum(y.sum() for y in map_layers(model, x))) for _ in range(3)}) == 1
+
+
 def test_a_model_can_be_deleted():
     model = attention()
     step(model, an_input())
@@ -318,6 +353,25 @@ def test_copies_and_pickles_share_among_themselves():
     assert copy.deepcopy(model.q_proj)._siblings is not model.q_proj._siblings
 
 
+def in_threads(*functions):
+    """Run them at the same time. One that never comes back is a failure, not a wait for ever."""
+    threads = [threading.Thread(target=function, daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=600)
+        assert not thread.is_alive(), "a thread hangs"
+
+
+def test_nothing_is_shared_between_threads():
+    model, x = attention(), an_input()
+    model.q_proj(x)
+    mine = siblings._thread.shared
+    in_threads(lambda: model.k_proj(x))
+    assert siblings._thread.shared is mine
+    assert mine.members == {id(model.q_proj)}
+
+
 def test_two_models_in_two_threads():
     """Each gets what it gets alone, though both train all the time."""
     inputs = [torch.randn(2, 5, HIDDEN, dtype=torch.float64) for _ in range(2)]
@@ -333,11 +387,7 @@ def test_two_models_in_two_threads():
     expected, results = ([], []), ([], [])
     for i in range(2):
         train(attention(seed=i), inputs[i], expected[i])
-    threads = [threading.Thread(target=train, args=(attention(seed=i), inputs[i], results[i])) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*(partial(train, attention(seed=i), inputs[i], results[i]) for i in range(2)))
     for ours, theirs in zip(results, expected, strict=True):
         assert ours
         assert_close(ours, theirs)
@@ -356,11 +406,7 @@ def test_one_model_in_two_threads():
                 if not torch.allclose(model(inputs[i]), expected[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*(partial(run, i) for i in range(2)))
     assert not wrong
 
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises SystemExit, with code 2, for arguments that cannot be used.
     """
     args = build_parser().parse_args(argv)
-    _quieten()
+    quieten()
     try:
         if args.command == "info":
             from fastlora.cli.info import run
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep the libraries offline and off the terminal. They read these variables when they are imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -10,15 +10,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from fastlora.benchmarks import pictures
+from fastlora.benchmarks.pictures import COLOURS
+from fastlora.benchmarks.records import to_json
 from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
 
-COLOURS = {  # Okabe and Ito's palette: told apart by the colour-blind
-    "frozen": "#999999",
-    "peft": "#E69F00",
-    "fastlora": "#0072B2",
-    "peft+compile": "#F0E442",
-    "fastlora+compile": "#56B4E9",
-}
 _STYLE: dict[str, Any] = {"fontsize": 10.5, "va": "center"}
 
 
@@ -49,7 +45,7 @@ def draw(report: dict, path: Path) -> None:
     handles = [Patch(color=COLOURS[name], label=NAMES[name]) for name in names if name != "frozen"]
     limit = Line2D([], [], color="black", linestyle="--", label="frozen model: the limit")
     figure.legend(handles=[*handles, limit], loc="outside lower center", ncols=3, frameon=False, fontsize=11)
-    figure.savefig(path)
+    pictures.save(figure, path, to_json(report))
 
 
 def _draw_time(axes: Axes, providers: dict[str, dict]) -> None:

@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from fastlora.benchmarks import pictures
+from fastlora.benchmarks.pictures import COLOURS
+from fastlora.benchmarks.records import to_json
 from fastlora.benchmarks.training import Measurements, Trainer
 from fastlora.cli import common
-from fastlora.cli.figure import COLOURS
 from fastlora.cli.report import NAMES, case_name, megabytes
-from fastlora.files import replace_file
 
 ROUNDS = 3  # timed steps of each length
 STRAIGHT = 0.01  # of the memory: how far a point may be from a straight line that is called one
@@ -229,7 +230,7 @@ def draw(report: dict, path: Path) -> None:
         fontsize=12,
     )
     figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_json(report))
 
 
 def _draw_end(axes: Axes, colour: str, provider: dict, lengths: list[int], scale: float) -> None:

@@ -23,7 +23,11 @@ from fastlora.cli.report import NAMES, write_report
 from fastlora.environment import environment
 from fastlora.files import replace_file
 
-PICTURES = {"memory": "memory.png", "time": "time.png", "length": "sequence.png"}
+PICTURES = {  # of the parts of a report
+    "memory": ("memory.png", draw_memory),
+    "time": ("time.png", draw_time),
+    "length": ("sequence.png", length.draw),
+}
 PROVIDERS = 3
 Advance = Callable[[str], None]
 
@@ -104,7 +108,7 @@ def _load(args: Namespace, text: str | None, device: torch.device) -> tuple[nn.M
 
 def _measure(args: Namespace, model: nn.Module, ids: Tensor, report: dict, advance: Advance) -> None:
     """Fill in the report's parts. A part that is in it is one that can be shown."""
-    for name in (*PICTURES.values(), "sequence.csv"):
+    for name in (*(name for name, _ in PICTURES.values()), "sequence.csv"):
         (args.out / name).unlink(missing_ok=True)  # one of another run must not stand beside this report
     trainers = training.make_trainers(model, args.r, args.dropout, args.checkpointing, False, 1e-4, args.seed)
     batch = ids[:, : args.tokens].contiguous()
@@ -227,11 +231,10 @@ def _write_snapshot(trainer: training.Trainer, ids: Tensor, path: Path) -> None:
 
 
 def _draw(report: dict, folder: Path) -> list[Path]:
-    draw = {"memory": draw_memory, "time": draw_time, "length": length.draw}
     written = []
-    for part, name in PICTURES.items():
+    for part, (name, draw) in PICTURES.items():
         if part in report:
-            draw[part](report, folder / name)
+            draw(report, folder / name)
             written.append(folder / name)
     if "length" in report:
         write_rows(folder / "sequence.csv", length.rows(report["length"]))

@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from fastlora import ledger, timeline
+from fastlora.benchmarks import pictures
+from fastlora.benchmarks.records import to_json
 from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
-from fastlora.files import replace_file
 
 # Okabe and Ito's palette: told apart by the colour-blind
 MEMORY = {
@@ -192,4 +193,4 @@ def _draw_bars(
     figure.legend(
         [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=5, frameon=False
     )
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
+    pictures.save(figure, path, to_json(report))

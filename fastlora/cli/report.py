@@ -24,10 +24,10 @@ NAMES = {
 def provider_records(results: dict[str, Measurements], tokens_per_step: int) -> dict[str, dict]:
     """What the report says of each provider of one case. What could not be measured yet is None."""
     peft = results["peft"]
-    peft_p50 = _quantiles(peft)["p50"]
+    peft_p50 = quantiles(peft)["p50"]
     return {
         name: {
-            **(times := _quantiles(measured)),
+            **(times := quantiles(measured)),
             "tokens_per_second": _ratio(tokens_per_step, times["p50"]),
             "speedup": _ratio(peft_p50, times["p50"]),
             "speedup_paired": speedup(peft, measured, WARMUP),
@@ -44,7 +44,7 @@ def provider_records(results: dict[str, Measurements], tokens_per_step: int) -> 
     }
 
 
-def _quantiles(measured: Measurements) -> dict[str, float | None]:
+def quantiles(measured: Measurements) -> dict[str, float | None]:
     """Seconds a step, linearly interpolated."""
     timed = torch.tensor(measured.step_seconds[WARMUP:], dtype=torch.float64)
     return {f"p{p}": torch.quantile(timed, p / 100).item() if timed.numel() else None for p in (20, 50, 80)}

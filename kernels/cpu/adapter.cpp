@@ -23,11 +23,6 @@ Dropout dropout_of(double p, const OptionalTensor& seed) {
   return Dropout(p, seed->item<int64_t>());
 }
 
-// A tensor whose rows have unit stride: only a transposed or expanded one is copied.
-Tensor with_rows(const Tensor& t) {
-  return t.stride(1) == 1 || t.numel() == 0 ? t : t.contiguous();
-}
-
 using Seeds = c10::List<OptionalTensor>;
 
 void check(bool fits, const char* op) {
@@ -44,11 +39,7 @@ std::vector<Tensor> shrink_group_op(
     adapters.push_back({a[i].t(), s[i] * dropout.scale(), dropout});
     out.push_back(at::empty({x.size(0), a[i].size(0)}, a[i].options()));
   }
-  const Tensor rows = with_rows(x);
-  FASTLORA_DISPATCH(x.scalar_type(), [&] {
-    const auto tiles = shrink<scalar_t>(rows, adapters);
-    for (size_t i = 0; i < out.size(); ++i) to_tensor(tiles[i], out[i]);
-  });
+  FASTLORA_DISPATCH(x.scalar_type(), [&] { shrink<scalar_t>(with_rows(x), adapters, out); });
   return out;
 }
 
@@ -68,14 +59,13 @@ Tensor matmul(
   check(!bias.has_value() || bias->numel() == N, "lora_matmul");
   Tensor y = at::empty({M, N}, x[0].options());
   bool complete = false;  // with the base products
+  std::vector<Adapter> adapters;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const Dropout dropout = dropout_of(p[i], seed[i]);
+    adapters.push_back({xa[i], dropout.scale(), b[i].t(), dropout});
+  }
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
     using A = Wide<scalar_t>;
-    std::vector<Adapter<A>> adapters;
-    for (size_t i = 0; i < x.size(); ++i) {
-      const Dropout dropout = dropout_of(p[i], seed[i]);
-      adapters.push_back({to_tile<A>(xa[i]), dropout.active() ? 2 : bf16::parts_of(xa[i]), b[i].t(), dropout});
-      scale(adapters.back().p, dropout.scale());
-    }
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     const auto multiply = [&](const auto& init) {
       complete = tail<scalar_t>(x, w, init, adapters, to);
@@ -102,23 +92,11 @@ Tensor lora_matmul_group_op(
   return matmul(x, w, xa, b, std::nullopt, p, seed);
 }
 
-// da[r, K] = p[M, r]^T @ drop(x[M, K])
-template <typename T>
-Tensor grad_a(Tile<Wide<T>>& tile, int64_t parts, const Tensor& x, const Dropout& dropout, at::TensorOptions options) {
-  scale(tile, dropout.scale());
-  Tensor da = at::empty({tile.cols, x.size(1)}, options);
-  outer<T>(tile, parts, with_rows(x), dropout, da, false);
-  return da;
-}
-
 Tensor lora_grad_a_op(const Tensor& dxa, const Tensor& x, double p, const OptionalTensor& seed) {
   check(dxa.size(0) == x.size(0), "lora_grad_a");
-  Tensor da;
-  FASTLORA_DISPATCH(x.scalar_type(), [&] {
-    auto tile = to_tile<Wide<scalar_t>>(dxa);
-    const Dropout dropout = dropout_of(p, seed);
-    da = grad_a<scalar_t>(tile, dropout.active() ? 2 : bf16::parts_of(dxa), x, dropout, dxa.options());
-  });
+  const Tensor da = at::empty({dxa.size(1), x.size(1)}, dxa.options());
+  const Dropout dropout = dropout_of(p, seed);
+  FASTLORA_DISPATCH(x.scalar_type(), [&] { lora_grad_a<scalar_t>(with_rows(dxa), with_rows(x), dropout, da); });
   return da;
 }
 
@@ -126,24 +104,20 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& b, const OptionalTensor& xa, double s, double p,
     const OptionalTensor& seed) {
   TORCH_CHECK(b.has_value() || xa.has_value(), "fastlora: lora_grad needs b or xa");
-  const int64_t M = dy.size(0);
-  check(!b.has_value() || b->size(0) == dy.size(1), "lora_grad");
+  const int64_t M = dy.size(0), N = dy.size(1);
+  check(!b.has_value() || b->size(0) == N, "lora_grad");
   check((!x.has_value() || x->size(0) == M) && (!xa.has_value() || xa->size(0) == M), "lora_grad");
   const Tensor& like = b.has_value() ? *b : *xa;
   const int64_t r = like.size(1);
-  const Tensor rows = with_rows(dy);
-  Tensor dxa = at::empty({b.has_value() ? dy.size(0) : 0, r}, like.options());
-  Tensor da = at::empty({0}, like.options()), db = at::empty({0}, like.options());
+  const bool need_da = x.has_value() && b.has_value();
+  const Tensor dxa = at::empty({b.has_value() ? M : 0, r}, like.options());
+  const Tensor da = need_da ? at::empty({r, x->size(1)}, like.options()) : at::empty({0}, like.options());
+  const Tensor db = xa.has_value() ? at::empty({N, xa->size(1)}, xa->options()) : at::empty({0}, like.options());
+  const Dropout dropout = need_da ? dropout_of(p, seed) : Dropout();
   FASTLORA_DISPATCH(dy.scalar_type(), [&] {
-    if (b.has_value()) {
-      auto tile = std::move(shrink<scalar_t>(rows, {{*b, s, Dropout()}})[0]);
-      to_tensor(tile, dxa);
-      if (x.has_value()) da = grad_a<scalar_t>(tile, bf16::parts_of(*b), *x, dropout_of(p, seed), like.options());
-    }
-    if (xa.has_value()) {
-      db = at::empty({dy.size(1), r}, xa->options());
-      outer<scalar_t>(to_tile<Wide<scalar_t>>(*xa), bf16::parts_of(*xa), rows, Dropout(), db, true);
-    }
+    lora_grad<scalar_t>(
+        with_rows(dy), need_da ? with_rows(*x) : Tensor(), b.value_or(Tensor()), xa ? with_rows(*xa) : Tensor(), s,
+        dropout, dxa, da, db);
   });
   return {dxa, da, db};
 }

@@ -17,18 +17,17 @@ constexpr int64_t BLOCK_N = 256;  // columns of an expanded tile
 constexpr int64_t TAIL_M = 128;   // rows of a tile that the base product is in too,
 constexpr int64_t TAIL_N = 96;    // and its columns,
 constexpr int64_t TAIL_K = 512;   // summed up over about so much of the depth at a time
-constexpr int64_t BLOCK_C = 128;  // columns of an outer product, four cache lines
-constexpr int64_t BLOCK_L = 128;  // its depth
 
 inline bool available() {
   return cpublas::could_pack(at::kBFloat16);
 }
 
+// sink(n, m0, rows, block, ld) is given rows m0 to m0 + rows of what adapter n makes of x, each row by one thread.
 // Adapters without dropout are columns of one product, the others each one of a copy of x.
-inline std::vector<Tile<float>> shrink(const Tensor& x, const std::vector<Shrink>& adapters) {
+template <typename Sink>
+void shrink(const Tensor& x, const std::vector<Shrink>& adapters, const Sink& sink) {
   const int64_t M = x.size(0), K = x.size(1), ldx = x.stride(0), even = round_up(K, 2), count = adapters.size();
   std::vector<int64_t> at(count);  // the first column of each, those without dropout first
-  std::vector<Tile<float>> out;
   int64_t cols = 0, plain = 0;
   for (const bool active : {false, true}) {
     for (int64_t n = 0; n < count; ++n) {
@@ -42,7 +41,6 @@ inline std::vector<Tile<float>> shrink(const Tensor& x, const std::vector<Shrink
   for (int64_t n = 0; n < count; ++n) {
     const Tensor& b = adapters[n].b;
     uint32_t* to = packed.row(0) + at[n];
-    out.emplace_back(M, b.size(1));
     pack(b, to, parts_of(b) == 2 ? to + round_up(b.size(1), PAD) : nullptr, cols);
   }
   const BFloat16* from = x.const_data_ptr<BFloat16>();
@@ -68,28 +66,27 @@ inline std::vector<Tile<float>> shrink(const Tensor& x, const std::vector<Shrink
       if (plain > 0) product(Dropout(), 0, plain);
       for (int64_t n = 0; n < count; ++n) {
         const auto& [b, s, dropout] = adapters[n];
-        const int64_t parts = parts_of(b), R = out[n].stride;
+        const int64_t parts = parts_of(b), R = round_up(b.size(1), PAD);
         if (dropout.active()) product(dropout, at[n], parts * R);
         for (int64_t i = 0; i < rows; ++i) {
-          const float *h = sum.row(i) + at[n], *l = h + R;
-          float *to = out[n].row(m0 + i), factor = static_cast<float>(s);
-          for (int64_t j = 0; j < R; ++j) to[j] = factor * (parts == 2 ? h[j] + l[j] : h[j]);
+          float *h = sum.row(i) + at[n], *l = h + R, factor = static_cast<float>(s);
+          for (int64_t j = 0; j < R; ++j) h[j] = factor * (parts == 2 ? h[j] + l[j] : h[j]);
         }
+        sink(n, m0, rows, sum.row(0) + at[n], cols);
       }
     }
     cpublas::brgemm_release();
   });
-  return out;
 }
 
-// The adapter's product p[M, r] @ b[r, N] as one of depth L: (high + low)(high + low) less its smallest term, which is
-// p's high | low | high parts against b's high | high | low.
+// The adapter's product s p[M, r] @ b[r, N] as one of depth L: (high + low)(high + low) less its smallest term, which
+// is p's high | low | high parts against b's high | high | low.
 class AdapterProduct {
  public:
-  explicit AdapterProduct(const Adapter<float>& adapter)
-      : rows_(adapter.p.rows),
-        even_(round_up(adapter.p.cols, 2)),
-        p_parts_(adapter.parts),
+  explicit AdapterProduct(const Adapter& adapter)
+      : rows_(adapter.p.size(0)),
+        even_(round_up(adapter.p.size(1), 2)),
+        p_parts_(adapter.s == 1.0 ? parts_of(adapter.p) : 2),
         b_parts_(parts_of(adapter.b)),
         L_(round_up(even_ * (p_parts_ + b_parts_ - 1), 32)),
         stride_(round_up(adapter.b.size(1), PAD)),
@@ -99,8 +96,13 @@ class AdapterProduct {
     pack(adapter.b, right_.row(0), b_parts_ == 2 ? right_.row(pairs * p_parts_) : nullptr, stride_);
     if (p_parts_ == 2) std::copy(right_.row(0), right_.row(pairs), right_.row(pairs));
     std::fill(right_.row(pairs * (p_parts_ + b_parts_ - 1)), right_.row(L_ / 2), 0u);
-    at::parallel_for(0, left_rows(), 512, [&](int64_t begin, int64_t end) {
-      for (int64_t m = begin; m < end; ++m) split_row(adapter.p, m);
+    const Tensor p = with_rows(adapter.p);
+    FASTLORA_DISPATCH(p.scalar_type(), [&] {
+      const scalar_t* from = p.const_data_ptr<scalar_t>();
+      at::parallel_for(0, left_rows(), 128, [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m)
+          split_row(from + m * p.stride(0), m < rows_ ? p.size(1) : 0, static_cast<float>(adapter.s), left_.row(m));
+      });
     });
   }
 
@@ -120,13 +122,15 @@ class AdapterProduct {
     return round_up(rows_, TAIL_M);
   }
 
-  void split_row(const Tile<float>& p, int64_t m) {
-    uint16_t* to = left_.row(m);
+  template <typename T>
+  void split_row(const T* from, int64_t cols, float s, uint16_t* to) {
     std::fill(to, to + L_, uint16_t(0));
-    for (int64_t j = 0; m < p.rows && j < p.cols; j += 16) {
+    for (int64_t j = 0; j < cols; j += 16) {
+      alignas(64) float line[16];
       alignas(64) uint16_t high[16], low[16];
-      split_16(p.row(m) + j, high, low);
-      const int64_t n = std::min<int64_t>(16, p.cols - j);
+      const int64_t n = std::min<int64_t>(16, cols - j);
+      read_16(from + j, n, s, line);
+      split_16(line, high, low);
       const auto put = [&](const uint16_t* part, uint16_t* at) {
         n == 16 ? std::memcpy(at, part, 32) : std::memcpy(at, part, 2 * n);  // a constant size is one instruction
       };
@@ -141,12 +145,12 @@ class AdapterProduct {
   Buffer<uint32_t> right_;
 };
 
-inline std::vector<AdapterProduct> products_of(const std::vector<Adapter<float>>& adapters) {
+inline std::vector<AdapterProduct> products_of(const std::vector<Adapter>& adapters) {
   return std::vector<AdapterProduct>(adapters.begin(), adapters.end());
 }
 
 template <typename Init>
-void expand(const Init& init, const std::vector<Adapter<float>>& adapters, BFloat16* y, int64_t M, int64_t N) {
+void expand(const Init& init, const std::vector<Adapter>& adapters, BFloat16* y, int64_t M, int64_t N) {
   const std::vector<AdapterProduct> products = products_of(adapters);
   at::parallel_for(0, (M + BLOCK_M - 1) / BLOCK_M, 1, [&](int64_t begin, int64_t end) {
     const Buffer<float> tile(BLOCK_M, BLOCK_N), scratch(need_scratch<Init>(adapters) ? BLOCK_M : 0, BLOCK_N);
@@ -180,8 +184,7 @@ inline bool prefers_tail(at::TensorList x, at::TensorList w) {
 // y[M, N] = sum of x[M, K] @ w[N, K]^T + init + the adapters' parts: all accumulate in one fp32 tile, which is rounded
 // once. A panel of the weights is packed and kept in the second-level cache for all rows.
 template <typename Init>
-void tail(
-    at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter<float>>& adapters, BFloat16* y) {
+void tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter>& adapters, BFloat16* y) {
   const int64_t M = x[0].size(0), N = w[0].size(0), threads = at::get_num_threads();
   const int64_t panels = (N + TAIL_N - 1) / TAIL_N, blocks = (M + TAIL_M - 1) / TAIL_M;
   const int64_t groups = std::min(blocks, (threads + panels - 1) / panels);  // few panels: threads share a panel's rows
@@ -231,55 +234,6 @@ void tail(
       }
     }
     cpublas::brgemm_release();
-  });
-}
-
-inline void outer(
-    const Tile<float>& p, int64_t p_parts, const Tensor& q, const Dropout& dropout, const Tensor& out,
-    bool transposed) {
-  const int64_t M = p.rows, r = p.cols, C = q.size(1), ldq = q.stride(0);
-  const int64_t padded_M = round_up(std::max<int64_t>(M, 1), BLOCK_L), left_rows = p_parts * r;
-  const Buffer<uint16_t> left = pack_transposed(p, p_parts, padded_M);
-  const uint16_t* from = reinterpret_cast<const uint16_t*>(q.const_data_ptr<BFloat16>());
-  FASTLORA_DISPATCH(out.scalar_type(), [&] {
-    scalar_t* to = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, (C + STEP - 1) / STEP, 1, [&](int64_t begin, int64_t end) {
-      const Buffer<uint32_t> pairs(BLOCK_L / 2, BLOCK_C);
-      const Buffer<uint16_t> copy(2, BLOCK_C);
-      const Buffer<float> sum(left_rows, BLOCK_C);
-      const int64_t stop = std::min(C, end * STEP);
-      for (int64_t c0 = begin * STEP; c0 < stop; c0 += BLOCK_C) {
-        const int64_t cols = std::min(BLOCK_C, stop - c0), padded = round_up(cols, PAD);
-        for (int64_t m0 = 0; m0 < padded_M; m0 += BLOCK_L) {
-          for (int64_t i = 0; i < BLOCK_L; i += 2) {
-            const int64_t m = m0 + i;
-            uint32_t* to_pair = pairs.row(i / 2);
-            const uint16_t *even = from + m * ldq + c0, *odd = even + ldq;
-            if (dropout.active() || m + 1 >= M) {
-              for (int64_t k = 0; k < 2; ++k) {
-                if (m + k < M) {
-                  std::copy(from + (m + k) * ldq + c0, from + (m + k) * ldq + c0 + cols, copy.row(k));
-                  dropout.apply(copy.row(k), m + k, c0, cols);
-                } else {
-                  std::fill(copy.row(k), copy.row(k) + cols, uint16_t(0));
-                }
-              }
-              even = copy.row(0), odd = copy.row(1);
-            }
-            for (int64_t c = 0; c < cols; ++c) to_pair[c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
-            std::fill(to_pair + cols, to_pair + padded, 0u);
-          }
-          cpublas::brgemm(
-              left_rows, padded, BLOCK_L, padded_M, BLOCK_C, BLOCK_C, m0 > 0,
-              reinterpret_cast<const BFloat16*>(left.row(0) + m0), as_bf16(pairs.row(0)), sum.row(0));
-        }
-        if (p_parts == 2)
-          for (int64_t j = 0; j < r; ++j)
-            for (int64_t c = 0; c < cols; ++c) sum.row(j)[c] += sum.row(r + j)[c];
-        write_columns(sum.row(0), sum.stride, r, c0, cols, to, C, transposed);
-      }
-      cpublas::brgemm_release();
-    });
   });
 }
 

@@ -85,11 +85,8 @@ Tensor decode_4bit(
     }
   };
   Tensor w = at::empty({N, K}, packed.options().dtype(dtype));
-  std::vector<Adapter<float>> adapters;
-  if (a.has_value() && b.has_value()) {
-    adapters.push_back({to_tile<float>(*b), 2, *a, Dropout()});
-    scale(adapters[0].p, s);
-  }
+  std::vector<Adapter> adapters;
+  if (a.has_value() && b.has_value()) adapters.push_back({*b, s, *a, Dropout()});
   const auto decode_to = [&]<typename T>(T* to) { expand<T>(decode, adapters, to, N, K); };
   AT_DISPATCH_SWITCH(dtype, "fastlora", AT_DISPATCH_CASE(at::kFloat, [&] {
                        decode_to(w.mutable_data_ptr<scalar_t>());

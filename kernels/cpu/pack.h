@@ -69,47 +69,56 @@ inline void transpose_16(const uint32_t* from, int64_t ld_from, uint32_t* to, in
       reinterpret_cast<const float*>(from), ld_from, reinterpret_cast<float*>(to), ld_to, 16, static_cast<int>(n));
 }
 
+// Two rows of n numbers as pairs
+inline void interleave(const uint16_t* even, const uint16_t* odd, int64_t n, uint32_t* to) {
+  for (int64_t c = 0; c < n; ++c) to[c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
+}
+
 // How many bf16 numbers an element of t is the sum of.
 inline int parts_of(const Tensor& t) {
   return t.scalar_type() == at::kBFloat16 ? 1 : 2;
+}
+
+// n of at most 16 numbers as fp32, times `by`, and zeros up to 16
+template <typename T>
+void read_16(const T* from, int64_t n, float by, float* to) {
+  at::vec::convert(from, to, n);
+  std::fill(to + n, to + 16, 0.0f);
+  for (int i = 0; by != 1.0f && i < 16; ++i) to[i] *= by;
 }
 
 // A right operand t[L, C] in pairs, padded with zeros to even L and whole tiles of 16 columns: its high parts and,
 // unless null, its low parts, each in rows of `stride` words.
 inline void pack(const Tensor& t, uint32_t* high, uint32_t* low, int64_t stride) {
   const Tensor strided = t.stride(0) == 1 || t.stride(1) == 1 ? t : t.contiguous();
-  const bool transposed = strided.stride(1) != 1;  // its columns are what is contiguous
-  const int64_t L = t.size(0), C = t.size(1), step = strided.stride(transposed ? 1 : 0);
+  const int64_t L = t.size(0), C = t.size(1), stride_l = strided.stride(0), stride_c = strided.stride(1);
+  const bool transposed = stride_c != 1;  // its columns are what is contiguous
   const int64_t across = (C + 15) / 16, blocks = (L + 31) / 32 * across;
   FASTLORA_DISPATCH(t.scalar_type(), [&] {
     const scalar_t* from = strided.const_data_ptr<scalar_t>();
-    at::parallel_for(0, blocks, 64, [&](int64_t begin, int64_t end) {
-      alignas(64) float line[32] = {};
-      alignas(64) uint16_t parts[2][32][16] = {};  // of 32 rows of 16 columns, or of 16 columns of 32 rows
+    at::parallel_for(0, blocks, 8, [&](int64_t begin, int64_t end) {
+      alignas(64) float line[16];
+      alignas(64) uint16_t parts[2][32][16];  // of 32 rows of 16 columns, or of 16 columns of 32 rows
       alignas(64) uint32_t words[16][16];
       for (int64_t i = begin; i < end; ++i) {
         const int64_t l0 = i / across * 32, c0 = i % across * 16;
         const int64_t depth = std::min<int64_t>(32, L - l0), width = std::min<int64_t>(16, C - c0);
-        const int64_t lines = transposed ? 16 : round_up(depth, 2), length = transposed ? depth : width;
+        const int64_t pairs = (depth + 1) / 2, lines = transposed ? 32 : 2 * pairs;
         for (int64_t n = 0; n < lines; ++n) {
-          const bool inside = n < (transposed ? width : depth);
-          if (inside) at::vec::convert(from + (transposed ? (c0 + n) * step + l0 : (l0 + n) * step + c0), line, length);
-          std::fill(line + (inside ? length : 0), line + 32, 0.0f);
-          for (int64_t half = 0; half < (transposed ? (depth + 15) / 16 : 1); ++half) {
-            const int64_t at = transposed ? 2 * n + half : n;
-            split_16(line + 16 * half, parts[0][at], low == nullptr ? nullptr : parts[1][at]);
-          }
+          const int64_t l = transposed ? n % 2 * 16 : n, c = transposed ? n / 2 : 0;
+          const bool inside = l < depth && c < width;
+          const int64_t length = transposed ? std::min<int64_t>(16, depth - l) : width;
+          read_16(from + (l0 + l) * stride_l + (c0 + c) * stride_c, inside ? length : 0, 1.0f, line);
+          split_16(line, parts[0][n], low == nullptr ? nullptr : parts[1][n]);
         }
         for (int part = 0; part < (low == nullptr ? 1 : 2); ++part) {
           uint32_t* to = (part == 0 ? high : low) + l0 / 2 * stride + c0;
-          const int64_t pairs = (depth + 1) / 2;
           if (transposed) {
             std::memcpy(words, parts[part], sizeof(words));  // column by column, pairs of rows as words
             transpose_16(&words[0][0], 16, to, stride, pairs);
           } else {
             for (int64_t l = 0; l < pairs; ++l)
-              for (int64_t c = 0; c < 16; ++c)
-                to[l * stride + c] = parts[part][2 * l][c] | static_cast<uint32_t>(parts[part][2 * l + 1][c]) << 16;
+              interleave(parts[part][2 * l], parts[part][2 * l + 1], 16, to + l * stride);
           }
         }
       }
@@ -132,29 +141,35 @@ inline void pack_panel(
     const uint16_t* from = reinterpret_cast<const uint16_t*>(w) + n0;
     for (int64_t l = 0; l < K / 2; ++l) {
       const uint16_t *even = from + 2 * l * stride_k, *odd = even + stride_k;
-      for (int64_t c = 0; c < cols; ++c) to[l * stride + c] = even[c] | static_cast<uint32_t>(odd[c]) << 16;
+      interleave(even, odd, cols, to + l * stride);
       std::fill(to + l * stride + cols, to + l * stride + padded, 0u);
     }
   }
 }
 
 // A left operand: p[M, r] transposed, [r, M] padded with zeros to `depth` columns; the low parts are the next r rows.
-inline Buffer<uint16_t> pack_transposed(const Tile<float>& p, int64_t parts, int64_t depth) {
-  const int64_t M = p.rows, r = p.cols;
-  Buffer<uint16_t> left(parts * r, depth);
-  at::parallel_for(0, depth / 16, 32, [&](int64_t begin, int64_t end) {
+struct Transposed : Buffer<uint16_t> {
+  Transposed(int64_t M, int64_t r, int64_t parts, int64_t depth) : Buffer(parts * r, depth), r(r), parts(parts) {
+    for (int64_t j = 0; j < parts * r; ++j) std::fill(row(j) + M, row(j) + depth, uint16_t(0));
+  }
+
+  // Rows m0 to m0 + n of p are by * from[n, r]. m0 is a multiple of 16.
+  template <typename T>
+  void put(int64_t m0, int64_t n, const T* from, int64_t ld, float by) const {
     alignas(64) float rows[16][16], columns[16][16];
-    for (int64_t m0 = begin * 16; m0 < end * 16; m0 += 16)
+    for (int64_t i0 = 0; i0 < n; i0 += 16) {
       for (int64_t j0 = 0; j0 < r; j0 += 16) {
-        for (int64_t i = 0; i < 16; ++i)
-          m0 + i < M ? std::copy_n(p.row(m0 + i) + j0, 16, rows[i]) : std::fill_n(rows[i], 16, 0.0f);
+        const int64_t width = std::min<int64_t>(16, r - j0);
+        for (int64_t i = 0; i < 16; ++i) read_16(from + (i0 + i) * ld + j0, i0 + i < n ? width : 0, by, rows[i]);
         transpose_16(reinterpret_cast<uint32_t*>(rows), 16, reinterpret_cast<uint32_t*>(columns), 16, 16);
-        for (int64_t j = j0; j < std::min(r, j0 + 16); ++j)
-          split_16(columns[j - j0], left.row(j) + m0, parts == 1 ? nullptr : left.row(r + j) + m0);
+        for (int64_t j = 0; j < width; ++j)
+          split_16(columns[j], row(j0 + j) + m0 + i0, parts == 1 ? nullptr : row(r + j0 + j) + m0 + i0);
       }
-  });
-  return left;
-}
+    }
+  }
+
+  int64_t r, parts;
+};
 
 inline const BFloat16* as_bf16(const uint32_t* pairs) {
   return reinterpret_cast<const BFloat16*>(pairs);

@@ -1,10 +1,7 @@
-// The three adapter products for elements of type T, by matrix instructions where there are any.
-//
-// `parts` of an operand is 1 if it is exact in bf16, 2 if not.
+// The adapter products for elements of type T, by matrix instructions where there are any.
 #pragma once
 
-#include "bf16.h"
-#include "tile.h"
+#include "outer.h"
 
 namespace fastlora {
 
@@ -17,17 +14,21 @@ bool by_matrix_instructions(int64_t M) {
 
 // What several adapters make of x, in one read of it where matrix instructions do it.
 template <typename T>
-std::vector<Tile<Wide<T>>> shrink(const Tensor& x, const std::vector<Shrink>& adapters) {
+void shrink(const Tensor& x, const std::vector<Shrink>& adapters, const std::vector<Tensor>& out) {
   if constexpr (std::is_same_v<T, at::BFloat16>)
-    if (by_matrix_instructions<T>(x.size(0))) return bf16::shrink(x, adapters);
-  std::vector<Tile<Wide<T>>> out;
-  for (const auto& [b, s, dropout] : adapters) out.push_back(vector::shrink<T>(x, b, s, dropout));
-  return out;
+    if (by_matrix_instructions<T>(x.size(0)))
+      return bf16::shrink(x, adapters, [&](int64_t n, int64_t m0, int64_t rows, const float* block, int64_t ld) {
+        write_rows(block, ld, m0, rows, out[n]);
+      });
+  for (size_t n = 0; n < out.size(); ++n) {
+    const auto& [b, s, dropout] = adapters[n];
+    to_tensor(vector::shrink<T>(x, b, s, dropout), out[n]);
+  }
 }
 
 // y[M, N] = init + sum of the adapters' parts
 template <typename T, typename Init>
-void expand(const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* y, int64_t M, int64_t N) {
+void expand(const Init& init, const std::vector<Adapter>& adapters, T* y, int64_t M, int64_t N) {
   if constexpr (std::is_same_v<T, at::BFloat16>)
     if (by_matrix_instructions<T>(M)) return bf16::expand(init, adapters, y, M, N);
   vector::expand<T>(init, adapters, y, M, N);
@@ -36,7 +37,7 @@ void expand(const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* 
 // y[M, N] = sum of x[M, K] @ w[N, K]^T + init + sum of the adapters' parts, if there is a faster way to it than
 // `expand` and torch's GEMMs; otherwise does nothing and returns false.
 template <typename T, typename Init>
-bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* y) {
+bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
   if constexpr (std::is_same_v<T, at::BFloat16>)
     if (by_matrix_instructions<T>(x[0].size(0)) && bf16::prefers_tail(x, w)) {
       bf16::tail(x, w, init, adapters, y);
@@ -45,14 +46,30 @@ bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vecto
   return false;
 }
 
-// out = p[M, r]^T @ drop(q[M, C]), as [r, C] or transposed to [C, r]
+// dxa = s * dy @ b, da = dxa^T @ drop(x) and db = dy^T @ xa; none without its operands, which are then undefined
 template <typename T>
-void outer(
-    const Tile<Wide<T>>& p, int64_t parts, const Tensor& q, const Dropout& dropout, const Tensor& out,
-    bool transposed) {
+void lora_grad(
+    const Tensor& dy, const Tensor& x, const Tensor& b, const Tensor& xa, double s, const Dropout& dropout,
+    const Tensor& dxa, const Tensor& da, const Tensor& db) {
   if constexpr (std::is_same_v<T, at::BFloat16>)
-    if (by_matrix_instructions<T>(p.rows)) return bf16::outer(p, parts, q, dropout, out, transposed);
-  vector::outer<T>(p, q, dropout, out, transposed);
+    if (by_matrix_instructions<T>(dy.size(0))) return bf16::lora_grad(dy, x, b, xa, s, dropout, dxa, da, db);
+  if (b.defined()) {
+    auto tile = vector::shrink<T>(dy, b, s, Dropout());
+    to_tensor(tile, dxa);
+    scale(tile, dropout.scale());
+    if (x.defined()) vector::outer<T>(tile, x, dropout, da, false);
+  }
+  if (xa.defined()) vector::outer<T>(to_tile<Wide<T>>(xa), dy, Dropout(), db, true);
+}
+
+// da = dxa^T @ drop(x)
+template <typename T>
+void lora_grad_a(const Tensor& dxa, const Tensor& x, const Dropout& dropout, const Tensor& da) {
+  if constexpr (std::is_same_v<T, at::BFloat16>)
+    if (by_matrix_instructions<T>(x.size(0))) return bf16::lora_grad_a(dxa, x, dropout, da);
+  auto tile = to_tile<Wide<T>>(dxa);
+  scale(tile, dropout.scale());
+  vector::outer<T>(tile, x, dropout, da, false);
 }
 
 }  // namespace fastlora

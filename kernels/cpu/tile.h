@@ -62,6 +62,11 @@ struct Tile : Buffer<A> {
   int64_t rows, cols;
 };
 
+// A tensor whose rows have unit stride: only a transposed or expanded one is copied.
+inline Tensor with_rows(const Tensor& t) {
+  return t.stride(1) == 1 || t.numel() == 0 ? t : t.contiguous();
+}
+
 // ---- from tensors to tiles and back
 
 template <typename A>
@@ -85,13 +90,19 @@ Tile<A> to_tile(const Tensor& t) {
   return tile;
 }
 
-// `to`, contiguous, takes the tile's values.
+// Rows m0 to m0 + rows of `to`, contiguous, are taken from a tile.
+template <typename A>
+void write_rows(const A* from, int64_t stride, int64_t m0, int64_t rows, const Tensor& to) {
+  const int64_t cols = to.size(1);
+  FASTLORA_DISPATCH(to.scalar_type(), [&] {
+    scalar_t* out = to.mutable_data_ptr<scalar_t>() + m0 * cols;
+    for (int64_t i = 0; i < rows; ++i) at::vec::convert(from + i * stride, out + i * cols, cols);
+  });
+}
+
 template <typename A>
 void to_tensor(const Tile<A>& tile, const Tensor& to) {
-  FASTLORA_DISPATCH(to.scalar_type(), [&] {
-    scalar_t* out = to.mutable_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < tile.rows; ++i) at::vec::convert(tile.row(i), out + i * tile.cols, tile.cols);
-  });
+  write_rows(tile.row(0), tile.stride, 0, tile.rows, to);
 }
 
 template <typename A>
@@ -104,11 +115,13 @@ void scale(Tile<A>& tile, double by) {
 template <typename A, typename T>
 void write_columns(
     const A* from, int64_t stride, int64_t r, int64_t c0, int64_t cols, T* out, int64_t C, bool transposed) {
-  if (transposed) {
+  if (!transposed) {
+    for (int64_t j = 0; j < r; ++j) at::vec::convert(from + j * stride, out + j * C + c0, cols);
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) {
+    at::vec::transpose_mxn(from, stride, out + c0 * r, r, static_cast<int>(r), static_cast<int>(cols));
+  } else {
     for (int64_t c = 0; c < cols; ++c)
       for (int64_t j = 0; j < r; ++j) out[(c0 + c) * r + j] = static_cast<T>(from[j * stride + c]);
-  } else {
-    for (int64_t j = 0; j < r; ++j) at::vec::convert(from + j * stride, out + j * C + c0, cols);
   }
 }
 
@@ -180,11 +193,10 @@ struct Shrink {
   Dropout dropout;
 };
 
-// One adapter's part of a product: drop(p[M, r] @ b[r, N]), with dropout's scale in p. `parts` as in products.h.
-template <typename A>
+// One adapter's part of a product: drop(s * p[M, r] @ b[r, N]).
 struct Adapter {
-  Tile<A> p;
-  int64_t parts;
+  Tensor p;
+  double s;
   Tensor b;
   Dropout dropout;
 };
@@ -193,8 +205,8 @@ struct Adapter {
 template <typename Init>
 constexpr bool starts = !std::is_same_v<Init, std::nullptr_t>;
 
-template <typename Init, typename A>
-bool need_scratch(const std::vector<Adapter<A>>& adapters) {
+template <typename Init>
+bool need_scratch(const std::vector<Adapter>& adapters) {
   const bool alone = adapters.size() == 1 && !starts<Init>;
   return !alone && std::any_of(adapters.begin(), adapters.end(), [](const auto& a) { return a.dropout.active(); });
 }
@@ -203,8 +215,8 @@ bool need_scratch(const std::vector<Adapter<A>>& adapters) {
 // `to` or adds it there. `scratch` is as large as the tile; nothing is there if `need_scratch` says no.
 template <typename Init, typename A, typename Product>
 void sum_adapters(
-    const Init& init, const std::vector<Adapter<A>>& adapters, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
-    A* tile, A* scratch, int64_t ld, const Product& product) {
+    const Init& init, const std::vector<Adapter>& adapters, int64_t m0, int64_t rows, int64_t n0, int64_t cols, A* tile,
+    A* scratch, int64_t ld, const Product& product) {
   bool add = starts<Init>;
   if constexpr (starts<Init>) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -254,10 +266,14 @@ Tile<Wide<T>> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& 
 }
 
 template <typename T, typename Init>
-void expand(const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* y, int64_t M, int64_t N) {
+void expand(const Init& init, const std::vector<Adapter>& adapters, T* y, int64_t M, int64_t N) {
   using A = Wide<T>;
-  std::vector<Tile<A>> packed;
-  for (const auto& adapter : adapters) packed.push_back(to_tile<A>(adapter.b));
+  std::vector<Tile<A>> left, right;
+  for (const auto& adapter : adapters) {
+    left.push_back(to_tile<A>(adapter.p));
+    scale(left.back(), adapter.s);
+    right.push_back(to_tile<A>(adapter.b));
+  }
   at::parallel_for(0, (M + ROWS - 1) / ROWS, 4, [&](int64_t begin, int64_t end) {
     const Tile<A> tile(ROWS, COLUMNS), scratch(need_scratch<Init>(adapters) ? ROWS : 0, COLUMNS);
     for (int64_t m0 = begin * ROWS; m0 < std::min(M, end * ROWS); m0 += ROWS) {
@@ -265,7 +281,7 @@ void expand(const Init& init, const std::vector<Adapter<Wide<T>>>& adapters, T* 
       for (int64_t n0 = 0; n0 < N; n0 += COLUMNS) {
         const int64_t cols = std::min(COLUMNS, N - n0), padded = round_up(cols, PAD);
         const auto product = [&](size_t n, A* to, bool add) {
-          const Tile<A>&p = adapters[n].p, &b = packed[n];
+          const Tile<A>&p = left[n], &b = right[n];
           for (int64_t i = 0; !add && i < rows; ++i) std::fill_n(to + i * COLUMNS, padded, A(0));
           accumulate(to, COLUMNS, p.row(m0), p.stride, 1, b.row(0) + n0, b.stride, rows, p.cols, padded);
         };

@@ -1,0 +1,395 @@
+"""Writes benchmarks/RESULTS.md, and what README.md says of measurements, from the files in benchmarks/results.
+
+Pictures whose data have changed since they were drawn are drawn again. README.md's measured parts stand between
+<!-- name --> and <!-- /name -->; nothing there or in RESULTS.md is typed."""
+
+import argparse
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from fastlora.benchmarks import pictures, plots
+from fastlora.benchmarks.providers import PROVIDERS
+from fastlora.benchmarks.records import Rows, read_rows, write_json
+from fastlora.benchmarks.studies import common
+from fastlora.cli import figure, profile
+from fastlora.cli.profile_report import MEMORY, TIME
+from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
+from fastlora.files import replace_file
+
+BENCH = ("linear", "block", "model", "decode")
+HERE = Path(__file__).resolve().parent
+WIDTH = 120
+_EXAMPLE = """\
+example:
+  python -m benchmarks.report            write what is stale
+  python -m benchmarks.report --check    only name it, and end with 1 if there is any"""
+_HEAD = """\
+# Results
+
+Written by `python -m benchmarks.report` from the files in [results](results), which hold every row, the versions, the
+device and the date; [README.md](README.md) is the protocol. MB are 10^6 bytes; *saved* is what is kept for backward,
+weights not counted; *over frozen* is the median over rounds of a step's time over the frozen model's in the same round.
+"""
+
+
+class Picture(NamedTuple):
+    path: Path
+    data: Path
+    draw: Callable[[], None]
+
+
+def results_md(results: Path) -> str:
+    """All results of all devices."""
+    parts = [_HEAD]
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        sections = [text for section in SECTIONS for text in section(folder, results)]
+        if sections:
+            parts += [f"## {folder.name}", *sections]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+# Sections of RESULTS.md: a folder of results to Markdown, nothing where there are none.
+
+
+def compare_section(folder: Path, results: Path) -> Iterator[str]:
+    paths = compare_reports(folder)
+    if paths:
+        yield "### Fine-tuning with PEFT and with PEFT + fastlora (`fastlora compare`)"
+    for path in paths:
+        report = _read(path)
+        yield setting(report) + "."
+        yield compare_table([report])
+        yield _image("time, memory and losses", path.with_name("compare.png"), results)
+        yield where(report["environment"])
+
+
+def profile_section(folder: Path, results: Path) -> Iterator[str]:
+    report = _json(folder / "profile" / "profile.json")
+    if report is None:
+        return
+    yield "### Where a step's memory and time go (`fastlora profile`)"
+    yield f"{report['model']}, {case_name(report['case'])}, {setting_line(report['settings'])}."
+    parts: dict[str, tuple[str, Iterable[str], Callable[[dict, str], str]]] = {
+        "memory": ("MB", MEMORY, lambda record, kind: megabytes(record[kind])),
+        "time": ("ms, under the profiler", TIME, lambda record, kind: f"{1e3 * record['seconds'][kind]:.0f}"),
+    }
+    for part, (picture, _) in profile.PICTURES.items():
+        if part not in report:
+            continue
+        if part in parts:
+            head, kinds, cell = parts[part]
+            records = report[part]
+            rows = [[kind, *(cell(record, kind) for record in records.values())] for kind in kinds]
+            yield table([head, *(NAMES[name] for name in records)], rows)
+        yield _image(f"{part} of a step", folder / "profile" / picture, results)
+    yield where(report["environment"])
+
+
+def overhead_section(folder: Path, results: Path) -> Iterator[str]:
+    report = _json(folder / "host_overhead.json")
+    if report is None:
+        return
+    yield "### What a layer costs the host"
+    yield "Microseconds a call on tensors too small to matter, one thread."
+    columns = ("frozen", "peft", "fastlora", "fastlora / peft")
+    rows = [
+        [case, mode, *(f"{found[name]:g}" for name in columns)]
+        for case, modes in report["microseconds"].items()
+        for mode, found in modes.items()
+    ]
+    yield table(["layer", "mode", "frozen", "PEFT", "PEFT + fastlora", "ratio"], rows)
+    yield where(report["environment"])
+
+
+def bench_section(folder: Path, results: Path) -> Iterator[str]:
+    for data in bench_rows(folder):
+        report = _read(data.with_suffix(".json"))
+        yield f"### `fastlora bench {report['verb']}`"
+        yield _image(f"bench {report['verb']}", data.with_suffix(".png"), results)
+        yield f"Speed-up over {'bitsandbytes' if report['verb'] == 'decode' else 'PEFT'}, the median over layers:"
+        yield speedups(read_rows(data))
+        yield where(report["environment"])
+
+
+def speedups(rows: Rows) -> str:
+    """A row for each base and number of tokens, a column for each provider."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["speedup"] is not None and row["mode"] == rows[-1]["mode"]:
+            case = f"{row['shape']}, {row['base']}, M={row['M']}" + f", dropout {row['dropout']}" * bool(row["dropout"])
+            found.setdefault(case, {}).setdefault(row["provider"], []).append(row["speedup"])
+    names = [name for name in PROVIDERS if any(name in each for each in found.values())]
+    body = [
+        [case, *(f"{median(each[name]):.2f}" if name in each else "-" for name in names)]
+        for case, each in found.items()
+    ]
+    return table(["case", *(PROVIDERS[name].label for name in names)], body)
+
+
+def studies_section(folder: Path, results: Path) -> Iterator[str]:
+    found = [(study, *common.paths(folder / "studies", study.name)) for study in map(common.load, common.STUDIES)]
+    found = [entry for entry in found if entry[1].is_file()]
+    if found:
+        yield "### Studies (`python -m benchmarks.studies`)"
+    for study, data, report_file, picture in found:
+        rows, report = read_rows(data), _json(report_file) or {}
+        yield f"#### {study.title}"
+        yield study.finding(rows)
+        yield _image(study.title, picture, results)
+        body = [[common.cell(name, row[name]) for name in study.columns] for row in rows]
+        yield "<details><summary>rows</summary>\n\n" + table(list(study.columns.values()), body) + "\n\n</details>"
+        sizes = report["settings"]
+        run = f"{sizes['model']}, {sizes['batch']} x {sizes['tokens']} tokens a step, {sizes['rounds']} rounds; "
+        yield (run if study.needs_model else "") + where(report["environment"])
+
+
+SECTIONS = (compare_section, profile_section, overhead_section, bench_section, studies_section)
+
+
+# What README.md says, by the name of its markers, from the results of one device.
+
+
+def compare_fragment(folder: Path) -> str:
+    report, checkpointing = _read(folder / "report.json"), _read(folder / "checkpointing" / "report.json")
+    env, settings = report["environment"], report["settings"]
+    text = (
+        f"{setting(report)}, {env['cores']} cores of an {env['device']}, torch {env['torch'].partition('+')[0]}, PEFT "
+        f"{env['peft']}, {_date(env)}; medians of {settings['steps'] - settings['warmup']} interleaved steps "
+        f"([report.json](benchmarks/results/{folder.name}/report.json), "
+        f"[with checkpointing](benchmarks/results/{folder.name}/checkpointing/report.json)):"
+    )
+    return f"{_fill(text)}\n\n{compare_table([report, checkpointing])}"
+
+
+def memory_fragment(folder: Path) -> str:
+    providers = _read(folder / "profile" / "profile.json")["memory"]
+    frozen, ours = (providers[name]["saved for backward"] for name in ("frozen", "fastlora"))
+    less = "less, since the MLP's inner activations are computed again" if ours < frozen else "no less"
+    return _fill(
+        f"The frozen model itself keeps {megabytes(frozen)} MB for backward; with fastlora, training adapters on it "
+        f"keeps {megabytes(ours)} MB: {less} ([the ledger](benchmarks/results/{folder.name}/profile/profile.json), by "
+        "`fastlora profile`):"
+    )
+
+
+def losses_fragment(folder: Path) -> str:
+    report = _read(folder / "report.json")
+    cases = [case for case in report["cases"] if not case["dropout"]]
+    bounds = [
+        f"{math.ceil(100 * case['providers']['fastlora']['max_loss_difference']) / 100:.2f} on {_base(case)}"
+        for case in cases
+    ]
+    steps = report["settings"]["steps"]
+    return _fill(f"Where dropout is off, the {steps} losses differ from PEFT's by at most {' and '.join(bounds)}.")
+
+
+def overhead_fragment(folder: Path) -> str:
+    modes = _read(folder / "host_overhead.json")["microseconds"]["bf16 base, dropout 0.0"]
+    forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
+    below = "is below PEFT's too" if max(forward, both) < 1 else "is not below PEFT's everywhere"
+    return _fill(
+        f"The layer's own overhead {below}: on tensors too small to matter, one thread, a forward without gradients "
+        f"takes {forward:.2f} of PEFT's time, forward and backward {both:.2f} "
+        f"([host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json))."
+    )
+
+
+def small_updates_fragment(folder: Path) -> str:
+    study = common.load("small_updates")
+    rows = read_rows(folder / "studies" / "small_updates.csv")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    by_magnitude: dict[float, list[str]] = {}
+    for row in rows:
+        by_magnitude.setdefault(row["magnitude_of_B"], []).append(f"{row['share_kept']:.2f}")
+    body = [[common.power(magnitude), *shares] for magnitude, shares in by_magnitude.items()]
+    sentence, _, _ = study.finding(rows).partition(". ")
+    head = ["magnitude of B", f"share of the adapter's contribution kept: {layers[0]}", *layers[1:]]
+    return f"{_fill(f'{sentence}:')}\n\n{table(head, body)}"
+
+
+FRAGMENTS = {
+    "compare": compare_fragment,
+    "memory": memory_fragment,
+    "losses": losses_fragment,
+    "overhead": overhead_fragment,
+    "small updates": small_updates_fragment,
+}
+
+
+def readme_md(text: str, folder: Path) -> str:
+    """README.md with its measured parts as the results in the folder have them.
+
+    Raises ValueError if markers are missing, open or unknown.
+    """
+    names = re.findall(r"<!-- ([^/].*?) -->", text)
+    if sorted(names) != sorted(FRAGMENTS):
+        raise ValueError(f"README.md must have the markers {', '.join(FRAGMENTS)}, each once, got {', '.join(names)}")
+    for name, fragment in FRAGMENTS.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"README.md must have {end} after {start}")
+        text = f"{before}{start}\n{fragment(folder)}\n{end}{after}"
+    return text
+
+
+def compare_table(reports: list[dict]) -> str:
+    head = ["base, dropout", "seconds a step: frozen (the limit)", "PEFT", "PEFT + fastlora", "faster"]
+    head += ["saved for backward: PEFT", "PEFT + fastlora", "ratio"]
+    rows = []
+    for case in (case for report in reports for case in report["cases"]):
+        frozen, peft, ours = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
+        rows.append(
+            [
+                f"{_base(case)}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
+                *(f"{p['p50']:.3f}" for p in (frozen, peft, ours)),
+                f"{ours['speedup']:.2f}×",
+                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, ours)),
+                f"{ours['saved_ratio']:.2f}",
+            ]
+        )
+    return table(head, rows)
+
+
+def setting(report: dict) -> str:
+    settings = report["settings"]
+    return (
+        f"{report['model']}, r={settings['r']} on every linear layer, fp32 adapters, {settings['batch']} × "
+        f"{settings['tokens']} tokens a step"
+    )
+
+
+def where(env: dict) -> str:
+    """The environment in a line."""
+    libraries = ", ".join(f"{name} {env[name]}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
+    commit = f", commit {env['commit'][:10]}{'-dirty' * env['commit'].endswith('dirty')}" if env["commit"] else ""
+    return f"{env['device']}, {env['threads']} threads, {libraries}{commit}, {_date(env)}."
+
+
+def compare_reports(folder: Path) -> list[Path]:
+    return [path for path in (folder / "report.json", *sorted(folder.glob("*/report.json"))) if path.is_file()]
+
+
+def bench_rows(folder: Path) -> list[Path]:
+    return [path for verb in BENCH for path in sorted(folder.rglob(f"{verb}.csv"))]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)).replace(
+        "| --- ", "|---"
+    )
+
+
+def drawings(results: Path) -> list[Picture]:
+    """Every picture of the results."""
+    found = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        for data in compare_reports(folder):
+            found.append(Picture(data.with_name("compare.png"), data, partial(_draw, figure.draw, data, "compare.png")))
+        data = folder / "profile" / "profile.json"
+        parts = _json(data) or {}
+        for name, draw in (picture for part, picture in profile.PICTURES.items() if part in parts):
+            found.append(Picture(data.with_name(name), data, partial(_draw, draw, data, name)))
+        for data in bench_rows(folder):
+            found.append(Picture(data.with_suffix(".png"), data, partial(_draw_bench, data)))
+        for name in common.STUDIES:
+            data, _, picture = common.paths(folder / "studies", name)
+            found.append(Picture(picture, data, partial(common.draw, common.load(name), folder / "studies")))
+    return [picture for picture in found if picture.data.is_file()]
+
+
+def _draw_bench(data: Path) -> None:
+    plots.draw(read_rows(data), _read(data.with_suffix(".json")), data.with_suffix(".png"))
+
+
+def _draw(draw: Callable[[dict, Path], None], data: Path, name: str) -> None:
+    draw(_read(data), data.with_name(name))
+
+
+def study_reports(results: Path) -> Iterator[tuple[Path, dict]]:
+    """Reports of studies that do not say what their rows say, as they should be."""
+    for name in common.STUDIES:
+        for data in sorted(results.glob(f"*/studies/{name}.csv")):
+            report_file = data.with_suffix(".json")
+            report, finding = _read(report_file), common.load(name).finding(read_rows(data))
+            if report["finding"] != finding:
+                yield report_file, {**report, "finding": finding}
+
+
+def stale(results: Path, readme: Path, device: str = "cpu") -> dict[Path, Callable[[], Any]]:
+    """What does not say what the results say, and how to write it."""
+    found: dict[Path, Callable[[], Any]] = {
+        picture.path: picture.draw
+        for picture in drawings(results)
+        if not pictures.is_drawn_from(picture.path, picture.data)
+    }
+    for report_file, report in study_reports(results):
+        found[report_file] = partial(write_json, report_file, report)
+    texts = {
+        results.parent / "RESULTS.md": results_md(results),
+        readme: readme_md(readme.read_text(encoding="utf-8"), results / device),
+    }
+    for path, text in texts.items():
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            found[path] = partial(replace_file, path, partial(Path.write_text, data=text, encoding="utf-8"))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if anything is stale")
+    args = parser.parse_args(argv)
+    try:
+        found = stale(HERE / "results", HERE.parent / "README.md")
+    except ValueError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    for path, write in found.items():
+        print(f"{'stale' if args.check else 'written'}: {path.relative_to(HERE.parent)}")
+        if not args.check:
+            write()
+    return 1 if args.check and found else 0
+
+
+def _json(path: Path) -> dict | None:
+    return _read(path) if path.is_file() else None
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _image(text: str, path: Path, results: Path) -> str:
+    return f"![{text}]({path.relative_to(results.parent).as_posix()})"
+
+
+def _base(case: dict) -> str:
+    return case["base"].upper() if case["base"].endswith("4") else case["base"]
+
+
+def _date(env: dict) -> str:
+    date = datetime.fromisoformat(env["date"])
+    return f"{date.day} {date:%B %Y}"
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
