@@ -126,6 +126,7 @@ def test_a_rank_above_the_smaller_side_warns():
 def test_merge_is_the_same_layer_and_unmerge_is_exact(kind, dtype):
     base = nn.Linear(64, 48, dtype=dtype) if kind == "dense" else linear_4bit(64, 48, kind, compute_dtype=dtype)
     base = base.to(dtype) if kind == "dense" else base
+    base.bias.data = base.bias.data.to(dtype)  # as the forward of bitsandbytes' layer does, which a merged one runs
     layer = randomise_B(LoRALinear.from_linear(base, r=4, lora_alpha=4)).eval()
     x = torch.randn(3, 64, dtype=dtype, requires_grad=True)  # with a gradient, so that bitsandbytes does not repack
     y = layer(x)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import ops
+from fastlora import ops, plans
 from fastlora.peft import FastLinear, FastLinear4bit, patch, unpatch, why_peft
 
 K, H = 64, 128
@@ -569,7 +569,8 @@ def test_gradients_reach_every_adapter_parameter_and_no_other():
 def test_merged_4bit_forward_is_one_product():
     """No pass over y or x but the base's: the adapter is merged while the weight is decoded."""
     model = patched(fourbit)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with plans.use(linear_4bit="merged"), torch.profiler.profile(activities=activities) as profile, torch.no_grad():
         lora_layers(model)[1](torch.randn(7, H))
     products = [e.key for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm", "aten::linear")]
     assert products == ["aten::mm"]
