@@ -214,7 +214,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "lora_matmul": {  # by M
         "default": {
             16: Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=1, num_warps=4, num_stages=4),
-            64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=4),
+            64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=8, num_stages=4),
             ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
         },
         "interpreter": _INTERPRETED_MATMUL,
