@@ -171,8 +171,7 @@ def step_compare(run: Any) -> Found:
 
 def _training_row(trainer: Any) -> dict[str, Any]:
     found = trainer.results
-    timed = torch.tensor(found.step_seconds[1:], dtype=torch.float64)
-    quantiles = {f"p{q}": torch.quantile(timed, q / 100).item() for q in (20, 50, 80)}
+    quantiles = protocol.quantiles([found.step_seconds[1:]])
     memory = {"saved_bytes": found.saved_bytes, "peak_bytes": found.peak_bytes}
     return {"provider": trainer.name, **quantiles, **memory, "final_loss": found.losses[-1]}
 

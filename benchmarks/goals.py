@@ -1,8 +1,8 @@
 """What is to be reached on a GPU, and whether it was: from the rows of the results, and nothing else."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-Rows = list[dict[str, Any]]
+from fastlora.benchmarks.records import Rows
 
 
 class Goal(NamedTuple):

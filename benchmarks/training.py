@@ -138,6 +138,12 @@ def make_trainers(
     return trainers
 
 
+def rotated(ways: list[Any], i: int) -> list[Any]:
+    """The order of round i: the first is another one every time."""
+    turn = i % max(1, len(ways))
+    return ways[turn:] + ways[:turn]
+
+
 def train(trainers: list[Trainer], data: list[Tensor], seed: int) -> Iterator[tuple[str, Measurements]]:
     """Take the steps of all trainers in turn, the order rotated every round. Yields after each trainer's step.
 
@@ -148,8 +154,7 @@ def train(trainers: list[Trainer], data: list[Tensor], seed: int) -> Iterator[tu
         trainer.measure_memory(data[0].to(trainer.device))
         yield trainer.name, trainer.results
     for i, ids in enumerate(data):
-        turn = i % len(trainers)
-        for trainer in trainers[turn:] + trainers[:turn]:
+        for trainer in rotated(trainers, i):
             trainer.timed_step(ids.to(trainer.device), seed + i)
             yield trainer.name, trainer.results
 

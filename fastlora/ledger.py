@@ -100,7 +100,7 @@ def record(model: nn.Module, forward: Callable[[], Tensor], optimizer: torch.opt
         weights=sum(t.nbytes for p in frozen for t in (p, *quantisation_tensors(p))),
         adapters=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         gradients=gradients,
-        optimizer=_state_bytes(optimizer),
+        optimizer=state_bytes(optimizer),
         recomputed=dict(again.count),
     )
 
@@ -115,7 +115,8 @@ def fold(module: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", module)
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+def state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
+    """Of all tensors that an optimizer keeps."""
     state = {} if optimizer is None else optimizer.state
     return sum(t.nbytes for values in state.values() for t in values.values() if isinstance(t, Tensor))
 

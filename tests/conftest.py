@@ -72,6 +72,15 @@ def bitsandbytes_eager():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Products this small only lose by being shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def kernels(request):
     """With --kernels-in-interpreter every op on CPU tensors runs the kernel that a GPU would launch."""

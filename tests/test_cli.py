@@ -14,6 +14,7 @@ from fastlora.cli import main
 from fastlora.cli.report import provider_records, to_json, write_report
 from fastlora.kernel_ops import why_not
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BASES, DROPOUTS, STEPS, TOKENS, BATCH = ("bf16", "nf4"), (0.0, 0.05), 3, 32, 2
 STATISTICS = ("p20", "p50", "p80", "tokens_per_second", "speedup", "speedup_paired", "final_loss")
 MEMORY = ("saved_bytes", "saved_ratio", "peak_bytes", "peak_ratio")
@@ -26,15 +27,6 @@ def save_model(folder, vocabulary):
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products this small only lose by being shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

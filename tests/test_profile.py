@@ -18,16 +18,8 @@ from fastlora.cli import length, main
 from fastlora.cli.profile import PICTURES, time_record
 from fastlora.timeline import ADAPTER, ATTENTION, BASE, CATEGORIES, DECODE, ELEMENTWISE, GAPS, LOSS, OPTIMIZER, Timeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ("--tokens", "32", "--r", "4", "--device", "cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products this small only lose by being shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ LAYERS = 3
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(tmp_path_factory, one_thread):
     """The folder that all studies of a tiny model wrote to."""
     folder = tmp_path_factory.mktemp("studies")
     torch.manual_seed(0)
@@ -27,10 +27,7 @@ def out(tmp_path_factory):
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "tiny")
     model = ("--model", str(folder / "tiny"), "--tokens", "32", "--device", "cpu")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert common.main(*common.STUDIES, argv=["--quick", "--json", "--out", str(folder / "out"), *model]) == 0
-    torch.set_num_threads(threads)
     return folder / "out"
 
 

@@ -24,6 +24,7 @@ from fastlora.cli import INTERRUPTED, common, quieten
 from fastlora.cli.arguments import UsageError, _integer, _Parser
 from fastlora.cli.report import NAMES, quantiles
 from fastlora.environment import environment
+from fastlora.ledger import state_bytes
 
 STUDIES = ("position", "rank", "many_adapters", "targets", "bases", "optimizers", "small_updates")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # a Llama block's linear layers
@@ -119,11 +120,6 @@ def times(trainer: training.Trainer, frozen: training.Trainer) -> Row:
 def ratio(trainer: training.Trainer, reference: training.Trainer) -> float | None:
     """The median over rounds of the ratio of the two steps of one round."""
     return training.speedup(trainer.results, reference.results)
-
-
-def state_bytes(optimizer: torch.optim.Optimizer | None) -> int:
-    states = optimizer.state.values() if optimizer is not None else ()
-    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
 
 
 def expected_parameters(model: nn.Module, targets: Sequence[str], r: int) -> int:
@@ -271,7 +267,7 @@ def _setup(args: argparse.Namespace, device: torch.device, progress: Progress, n
 
 
 def _print(studies: list[Study], reports: list[dict]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console = common.console(130)
     for study, report in zip(studies, reports, strict=True):
         table = Table(title=study.title)
         for name, heading in study.columns.items():

@@ -15,6 +15,7 @@ from fastlora.benchmarks.models import LLAMA_2_7B_SHAPE
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, pick
+from fastlora.ledger import state_bytes
 
 R = 16
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
@@ -59,7 +60,7 @@ def _row(model: str, optimizer: torch.optim.Optimizer | None, name: str) -> Row:
         "trainable_parameters": sum(p.numel() for p in parameters),
         "tensors": len(parameters),
         "adapters_bytes": sum(p.nbytes for p in parameters),
-        "optimizer_bytes": common.state_bytes(optimizer),
+        "optimizer_bytes": state_bytes(optimizer),
         "formula_bytes": sum(MOMENTS[name] * p.nbytes + COUNTER[name] for p in parameters),
     }
 

@@ -122,7 +122,7 @@ def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: 
     elif args.csv:
         print(records.to_csv(rows), end="")
     else:
-        _console().print(against_table(rows, args.against))
+        common.console(150).print(against_table(rows, args.against))
     notes.print("Written: " + ", ".join(str(out / f"{name}.{end}") for end in ("csv", "json", "png")))
     return int(any(map(is_refused, rows)))
 
@@ -200,7 +200,7 @@ def show(args: Namespace, report: dict, rows: records.Rows) -> None:
     if args.csv:
         print(records.to_csv(rows), end="")
         return
-    console = _console()
+    console = common.console(150)
     if args.verb == "decode":
         console.print(decode_table(rows, report))
     else:
@@ -252,10 +252,6 @@ def decode_table(rows: records.Rows, report: dict) -> Table:
             number(row["speedup"], "x"), number(row["of_limit"], "x"),
         )  # fmt: skip
     return found
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
 
 
 def label(provider: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {path} cannot be used: {error.strerror}") from error
+
+
+def console(width: int) -> Console:
+    """For results: as wide as the terminal, of this width elsewhere."""
+    return Console(width=None if sys.stdout.isatty() else width, highlight=False)
 
 
 def progress(console: Console) -> Progress:

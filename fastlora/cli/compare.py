@@ -47,7 +47,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print(to_json(report))
     else:
-        console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+        console = common.console(130)
         for case in filter(lambda case: case["providers"], report["cases"]):
             console.print(table(report, case), "")
     if interrupted:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlora.benchmarks import pictures
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.records import to_json
-from fastlora.benchmarks.training import Measurements, Trainer
+from fastlora.benchmarks.training import Measurements, Trainer, rotated
 from fastlora.cli import common
 from fastlora.cli.report import NAMES, case_name, megabytes
 
@@ -42,8 +42,7 @@ def measure(
             trainer.results = Measurements()
             points[trainer.name].append({"sequence": length} | dict.fromkeys(COLUMNS[1:]))
         for i in range(1 + ROUNDS):
-            turn = i % len(trainers)
-            for trainer in trainers[turn:] + trainers[:turn]:
+            for trainer in rotated(trainers, i):
                 if trainer in fits and (i == 0 or trainer.results.saved_bytes):
                     _step(trainer, batch, args.seed + i, measures_memory=i == 0)
                 advance(f"sequences of {length}: {NAMES[trainer.name]}")

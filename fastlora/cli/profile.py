@@ -74,7 +74,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print(to_json(report))
     else:
-        _print(report, Console(width=None if sys.stdout.isatty() else 150, highlight=False))
+        _print(report, common.console(150))
     if interrupted:
         notes.print(f"Interrupted. What was measured so far is in {written[0]}", soft_wrap=True)
         return INTERRUPTED
@@ -163,8 +163,7 @@ def _time(args: Namespace, trainers: list[training.Trainer], ids: Tensor, report
     for trainer in trainers:
         trainer.step(ids)
     for i in range(args.steps):
-        turn = i % len(trainers)
-        for trainer in trainers[turn:] + trainers[:turn]:
+        for trainer in training.rotated(trainers, i):
             what = f"time: round {i + 1}/{args.steps}, {NAMES[trainer.name]}"
             trainer.timed_step(ids, args.seed + i)
             advance(what)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fastlora import plans, roofline, tuning
 from fastlora.cases import MODELS, Case, cases, groups, linears
-from fastlora.cli import INTERRUPTED
+from fastlora.cli import INTERRUPTED, common
 from fastlora.cli.arguments import UsageError
 from fastlora.environment import environment
 
@@ -130,7 +130,7 @@ def _list(args: Namespace, problems: list[Case]) -> int:
             row["bound"],
         )
         table.add_row(row["op"], row["problem"], plan, *numbers)
-    _console().print(table)
+    common.console(150).print(table)
     return 0
 
 
@@ -149,7 +149,7 @@ def _print(name: str, found: tuning.Tuning) -> None:
             change.op, change.problems, change.before, change.after, *times, f"{seconds[0] / seconds[1]:.2f}x"
         )
     if found.changes:
-        _console().print(table)
+        common.console(150).print(table)
     else:
         print("Nothing changed: what is in use is fastest, or as fast.")
     wrong = [line for line in found.rejected if "error" in line.partition(": ")[2]]
@@ -180,10 +180,6 @@ def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
     for number in numbers:
         table.add_column(number, justify="right")
     return table
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 150, highlight=False)
 
 
 def _progress(console: Console) -> Progress:
