@@ -15,7 +15,7 @@ from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.shrink import shrink
-from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import cdiv, multiprocessors, padded_rank, tile
 
 
 # fmt: off
@@ -122,11 +122,11 @@ def _walk_down(
         return dz, like_b.new_zeros(M, r)
     R = min(padded_rank(r), 128)
     t = tile("lora_grad" if g.element_size() == 2 else "lora_grad fp32", R)
-    slabs, r_blocks = triton.cdiv(N, t.BLOCK_N), triton.cdiv(r, R)
+    slabs, r_blocks = cdiv(N, t.BLOCK_N), cdiv(r, R)
     # A range of rows has at least four steps of the loop; two programs a multiprocessor hide each other's latency.
     wanted = max(1, min(2 * multiprocessors(g.device) // (slabs * r_blocks), M // (4 * t.BLOCK_M)))
-    SPLIT_M = triton.cdiv(triton.cdiv(M, wanted), t.BLOCK_M) * t.BLOCK_M
-    splits = triton.cdiv(M, SPLIT_M)
+    SPLIT_M = cdiv(cdiv(M, wanted), t.BLOCK_M) * t.BLOCK_M
+    splits = cdiv(M, SPLIT_M)
     shape = (splits, r, N) if transposed else (splits, N, r)
     dz = z.new_empty(shape, dtype=z.dtype if splits == 1 else torch.float32)
     gb = None if b is None else b.new_empty(slabs, M, r, dtype=b.dtype if slabs == 1 else torch.float32)

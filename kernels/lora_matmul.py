@@ -20,7 +20,9 @@ from fastlora.kernels import tiles
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import cdiv, multiprocessors, padded_rank, tile
+
+MAX_PARTS = 3  # of a group, whose tiles the hardware copies
 
 
 @triton.jit
@@ -107,13 +109,15 @@ def _lora_matmul_kernel(
 # fmt: off
 @triton.jit
 def _lora_matmul_tma_kernel(
-    x_descs, w_descs, lengths, y_desc, programs,
+    x0, x1, x2, w0, w1, w2,  # descriptors: Triton's launcher finds none in a tuple before 3.8
+    lengths, y_desc, programs,
     xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, M, N,
     PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """The same sum where the hardware copies tiles itself: one program a multiprocessor walks over its tiles."""
     # fmt: on
+    x_descs, w_descs = (x0, x1, x2), (w0, w1, w2)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
         pid_m, pid_n = _tile_position(pid, tiles_m, tiles_n, GROUP_M)
@@ -207,7 +211,7 @@ def _lora_matmul(
         return y
     name = "lora_matmul group dropout" if len(xs) > 1 and any(drops) else "lora_matmul"
     t = tile(name if x.element_size() == 2 else "lora_matmul fp32", M)
-    grid = (triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)
+    grid = (cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N),)
     _lora_matmul_kernel[grid](
         xs, _strides(xs), ws, _strides(ws), tuple(x.shape[1] for x in xs), y, y.stride(0), *operands,
         PRECISION=dot_precision(x), **flags, **t.kwargs(),
@@ -223,9 +227,10 @@ def _launch_tma(xs, ws, y, operands, flags) -> None:
     x_block, y_block = [t.BLOCK_M, t.BLOCK_K], [t.BLOCK_M, t.BLOCK_N]
     w_blocks = [[t.BLOCK_K, t.BLOCK_N] if turned else [t.BLOCK_N, t.BLOCK_K] for turned in transposed]
     w_stored = [w.t() if turned else w for w, turned in zip(ws, transposed, strict=True)]
-    programs = min(multiprocessors(y.device), triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N))
+    programs = min(multiprocessors(y.device), cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N))
+    none = (None,) * (MAX_PARTS - len(xs))
     _lora_matmul_tma_kernel[(programs,)](
-        tuple(_descriptor(x, x_block) for x in xs), tuple(map(_descriptor, w_stored, w_blocks)),
+        *(_descriptor(x, x_block) for x in xs), *none, *map(_descriptor, w_stored, w_blocks), *none,
         tuple(x.shape[1] for x in xs), _descriptor(y, y_block), programs, *operands,
         TRANSPOSED=transposed, **flags, **t.kwargs(),
     )  # fmt: skip
@@ -240,11 +245,11 @@ def _strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
 
 
 def _fits_tma(xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor) -> bool:
-    """Whether every x, w (or w.T) and y is a 16-bit matrix of unit column stride with rows of whole 16 bytes."""
+    """Whether few x, w (or w.T) and y are 16-bit matrices of unit column stride with rows of whole 16 bytes."""
 
     def fits(t: Tensor) -> bool:
         return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) > 0 and t.data_ptr() % 16 == 0
 
     halves = y.dtype in (torch.bfloat16, torch.float16) and all(t.dtype == y.dtype for t in (*xs, *ws))
-    wide = all(x.shape[1] > 0 for x in xs)
-    return halves and wide and all(map(fits, (*xs, y))) and all(fits(w) or fits(w.t()) for w in ws)
+    few = len(xs) <= MAX_PARTS and all(x.shape[1] > 0 for x in xs)
+    return halves and few and all(map(fits, (*xs, y))) and all(fits(w) or fits(w.t()) for w in ws)

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastlora.kernels import tiles
 from fastlora.kernels.operands import expect, expect_4bit
 from fastlora.kernels.precision import wide_dot
-from fastlora.kernels.tiles import padded_rank, tile
+from fastlora.kernels.tiles import cdiv, padded_rank, tile
 
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -172,11 +172,11 @@ def decode_4bit(
         WORDS = 0
     t = tile("decode_4bit narrow" if WORDS < 4 else "decode_4bit merged" if r else "decode_4bit", 0)
     if not r and WORDS:
-        K = t.BLOCK_K * triton.cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
-        N = triton.cdiv(numel, K)
+        K = t.BLOCK_K * cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
+        N = cdiv(numel, K)
     PRECISION, BLOCK_R = ("tf32", 32) if dtype == torch.bfloat16 and tiles.has_tf32() else ("ieee", 16)
     BLOCK_R = min(padded_rank(r), BLOCK_R)
-    grid = (triton.cdiv(K, t.BLOCK_K), triton.cdiv(N, t.BLOCK_N))
+    grid = (cdiv(K, t.BLOCK_K), cdiv(N, t.BLOCK_N))
     _decode_4bit_kernel[grid](
         packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
         code_pairs(quant_type, packed.device),

@@ -20,7 +20,7 @@ from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
 from fastlora.kernels.operands import expect, expect_4bit
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import cdiv, multiprocessors, next_power_of_2, padded_rank, tile
 
 STEP = 64  # weights of a row that are multiplied at once: of one block, in eight words
 
@@ -111,7 +111,7 @@ def has_kernel(M: int, packed: Tensor, K: int, blocksize: int, r: int = 0) -> bo
 
 
 def _padded(M: int) -> int:
-    return max(16, triton.next_power_of_2(M))
+    return max(16, next_power_of_2(M))
 
 
 def nf4_matmul(
@@ -140,11 +140,11 @@ def nf4_matmul(
     if N == 0:
         return x.new_empty(M, 0)
     t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
-    blocks = triton.cdiv(N, t.BLOCK_N)
+    blocks = cdiv(N, t.BLOCK_N)
     if splits is None:  # a split has at least four steps of the loop
         splits = max(1, min(4 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
-    SPLIT_K = triton.cdiv(triton.cdiv(K, splits), t.BLOCK_K) * t.BLOCK_K
-    splits = triton.cdiv(K, SPLIT_K)
+    SPLIT_K = cdiv(cdiv(K, splits), t.BLOCK_K) * t.BLOCK_K
+    splits = cdiv(K, SPLIT_K)
     asm = tiles.has_ptx() and x.element_size() == 2
     out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
     _nf4_matmul_kernel[(blocks, splits)](

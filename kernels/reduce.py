@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels.tiles import cdiv
+
 
 @triton.jit
 def _sum_splits_kernel(partial_ptr, out_ptr, numel, splits, BLOCK: tl.constexpr):
@@ -24,6 +26,6 @@ def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
     out = partial.new_empty(partial.shape[1:], dtype=dtype)
     if out.numel():
         BLOCK = 1024
-        grid = (triton.cdiv(out.numel(), BLOCK),)
+        grid = (cdiv(out.numel(), BLOCK),)
         _sum_splits_kernel[grid](partial, out, out.numel(), partial.shape[0], BLOCK=BLOCK)
     return out

@@ -11,7 +11,7 @@ from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import cdiv, multiprocessors, next_power_of_2, padded_rank, tile
 
 
 # fmt: off
@@ -26,7 +26,8 @@ def _shrink_kernel(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     # fmt: on
-    pid_r, pid_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks_r = tl.num_programs(0) // tl.cdiv(M, BLOCK_M)
+    pid_r, pid_m, split = tl.program_id(0) % blocks_r, tl.program_id(0) // blocks_r, tl.program_id(1)
     start, stop = split * SPLIT_K, min(K, (split + 1) * SPLIT_K)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -76,16 +77,15 @@ def shrink_group(
     ranks, R = tuple(each.shape[0] for each in a), padded_rank(max(each.shape[0] for each in a))
     if K == 0 or M == 0 or not any(ranks):
         return [each.new_zeros(M, r) for each, r in zip(a, ranks, strict=True)]
-    BLOCK_R = max(16, min(R, 128, 256 // triton.next_power_of_2(len(a))))  # all sums stay in registers
+    BLOCK_R = max(16, min(R, 128, 256 // next_power_of_2(len(a))))  # all sums stay in registers
     t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
-    blocks = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(max(ranks), BLOCK_R)
+    blocks = cdiv(M, t.BLOCK_M) * cdiv(max(ranks), BLOCK_R)  # on one axis: the others end at 65535
     # A split has at least four steps of the loop; two programs a multiprocessor hide the latency of each other's loads.
     wanted = max(1, min(2 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
-    SPLIT_K = triton.cdiv(triton.cdiv(K, wanted), t.BLOCK_K) * t.BLOCK_K
-    splits = triton.cdiv(K, SPLIT_K)
+    SPLIT_K = cdiv(cdiv(K, wanted), t.BLOCK_K) * t.BLOCK_K
+    splits = cdiv(K, SPLIT_K)
     out = tuple(each.new_empty(splits, M, r, dtype=_partial(each, splits)) for each, r in zip(a, ranks, strict=True))
-    grid = (triton.cdiv(max(ranks), BLOCK_R), triton.cdiv(M, t.BLOCK_M), splits)
-    _shrink_kernel[grid](
+    _shrink_kernel[(blocks, splits)](
         x, *x.stride(), tuple(a), tuple(each.stride() for each in a), ranks, out, tuple(each.stride() for each in out),
         tuple(seed), tuple(map(dropped_levels, p)), tuple(map(_scale, s, p)), M, K, SPLIT_K,
         PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p), PRECISION=dot_precision(x), BLOCK_R=BLOCK_R,

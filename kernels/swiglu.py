@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.operands import expect
-from fastlora.kernels.tiles import tile
+from fastlora.kernels.tiles import cdiv, tile
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # as F.silu, F.gelu, F.gelu(approximate="tanh")
 
@@ -84,7 +84,7 @@ def _launch(gate: Tensor, up: Tensor | None, h: Tensor, activation: str, backwar
     if M == 0 or K == 0:
         return
     t = tile("swiglu", K)
-    grid = (triton.cdiv(M, t.BLOCK_M) * triton.cdiv(K, t.BLOCK_K),)
+    grid = (cdiv(M, t.BLOCK_M) * cdiv(K, t.BLOCK_K),)
     _swiglu_kernel[grid](
         gate, *gate.stride(), up, *((0, 0) if up is None else up.stride()), h, *h.stride(), M, K,
         ACTIVATION=activation, HAS_UP=up is not None, BACKWARD=backward, **t.kwargs(),

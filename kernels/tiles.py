@@ -8,11 +8,13 @@ here decides whether a GPU may run, only how well.
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import triton
 from triton.runtime import driver
+
+INTERPRETED = triton.knobs.runtime.interpret  # kernels ask when they are defined
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Tile:
 
     def kwargs(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
-        return {name: value for name, value in asdict(self).items() if value}
+        return {name: value for name, value in vars(self).items() if value}  # asdict takes longer than the launch
 
 
 def tile(kernel: str, size: int) -> Tile:
@@ -38,20 +40,15 @@ def tile(kernel: str, size: int) -> Tile:
     """
     found = _forced.get(kernel)
     if found is None and _source is not None and _forced_family is None:
-        measured = _source(_device_name()).get((kernel, bucket(size)))
+        measured = _source(_device_name()).get((kernel, next_power_of_2(size)))
         found = None if measured is None else Tile(**measured)
     if found is None:
         rows, name = TILES[kernel], family()
         by_size = rows.get("gfx942" if name == "gfx" else name) or rows["default"]
         found = next(row for bound, row in by_size.items() if bound >= size)
     if _watched is not None:
-        _watched[kernel, bucket(size)] = found
+        _watched[kernel, next_power_of_2(size)] = found
     return found
-
-
-def bucket(size: int) -> int:
-    """A size rounded up to a power of two: sizes that share a measured tile."""
-    return 1 << max(0, size - 1).bit_length()
 
 
 _watched: dict[tuple[str, int], Tile] | None = None
@@ -59,7 +56,7 @@ _watched: dict[tuple[str, int], Tile] | None = None
 
 @contextmanager
 def watch() -> Iterator[dict[tuple[str, int], Tile]]:
-    """The tiles that are launched within the context, by (kernel, bucket of the size)."""
+    """The tiles that are launched within the context, by (kernel, the size's next power of two)."""
     global _watched
     _watched, before = {}, _watched
     try:
@@ -85,7 +82,7 @@ def use(kernel: str, forced: Tile) -> Iterator[None]:
             _forced[kernel] = before
 
 
-Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, bucket of the size) -> fields of its tile
+Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, the size's next power of two) -> fields of its tile
 _source: Callable[[str], Measured] | None = None
 
 
@@ -96,14 +93,13 @@ def measured_by(source: Callable[[str], Measured]) -> None:
 
 
 def _device_name() -> str:
-    if torch.cuda.is_available():
+    if _has_cuda():
         return _name_of_device(torch.cuda.current_device())
     return torch.xpu.get_device_name() if torch.xpu.is_available() else "cpu"
 
 
-@functools.cache
-def _name_of_device(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+_has_cuda = functools.cache(torch.cuda.is_available)  # asks the driver every time
+_name_of_device = functools.cache(torch.cuda.get_device_name)
 
 
 _forced_family: str | None = None
@@ -119,9 +115,9 @@ def family() -> str:
     """The architecture whose rows serve the current device."""
     if _forced_family is not None:
         return _forced_family
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return "interpreter"
-    return _family_of_device(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    return _family_of_device(torch.cuda.current_device() if _has_cuda() else None)
 
 
 @functools.cache
@@ -158,18 +154,29 @@ def has_ptx() -> bool:
     return family() in ("sm_80", "sm_90", "sm_100", "default")
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs fill the device once."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type in ("cpu", "meta"):
-        return 4 if triton.knobs.runtime.interpret else 132
+        return 4 if INTERPRETED else 132
     return driver.active.utils.get_device_properties(device.index)["multiprocessor_count"]
+
+
+def cdiv(size: int, block: int) -> int:
+    """``ceil(size / block)``. Triton's own, called from a launcher, takes microseconds."""
+    return -(-size // block)
+
+
+def next_power_of_2(size: int) -> int:
+    """Sizes that share it share a measured tile."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def padded_rank(r: int) -> int:
     """The rank as the tensor core takes it: a power of two, at least 16. Padding is zeros in registers, not memory."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, next_power_of_2(r))
 
 
 ANY = 1 << 30  # a bound that every size is under

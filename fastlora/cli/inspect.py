@@ -80,15 +80,18 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         for r in (16, 64):
             adapters = tuple(_meta(r, K, dtype=FP32) for _ in qs)
             yield "shrink", f"of q, k, v, r={r}{name}", _call(shrink_group, x, adapters, (2.0,) * 3, qs, seeds)
-    for at, name in ((None, "dx of q, k, v"), (seed, "dx of q, k, v, dropout")):
-        widths, seeds = (N, N // 4, N // 4), (at,) * 3
-        dys, ws = tuple(_meta(M, n) for n in widths), tuple(_meta(n, K).t() for n in widths)
-        dxas, ats = (_meta(M, 16, dtype=FP32),) * 3, (_meta(16, K, dtype=FP32).t(),) * 3
-        yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, (p if at is seed else 0.0,) * 3, seeds)
+    for of, widths in (("q, k, v", (N, N // 4, N // 4)), ("gate, up", (3 * N, 3 * N))):
+        for q, name in ((0.0, f"dx of {of}"), (p, f"dx of {of}, dropout")):
+            dys, ws = tuple(_meta(M, n) for n in widths), tuple(_meta(n, K).t() for n in widths)
+            dxas, ats = zip(*((_meta(M, 16, dtype=FP32), _meta(16, K, dtype=FP32).t()) for _ in widths), strict=True)
+            drops = [q for _ in widths], [seed if q else None for _ in widths]
+            yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, *drops)
     r = 16
     for m in (16, 64):
         x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
         yield "lora_matmul", f"M={m}", _call(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
+    x, w, xa, b = _meta(M, 0), _meta(N, 0), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
+    yield "lora_matmul", "the adapter's product alone", _call(lora_matmul, x, w, xa, b)
     x, w, xa, b = _meta(M, 4097), _meta(N, 4097), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
     yield "lora_matmul", "rows of odd length", _call(lora_matmul, x, w, xa, b)
     x, w, dy, a, b, xa = (_meta(*shape, dtype=FP32) for shape in ((M, K), (N, K), (M, N), (r, K), (N, r), (M, r)))

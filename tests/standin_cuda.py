@@ -1,0 +1,86 @@
+"""Launch kernels on a GPU that is not there: ``python -m tests.standin_cuda ["OP, CASE" ...]``.
+
+Triton compiles for sm_90, packs the arguments and launches, all as it would there; the driver below it is a stand-in
+(standin_cuda.c), which refuses what NVIDIA's would and runs nothing. It finds what neither the interpreter nor
+compiling ahead of time does: arguments that Triton's launcher cannot pass on, and what a launch costs the host.
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.cli.inspect import cases
+
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
+
+
+def install(folder: Path) -> ctypes.CDLL:
+    """Make the stand-in Triton's driver library, and its one device the current one."""
+    library = folder / "libcuda.so.1"
+    source = Path(__file__).with_suffix(".c")
+    command = ["cc", "-shared", "-fPIC", f"-I{NVIDIA / 'include'}", "-Wl,-soname,libcuda.so.1", str(source)]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    cuda = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # found by its soname from now on
+
+    from triton.backends.nvidia.driver import CudaDriver
+
+    found = CudaDriver()
+    found.get_device_capability = lambda device=0: (9, 0)
+    found.get_current_device = lambda: 0
+    found.get_current_stream = lambda device: 0
+    driver.set_active(found)
+    return cuda
+
+
+def refuse_nested_descriptors() -> None:
+    """As Triton's launcher does until 3.7: it finds descriptors only where they are arguments of their own."""
+
+    def run(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        nested = [each for arg in args if isinstance(arg, tuple) for each in arg]
+        assert not any(isinstance(each, TensorDescriptor) for each in nested), (
+            f"{self.__name__}: a tuple of descriptors"
+        )
+        return launch(self, *args, **kwargs)
+
+    launch = JITFunction.run
+    JITFunction.run = run
+
+
+def launched(cuda: ctypes.CDLL, launch: Callable[[], Any]) -> dict[str, Any]:
+    """What the driver was asked for, and the error if there was one."""
+    counters = {name: ctypes.c_int.in_dll(cuda, name) for name in ("launches", "tensor_maps")}
+    for counter in counters.values():
+        counter.value = 0
+    error = None
+    try:
+        launch()
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    return {name: counter.value for name, counter in counters.items()} | {"error": error}
+
+
+def main(wanted: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        cuda = install(Path(folder))
+        refuse_nested_descriptors()
+        rows = {}
+        for op, case, launch in cases():
+            if not wanted or f"{op}, {case}" in wanted:
+                rows[f"{op}, {case}"] = [launched(cuda, launch) for _ in range(2)]  # compiled, and from the cache
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

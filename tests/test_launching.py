@@ -1,0 +1,40 @@
+"""Every kernel launched as on an H100, on a stand-in for NVIDIA's driver: in a process of its own, here kernels are
+interpreted."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastlora.cli.inspect import cases
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launchers do")
+
+
+@pytest.fixture(scope="module")
+def launches():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.standin_cuda"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_the_driver_refuses_none(launches):
+    assert launches.keys() == {f"{op}, {case}" for op, case, _ in cases()}
+    for case, (first, second) in launches.items():
+        assert first["error"] is None and first["launches"] > 0, case
+        assert second == first, case
+
+
+def test_tiles_that_the_hardware_copies(launches):
+    maps = {case.removeprefix("lora_matmul, "): first["tensor_maps"] for case, (first, _) in launches.items()}
+    assert maps["r=16, bf16 adapters"] == maps["r=512, fp32 adapters, dx, dropout"] == maps["M=16"] == 3
+    assert maps["dx of gate, up"] == maps["dx of gate, up, dropout"] == 5
+    assert maps["dx of q, k, v"] == maps["dx of q, k, v, dropout"] == 7
+    assert maps["rows of odd length"] == maps["fp32"] == maps["the adapter's product alone"] == 0
