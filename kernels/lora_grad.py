@@ -11,11 +11,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.launch import Launch, Layout, layouts, prepared
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.shrink import shrink
-from fastlora.kernels.tiles import cdiv, multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, padded_rank, tile
 
 
 # fmt: off
@@ -84,8 +85,6 @@ def lora_grad(
     """
     like = xa if b is None else b
     assert like is not None
-    (M, N), r = dy.shape, like.shape[1]
-    expect(dy, p, seed, x=(x, (M, M if x is None else x.shape[1])), b=(b, (N, r)), xa=(xa, (M, r)))
     dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
     if one_pass and b is not None and xa is not None:
         db, dxa = _walk_down(dy, xa, b, s)
@@ -101,7 +100,6 @@ def lora_grad(
 
 def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype."""
-    expect(x, p, seed, dxa=(dxa, (x.shape[0], dxa.shape[1])))
     return _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
 
 
@@ -122,19 +120,43 @@ def _walk_down(
         return dz, like_b.new_zeros(M, r)
     R = min(padded_rank(r), 128)
     t = tile("lora_grad" if g.element_size() == 2 else "lora_grad fp32", R)
+    splits, slabs, launch = _launch(*layouts(g, z, b, seed), float(s), p, transposed, R, dot_precision(g), t)
+    shape = (splits, r, N) if transposed else (splits, N, r)
+    dz = z.new_empty(shape, dtype=z.dtype if splits == 1 else torch.float32)
+    gb = None if b is None else b.new_empty(slabs, M, r, dtype=b.dtype if slabs == 1 else torch.float32)
+    launch(g_ptr=g, z_ptr=z, dz_ptr=dz, b_ptr=b, gb_ptr=gb, seed_ptr=seed)
+    dz = sum_splits(dz, z.dtype)
+    return dz.t() if transposed else dz, like_b.new_empty(0) if gb is None else sum_splits(gb, like_b.dtype)
+
+
+@prepared
+def _launch(
+    g: Layout,
+    z: Layout,
+    b: Layout | None,
+    seed: Layout | None,
+    s: float,
+    p: float,
+    transposed: bool,
+    R: int,
+    PRECISION: str,
+    t: Tile,
+) -> tuple[int, int, Launch]:
+    """Into how many ranges of rows and slabs of columns g is cut, and the launch."""
+    (M, N), r = g.shape, z.shape[1]
+    expect(g, p, seed, b=(b, (N, r)), **({"x": (g, (z.shape[0], N))} if transposed else {"xa": (z, (M, r))}))
     slabs, r_blocks = cdiv(N, t.BLOCK_N), cdiv(r, R)
     # A range of rows has at least four steps of the loop; two programs a multiprocessor hide each other's latency.
     wanted = max(1, min(2 * multiprocessors(g.device) // (slabs * r_blocks), M // (4 * t.BLOCK_M)))
     SPLIT_M = cdiv(cdiv(M, wanted), t.BLOCK_M) * t.BLOCK_M
     splits = cdiv(M, SPLIT_M)
-    shape = (splits, r, N) if transposed else (splits, N, r)
-    dz = z.new_empty(shape, dtype=z.dtype if splits == 1 else torch.float32)
-    gb = None if b is None else b.new_empty(slabs, M, r, dtype=b.dtype if slabs == 1 else torch.float32)
-    _lora_grad_kernel[(r_blocks, slabs, splits)](
-        g, *g.stride(), z, *z.stride(), dz, *(dz.mT if transposed else dz).stride(),
-        b, *((0, 0) if b is None else b.stride()), gb, *((0, 0, 0) if gb is None else gb.stride()),
-        seed, dropped_levels(p), dropout_scale(p), s, M, N, r, SPLIT_M,
-        HAS_B=b is not None, HAS_DROPOUT=p != 0.0, PRECISION=dot_precision(g), BLOCK_R=R, **t.kwargs(),
+    stride_dn, stride_dr = (1, N) if transposed else (r, 1)
+    stride_bn, stride_br = (0, 0) if b is None else b.stride
+    return splits, slabs, Launch(
+        _lora_grad_kernel, (r_blocks, slabs, splits),
+        stride_gm=g.stride[0], stride_gn=g.stride[1], stride_zm=z.stride[0], stride_zr=z.stride[1],
+        stride_ds=N * r, stride_dn=stride_dn, stride_dr=stride_dr, stride_bn=stride_bn, stride_br=stride_br,
+        stride_gs=M * r, stride_gbm=r, stride_gbr=1, dropped=dropped_levels(p), scale=dropout_scale(p), s=s,
+        M=M, N=N, r=r, SPLIT_M=SPLIT_M, HAS_B=b is not None, HAS_DROPOUT=p != 0.0,
+        PRECISION=PRECISION, BLOCK_R=R, **t.kwargs(),
     )  # fmt: skip
-    dz = sum_splits(dz, z.dtype)
-    return dz.t() if transposed else dz, like_b.new_empty(0) if gb is None else sum_splits(gb, like_b.dtype)

@@ -9,6 +9,7 @@ operands, a reduction over all their columns: dx is written once instead of bein
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,9 +19,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.launch import Launch, Layout, layouts, prepared
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.tiles import cdiv, multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, padded_rank, tile
 
 MAX_PARTS = 3  # of a group, whose tiles the hardware copies
 
@@ -185,71 +187,101 @@ def _lora_matmul(
     ps: tuple[float, ...],
     seeds: tuple[Tensor | None, ...],
 ) -> Tensor:
-    x = xs[0]
-    M, N = x.shape[0], ws[0].shape[0]
-    for x_i, w_i, xa_i, b_i, p, seed in zip(xs, ws, xas, bs, ps, seeds, strict=True):
-        K, r = x_i.shape[1], b_i.shape[1]
-        expect(x, p, seed, x=(x_i, (M, K)), w=(w_i, (N, K)), xa=(xa_i, (M, r)), b=(b_i, (N, r)), bias=(bias, (N,)))
+    x, M, N = xs[0], xs[0].shape[0], ws[0].shape[0]
+    operands = layouts(*xs), layouts(*ws), layouts(*xas), layouts(*bs), layouts(bias), layouts(*seeds), ps
+    name = _row_of_tiles(tiles.has_tma(), *operands)
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
-    ranks = tuple(b.shape[1] for b in bs)
-    wide = any(t.dtype != x.dtype for t in (*xas, *bs))  # two tiles of each wait in registers
-    operands = (
-        xas, _strides(xas), bs, _strides(bs), ranks, seeds, tuple(map(dropped_levels, ps)),
-        tuple(map(dropout_scale, ps)), None if bias is None else bias.contiguous(), M, N,
-    )  # fmt: skip
-    drops = tuple(p != 0.0 for p in ps)
-    flags = {
-        "PARTS": len(xs),
-        "HAS_BIAS": bias is not None,
-        "HAS_DROPOUT": drops,
-        "BLOCK_R": min(padded_rank(max(ranks)), 16 if wide else 32),
+    adapters = {
+        "xa_ptrs": xas,
+        "b_ptrs": bs,
+        "seed_ptrs": seeds,
+        "bias_ptr": None if bias is None else bias.contiguous(),
     }
-    if tiles.has_tma() and _fits_tma(xs, ws, y):
-        _launch_tma(xs, ws, y, operands, flags)
-        return y
-    name = "lora_matmul group dropout" if len(xs) > 1 and any(drops) else "lora_matmul"
-    t = tile(name if x.element_size() == 2 else "lora_matmul fp32", M)
-    grid = (cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N),)
-    _lora_matmul_kernel[grid](
-        xs, _strides(xs), ws, _strides(ws), tuple(x.shape[1] for x in xs), y, y.stride(0), *operands,
-        PRECISION=dot_precision(x), **flags, **t.kwargs(),
-    )  # fmt: skip
+    t = tile(name, M)
+    launch = _launch(name, t, dot_precision(x), *operands)
+    if name.startswith(TMA):
+        launch(**_descriptors(xs, ws, y, t), **adapters)
+    else:
+        launch(x_ptrs=xs, w_ptrs=ws, y_ptr=y, **adapters)
     return y
 
 
-def _launch_tma(xs, ws, y, operands, flags) -> None:
-    M, N = y.shape
-    name = "lora_matmul tma" + " group" * (len(xs) > 1) + " dropout" * any(flags["HAS_DROPOUT"])
-    t = tile(name, M)
-    transposed = tuple(w.stride(1) != 1 for w in ws)
-    x_block, y_block = [t.BLOCK_M, t.BLOCK_K], [t.BLOCK_M, t.BLOCK_N]
-    w_blocks = [[t.BLOCK_K, t.BLOCK_N] if turned else [t.BLOCK_N, t.BLOCK_K] for turned in transposed]
-    w_stored = [w.t() if turned else w for w, turned in zip(ws, transposed, strict=True)]
-    programs = min(multiprocessors(y.device), cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N))
-    none = (None,) * (MAX_PARTS - len(xs))
-    _lora_matmul_tma_kernel[(programs,)](
-        *(_descriptor(x, x_block) for x in xs), *none, *map(_descriptor, w_stored, w_blocks), *none,
-        tuple(x.shape[1] for x in xs), _descriptor(y, y_block), programs, *operands,
-        TRANSPOSED=transposed, **flags, **t.kwargs(),
-    )  # fmt: skip
+def _descriptors(xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor, t: Tile) -> dict[str, Any]:
+    found = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_PARTS))
+    for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
+        found[f"x{i}"] = _descriptor(x, [t.BLOCK_M, t.BLOCK_K])
+        turned = w.stride(1) != 1
+        found[f"w{i}"] = _descriptor(*((w.t(), [t.BLOCK_K, t.BLOCK_N]) if turned else (w, [t.BLOCK_N, t.BLOCK_K])))
+    return found | {"y_desc": _descriptor(y, [t.BLOCK_M, t.BLOCK_N])}
 
 
 def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, list(t.shape), [t.stride(0), 1], block)
+    return TensorDescriptor(t, t.shape, [t.stride(0), 1], block)
 
 
-def _strides(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(t.stride() for t in tensors)
+Layouts = tuple[Layout, ...]
+Operands = tuple[Layouts, Layouts, Layouts, Layouts, tuple[Layout | None], tuple[Layout | None, ...], tuple[float, ...]]
+TMA = "lora_matmul tma"
 
 
-def _fits_tma(xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor) -> bool:
+@prepared
+def _row_of_tiles(has_tma: bool, *operands: *Operands) -> str:
+    """The name in the table of tiles of what carries this out."""
+    xs, ws, xas, bs, (bias,), seeds, ps = operands
+    M, N = xs[0].shape[0], ws[0].shape[0]
+    for x, w, xa, b, p, seed in zip(xs, ws, xas, bs, ps, seeds, strict=True):
+        K, r = x.shape[1], b.shape[1]
+        expect(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)), bias=(bias, (N,)))
+    group, dropout = " group" * (len(xs) > 1), " dropout" * any(ps)
+    if has_tma and _fits_tma(xs, ws):
+        return TMA + group + dropout
+    if xs[0].dtype == torch.float32:
+        return "lora_matmul fp32"
+    return "lora_matmul group dropout" if group and dropout else "lora_matmul"
+
+
+def _fits_tma(xs: Layouts, ws: Layouts) -> bool:
     """Whether few x, w (or w.T) and y are 16-bit matrices of unit column stride with rows of whole 16 bytes."""
 
-    def fits(t: Tensor) -> bool:
-        return t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.stride(0) > 0 and t.data_ptr() % 16 == 0
+    def fits(t: Layout) -> bool:
+        rows, columns = t.stride
+        return columns == 1 and rows % 8 == 0 and rows > 0 and t.offset == 0
 
-    halves = y.dtype in (torch.bfloat16, torch.float16) and all(t.dtype == y.dtype for t in (*xs, *ws))
-    few = len(xs) <= MAX_PARTS and all(x.shape[1] > 0 for x in xs)
-    return halves and few and all(map(fits, (*xs, y))) and all(fits(w) or fits(w.t()) for w in ws)
+    halves = all(t.dtype == xs[0].dtype and t.dtype in (torch.bfloat16, torch.float16) for t in (*xs, *ws))
+    few = len(xs) <= MAX_PARTS and all(x.shape[1] > 0 for x in xs) and ws[0].shape[0] % 8 == 0
+    return halves and few and all(map(fits, xs)) and all(fits(w) or fits(_turned(w)) for w in ws)
+
+
+def _turned(t: Layout) -> Layout:
+    return t._replace(stride=t.stride[::-1])
+
+
+@prepared
+def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
+    xs, ws, xas, bs, (bias,), _, ps = operands
+    M, N, ranks = xs[0].shape[0], ws[0].shape[0], tuple(b.shape[1] for b in bs)
+    wide = any(t.dtype != xs[0].dtype for t in (*xas, *bs))  # two tiles of each wait in registers
+    arguments = {
+        "xa_strides": tuple(xa.stride for xa in xas),
+        "b_strides": tuple(b.stride for b in bs),
+        "ranks": ranks,
+        "dropped": tuple(map(dropped_levels, ps)),
+        "scale": tuple(map(dropout_scale, ps)),
+        "M": M,
+        "N": N,
+        "lengths": tuple(x.shape[1] for x in xs),
+        "PARTS": len(xs),
+        "HAS_BIAS": bias is not None,
+        "HAS_DROPOUT": tuple(p != 0.0 for p in ps),
+        "BLOCK_R": min(padded_rank(max(ranks)), 16 if wide else 32),
+        **t.kwargs(),
+    }
+    blocks = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N)
+    if name.startswith(TMA):
+        programs = min(multiprocessors(xs[0].device), blocks)
+        turned = tuple(w.stride[1] != 1 for w in ws)
+        return Launch(_lora_matmul_tma_kernel, (programs,), programs=programs, TRANSPOSED=turned, **arguments)
+    strides = {"x_strides": tuple(x.stride for x in xs), "w_strides": tuple(w.stride for w in ws), "stride_ym": N}
+    return Launch(_lora_matmul_kernel, (blocks,), PRECISION=PRECISION, **strides, **arguments)

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
+from fastlora.kernels.launch import Launch, Layout, layouts, prepared
 from fastlora.kernels.operands import expect, expect_4bit
 from fastlora.kernels.precision import wide_dot
-from fastlora.kernels.tiles import cdiv, padded_rank, tile
+from fastlora.kernels.tiles import Tile, cdiv, padded_rank, tile
 
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -161,29 +162,56 @@ def decode_4bit(
     """Decode to ``dtype[N, K]``; with an adapter a [r, K], b [N, r] ``decode + s * b @ a``, rounded once."""
     w = packed.new_empty(N, K, dtype=dtype)
     numel, r = N * K, 0 if a is None or b is None else a.shape[0]
-    expect_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
-    if r:
-        expect(packed, a=(a, (r, K)), b=(b, (N, r)))
-    if numel == 0:
-        return w
     row = K if r else numel  # alone, the flat tensor can be cut anywhere
     WORDS = 4 if row % 32 == 0 and blocksize % 32 == 0 else 1 if row % 8 == 0 else 0
     if packed.data_ptr() % 4:
         WORDS = 0
     t = tile("decode_4bit narrow" if WORDS < 4 else "decode_4bit merged" if r else "decode_4bit", 0)
+    absmax = absmax if code2 is not None else absmax.float()
+    weight = blocksize, blocksize2, quant_type, N, K
+    PRECISION = "tf32" if dtype == torch.bfloat16 and tiles.has_tf32() else "ieee"
+    launch = _launch(*layouts(packed, absmax, code2, absmax2, offset, a, b), *weight, r, float(s), WORDS, PRECISION, t)
+    if numel:
+        statistics = {"absmax_ptr": absmax, "code2_ptr": code2, "absmax2_ptr": absmax2, "offset_ptr": offset}
+        pairs = code_pairs(quant_type, packed.device)
+        launch(packed_ptr=packed, **statistics, pairs_ptr=pairs, a_ptr=a, b_ptr=b, w_ptr=w)
+    return w
+
+
+@prepared
+def _launch(
+    packed: Layout,
+    absmax: Layout,
+    code2: Layout | None,
+    absmax2: Layout | None,
+    offset: Layout | None,
+    a: Layout | None,
+    b: Layout | None,
+    blocksize: int,
+    blocksize2: int,
+    quant_type: str,
+    N: int,
+    K: int,
+    r: int,
+    s: float,
+    WORDS: int,
+    PRECISION: str,
+    t: Tile,
+) -> Launch:
+    expect_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
+    if r:
+        expect(packed, a=(a, (r, K)), b=(b, (N, r)))
+    numel = N * K
     if not r and WORDS:
         K = t.BLOCK_K * cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = cdiv(numel, K)
-    PRECISION, BLOCK_R = ("tf32", 32) if dtype == torch.bfloat16 and tiles.has_tf32() else ("ieee", 16)
-    BLOCK_R = min(padded_rank(r), BLOCK_R)
-    grid = (cdiv(K, t.BLOCK_K), cdiv(N, t.BLOCK_N))
-    _decode_4bit_kernel[grid](
-        packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
-        code_pairs(quant_type, packed.device),
-        a, *((0, 0) if a is None else a.stride()), b, *((0, 0) if b is None else b.stride()), s, w, N, K, r, numel,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None, WORDS=WORDS,
+    (stride_ar, stride_ak), (stride_bn, stride_br) = ((0, 0) if each is None else each.stride for each in (a, b))
+    BLOCK_R = min(padded_rank(r), 32 if PRECISION == "tf32" else 16)
+    return Launch(
+        _decode_4bit_kernel, (cdiv(K, t.BLOCK_K), cdiv(N, t.BLOCK_N)),
+        stride_ar=stride_ar, stride_ak=stride_ak, stride_bn=stride_bn, stride_br=stride_br, s=s, N=N, K=K, r=r,
+        numel=numel, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None, WORDS=WORDS,
         MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION=PRECISION, BLOCK_R=BLOCK_R,
         enable_fp_fusion=False,  # a fused code2 * absmax2 + offset is not bitsandbytes' rounding
         **t.kwargs(),
     )  # fmt: skip
-    return w

@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
+from fastlora.kernels.launch import Launch, Layout, layouts, prepared
 from fastlora.kernels.nf4 import CODES, code_book, load_scales
 from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
 from fastlora.kernels.operands import expect, expect_4bit
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import cdiv, multiprocessors, next_power_of_2, padded_rank, tile
+from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, next_power_of_2, padded_rank, tile
 
 STEP = 64  # weights of a row that are multiplied at once: of one block, in eight words
 
@@ -135,27 +136,60 @@ def nf4_matmul(
     """``x @ (decode + s * b @ a).T + bias``: [M, K] -> [M, N] in x's dtype, for sizes that `has_kernel` takes."""
     M, r = x.shape[0], 0 if a is None else a.shape[0]
     assert has_kernel(M, packed, K, blocksize, r)
+    t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
+    absmax = absmax if code2 is not None else absmax.float()
+    weight, asm = (blocksize, blocksize2, quant_type, N, K), tiles.has_ptx() and x.element_size() == 2
+    operands = layouts(x, packed, absmax, code2, absmax2, offset, a, b, bias)
+    splits, launch = _launch(*operands, *weight, float(s), splits, asm, dot_precision(x), t)
+    out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
+    if N:
+        statistics = {"absmax_ptr": absmax, "code2_ptr": code2, "absmax2_ptr": absmax2, "offset_ptr": offset}
+        code = None if asm else code_book(quant_type, x.device)
+        bias = None if bias is None else bias.contiguous()
+        launch(
+            x_ptr=x, packed_ptr=packed, **statistics, code_ptr=code, a_ptr=a, b_ptr=b, bias_ptr=bias, out_ptr=out
+        )  # fmt: skip
+    return sum_splits(out, x.dtype)
+
+
+@prepared
+def _launch(
+    x: Layout,
+    packed: Layout,
+    absmax: Layout,
+    code2: Layout | None,
+    absmax2: Layout | None,
+    offset: Layout | None,
+    a: Layout | None,
+    b: Layout | None,
+    bias: Layout | None,
+    blocksize: int,
+    blocksize2: int,
+    quant_type: str,
+    N: int,
+    K: int,
+    s: float,
+    splits: int | None,
+    asm: bool,
+    PRECISION: str,
+    t: Tile,
+) -> tuple[int, Launch]:
+    """Into how many parts K is split, and the launch."""
+    M, r = x.shape[0], 0 if a is None else a.shape[0]
     expect_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
     expect(packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
-    if N == 0:
-        return x.new_empty(M, 0)
-    t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
     blocks = cdiv(N, t.BLOCK_N)
     if splits is None:  # a split has at least four steps of the loop
-        splits = max(1, min(4 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
+        splits = max(1, min(4 * multiprocessors(x.device) // max(1, blocks), K // (4 * t.BLOCK_K)))
     SPLIT_K = cdiv(cdiv(K, splits), t.BLOCK_K) * t.BLOCK_K
     splits = cdiv(K, SPLIT_K)
-    asm = tiles.has_ptx() and x.element_size() == 2
-    out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
-    _nf4_matmul_kernel[(blocks, splits)](
-        x, *x.stride(), packed, absmax if code2 is not None else absmax.float(), code2, absmax2, offset,
-        None if asm else code_book(quant_type, x.device), a, *((0, 0) if a is None else a.stride()),
-        b, *((0, 0) if b is None else b.stride()), None if bias is None else bias.contiguous(), s,
-        out, *out.stride()[:2], M, N, K, r, SPLIT_K,
+    (stride_ar, stride_ak), (stride_bn, stride_br) = ((0, 0) if each is None else each.stride for each in (a, b))
+    return splits, Launch(
+        _nf4_matmul_kernel, (blocks, splits), stride_xm=x.stride[0], stride_xk=x.stride[1],
+        stride_ar=stride_ar, stride_ak=stride_ak, stride_bn=stride_bn, stride_br=stride_br, s=s,
+        stride_os=M * N, stride_om=N, M=M, N=N, K=K, r=r, SPLIT_K=SPLIT_K,
         BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None,
         ASM=lookup_asm(CODES[quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
-        HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=dot_precision(x),
-        BLOCK_M=_padded(M), BLOCK_R=padded_rank(r),
-        **t.kwargs(),
+        HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=PRECISION,
+        BLOCK_M=_padded(M), BLOCK_R=padded_rank(r), **t.kwargs(),
     )  # fmt: skip
-    return sum_splits(out, x.dtype)

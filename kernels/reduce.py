@@ -1,10 +1,13 @@
 """Adding up partial sums in a fixed order: what makes split reductions deterministic."""
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels.launch import Launch, Layout, layout, prepared
 from fastlora.kernels.tiles import cdiv
 
 
@@ -25,7 +28,11 @@ def sum_splits(partial: Tensor, dtype: torch.dtype) -> Tensor:
         return partial[0]
     out = partial.new_empty(partial.shape[1:], dtype=dtype)
     if out.numel():
-        BLOCK = 1024
-        grid = (cdiv(out.numel(), BLOCK),)
-        _sum_splits_kernel[grid](partial, out, out.numel(), partial.shape[0], BLOCK=BLOCK)
+        _launch(layout(partial), dtype)(partial_ptr=partial, out_ptr=out)
     return out
+
+
+@prepared
+def _launch(partial: Layout, dtype: torch.dtype) -> Launch:
+    splits, numel, BLOCK = partial.shape[0], prod(partial.shape[1:]), 1024
+    return Launch(_sum_splits_kernel, (cdiv(numel, BLOCK),), numel=numel, splits=splits, BLOCK=BLOCK)

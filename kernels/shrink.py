@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
+from fastlora.kernels.launch import Launch, Layout, layout, layouts, prepared
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import cdiv, multiprocessors, next_power_of_2, padded_rank, tile
+from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, next_power_of_2, padded_rank, tile
 
 
 # fmt: off
@@ -71,32 +72,47 @@ def shrink_group(
     x: Tensor, a: Sequence[Tensor], s: Sequence[float], p: Sequence[float], seed: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """``[shrink(x, a_i, s_i, p_i, seed_i) for ...]`` in one read of x; ranks, dtypes and masks may differ."""
+    R = padded_rank(max(each.shape[0] for each in a))
+    BLOCK_R = max(16, min(R, 128, 256 // next_power_of_2(len(a))))  # all sums stay in registers
+    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
+    a, seed = tuple(a), tuple(seed)
+    scales = tuple(map(float, s)), tuple(p)
+    splits, launch = _launch(layout(x), layouts(*a), layouts(*seed), *scales, BLOCK_R, dot_precision(x), t)
+    if launch is None:
+        return [each.new_zeros(x.shape[0], each.shape[0]) for each in a]
+    dtypes = [each.dtype if splits == 1 else torch.float32 for each in a]
+    out = tuple(x.new_empty(splits, x.shape[0], each.shape[0], dtype=d) for each, d in zip(a, dtypes, strict=True))
+    launch(x_ptr=x, a_ptrs=a, out_ptrs=out, seed_ptrs=seed)
+    return [sum_splits(part, each.dtype) for part, each in zip(out, a, strict=True)]
+
+
+@prepared
+def _launch(
+    x: Layout,
+    a: tuple[Layout, ...],
+    seed: tuple[Layout | None, ...],
+    s: tuple[float, ...],
+    p: tuple[float, ...],
+    BLOCK_R: int,
+    PRECISION: str,
+    t: Tile,
+) -> tuple[int, Launch | None]:
+    """Into how many parts K is split, and the launch; None where there is nothing to sum up."""
     M, K = x.shape
     for a_i, p_i, seed_i in zip(a, p, seed, strict=True):
         expect(x, p_i, seed_i, a=(a_i, (a_i.shape[0], K)))
-    ranks, R = tuple(each.shape[0] for each in a), padded_rank(max(each.shape[0] for each in a))
+    ranks = tuple(each.shape[0] for each in a)
     if K == 0 or M == 0 or not any(ranks):
-        return [each.new_zeros(M, r) for each, r in zip(a, ranks, strict=True)]
-    BLOCK_R = max(16, min(R, 128, 256 // next_power_of_2(len(a))))  # all sums stay in registers
-    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
+        return 1, None
     blocks = cdiv(M, t.BLOCK_M) * cdiv(max(ranks), BLOCK_R)  # on one axis: the others end at 65535
     # A split has at least four steps of the loop; two programs a multiprocessor hide the latency of each other's loads.
     wanted = max(1, min(2 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
     SPLIT_K = cdiv(cdiv(K, wanted), t.BLOCK_K) * t.BLOCK_K
     splits = cdiv(K, SPLIT_K)
-    out = tuple(each.new_empty(splits, M, r, dtype=_partial(each, splits)) for each, r in zip(a, ranks, strict=True))
-    _shrink_kernel[(blocks, splits)](
-        x, *x.stride(), tuple(a), tuple(each.stride() for each in a), ranks, out, tuple(each.stride() for each in out),
-        tuple(seed), tuple(map(dropped_levels, p)), tuple(map(_scale, s, p)), M, K, SPLIT_K,
-        PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p), PRECISION=dot_precision(x), BLOCK_R=BLOCK_R,
-        **t.kwargs(),
+    return splits, Launch(
+        _shrink_kernel, (blocks, splits), stride_xm=x.stride[0], stride_xk=x.stride[1],
+        a_strides=tuple(each.stride for each in a), ranks=ranks, out_strides=tuple((M * r, r, 1) for r in ranks),
+        dropped=tuple(map(dropped_levels, p)), s=tuple(s_i * dropout_scale(p_i) for s_i, p_i in zip(s, p, strict=True)),
+        M=M, K=K, SPLIT_K=SPLIT_K, PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p),
+        PRECISION=PRECISION, BLOCK_R=BLOCK_R, **t.kwargs(),
     )  # fmt: skip
-    return [sum_splits(part, each.dtype) for part, each in zip(out, a, strict=True)]
-
-
-def _partial(a: Tensor, splits: int) -> torch.dtype:
-    return a.dtype if splits == 1 else torch.float32
-
-
-def _scale(s: float, p: float) -> float:
-    return float(s) * dropout_scale(p)

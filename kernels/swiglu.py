@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlora.kernels.launch import Launch, Layout, layouts, prepared
 from fastlora.kernels.operands import expect
-from fastlora.kernels.tiles import cdiv, tile
+from fastlora.kernels.tiles import Tile, cdiv, tile
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # as F.silu, F.gelu, F.gelu(approximate="tanh")
 
@@ -77,15 +78,21 @@ def swiglu_backward_(dh: Tensor, gate: Tensor, up: Tensor | None, activation: st
 
 
 def _launch(gate: Tensor, up: Tensor | None, h: Tensor, activation: str, backward: bool) -> None:
+    launch = _prepare(*layouts(gate, up, h), activation, backward, tile("swiglu", gate.shape[1]))
+    if gate.numel():
+        launch(gate_ptr=gate, up_ptr=up, h_ptr=h)
+
+
+@prepared
+def _prepare(gate: Layout, up: Layout | None, h: Layout, activation: str, backward: bool, t: Tile) -> Launch:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     M, K = gate.shape
     expect(gate, up=(up, (M, K)), dh=(h, (M, K)))
-    if M == 0 or K == 0:
-        return
-    t = tile("swiglu", K)
-    grid = (cdiv(M, t.BLOCK_M) * cdiv(K, t.BLOCK_K),)
-    _swiglu_kernel[grid](
-        gate, *gate.stride(), up, *((0, 0) if up is None else up.stride()), h, *h.stride(), M, K,
+    (stride_um, stride_uk) = (0, 0) if up is None else up.stride
+    return Launch(
+        _swiglu_kernel, (cdiv(M, t.BLOCK_M) * cdiv(K, t.BLOCK_K),),
+        stride_gm=gate.stride[0], stride_gk=gate.stride[1], stride_um=stride_um, stride_uk=stride_uk,
+        stride_hm=h.stride[0], stride_hk=h.stride[1], M=M, K=K,
         ACTIVATION=activation, HAS_UP=up is not None, BACKWARD=backward, **t.kwargs(),
     )  # fmt: skip

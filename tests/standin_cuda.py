@@ -1,4 +1,4 @@
-"""Launch kernels on a GPU that is not there: ``python -m tests.standin_cuda ["OP, CASE" ...]``.
+"""Launch kernels on a GPU that is not there: ``python -m tests.standin_cuda [--time] ["OP, CASE" ...]``.
 
 Triton compiles for sm_90, packs the arguments and launches, all as it would there; the driver below it is a stand-in
 (standin_cuda.c), which refuses what NVIDIA's would and runs nothing. It finds what neither the interpreter nor
@@ -11,11 +11,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import timeit
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import triton
+from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -58,29 +61,62 @@ def refuse_nested_descriptors() -> None:
     JITFunction.run = run
 
 
-def launched(cuda: ctypes.CDLL, launch: Callable[[], Any]) -> dict[str, Any]:
+def watch_launches() -> list[Any]:
+    """What Triton's launcher is given from now on: grid and arguments, tensors as their layouts."""
+
+    def call(self: Any, gridX: int, gridY: int, gridZ: int, stream: Any, function: Any, *args: Any) -> None:
+        given.append([gridX, gridY, gridZ, *map(_described, args[4:])])  # after metadata and hooks
+        launch(self, gridX, gridY, gridZ, stream, function, *args)
+
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    given: list[Any] = []
+    launch = CudaLauncher.__call__
+    CudaLauncher.__call__ = call
+    return given
+
+
+def _described(arg: Any) -> Any:
+    if isinstance(arg, tuple | list):
+        return [_described(each) for each in arg]
+    if isinstance(arg, Tensor):
+        return ["tensor", list(arg.shape), list(arg.stride()), str(arg.dtype)]
+    if isinstance(arg, TensorDescriptor):
+        return ["descriptor", _described(arg.base), list(arg.shape), list(arg.strides), list(arg.block_shape)]
+    return arg if isinstance(arg, int | float | str | None) else str(arg)
+
+
+def launched(cuda: ctypes.CDLL, given: list[Any], launch: Callable[[], Any]) -> dict[str, Any]:
     """What the driver was asked for, and the error if there was one."""
     counters = {name: ctypes.c_int.in_dll(cuda, name) for name in ("launches", "tensor_maps")}
     for counter in counters.values():
         counter.value = 0
+    given.clear()
     error = None
     try:
         launch()
     except Exception as caught:
         error = f"{type(caught).__name__}: {caught}"
-    return {name: counter.value for name, counter in counters.items()} | {"error": error}
+    return {name: counter.value for name, counter in counters.items()} | {"given": list(given), "error": error}
 
 
-def main(wanted: list[str]) -> None:
+def main(wanted: list[str], timed: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cuda = install(Path(folder))
         refuse_nested_descriptors()
+        given = [] if timed else watch_launches()
         rows = {}
         for op, case, launch in cases():
-            if not wanted or f"{op}, {case}" in wanted:
-                rows[f"{op}, {case}"] = [launched(cuda, launch) for _ in range(2)]  # compiled, and from the cache
-    print(json.dumps(rows))
+            name = f"{op}, {case}"
+            if wanted and name not in wanted:
+                continue
+            rows[name] = [launched(cuda, given, launch) for _ in range(2)]  # by Triton, and by a Launch
+            if timed:
+                microseconds = 1e6 * median(timeit.repeat(launch, number=1, repeat=300))
+                print(f"{microseconds:6.1f} us  {rows[name][0]['launches']} launches  {name}", file=sys.stderr)
+    if not timed:
+        print(json.dumps(rows))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main([arg for arg in sys.argv[1:] if arg != "--time"], "--time" in sys.argv)

@@ -28,7 +28,12 @@ def launches():
 def test_the_driver_refuses_none(launches):
     assert launches.keys() == {f"{op}, {case}" for op, case, _ in cases()}
     for case, (first, second) in launches.items():
-        assert first["error"] is None and first["launches"] > 0, case
+        assert first["error"] is None and second["error"] is None, case
+        assert first["launches"] == len(first["given"]) > 0, case
+
+
+def test_what_is_launched_again_is_what_triton_launched_first(launches):
+    for case, (first, second) in launches.items():
         assert second == first, case
 
 
