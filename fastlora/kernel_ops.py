@@ -123,10 +123,10 @@ def decode_4bit(*args: Any) -> Tensor:
 
 def nf4_matmul(x: Tensor, *args: Any) -> Tensor:
     weight, (a, b, s, *rest) = args[:10], args[10:]
-    packed, blocksize, (N, K) = weight[0], weight[5], weight[8:]
+    packed, blocksize, N = weight[0], weight[5], weight[8]
     bias, r = rest[0] if rest else None, 0 if a is None else a.shape[0]
-    plan = choose("linear_4bit", _problem(x, N, r), _name(x.device))
-    if plan == "fused" and launcher("nf4_matmul", "has_kernel")(x.shape[0], packed, K, blocksize, r):
+    plan = choose("linear_4bit", _problem(x, N, r, blocksize=blocksize), _name(x.device))
+    if plan == "fused" and packed.data_ptr() % 4 == 0:  # it reads whole words
         return launcher("nf4_matmul", "nf4_matmul")(x, *weight, a, b, s, bias)
     if plan == "decoded" and a is not None:
         return lora_matmul(x, decode_4bit(*weight, x.dtype, None, None, 1.0), shrink(x, a, s), b, bias)
@@ -148,8 +148,9 @@ _LAUNCHERS = {
 }
 
 
-def _problem(x: Tensor, N: int, r: int, K: int | None = None, parts: int = 1) -> Problem:
-    return Problem(x.shape[0], N, x.shape[1] if K is None else K, r, itemsize=x.element_size(), parts=parts)
+def _problem(x: Tensor, N: int, r: int, K: int | None = None, parts: int = 1, blocksize: int = 64) -> Problem:
+    K = x.shape[1] if K is None else K
+    return Problem(x.shape[0], N, K, r, itemsize=x.element_size(), parts=parts, blocksize=blocksize)
 
 
 @cache

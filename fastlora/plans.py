@@ -43,6 +43,7 @@ PLANS = {
 }
 SWITCH = {"kernels": ("on", "off")}
 MAX_FUSED_TOKENS, MAX_FUSED_XA, FUSED_STEP = 64, 2048, 64  # what nf4_matmul takes: tokens, elements of xa, steps of K
+MAX_TAIL_PARTS = 3  # of a group: every part is unrolled into the kernel
 
 Key = tuple[str, int, int, int, int, int, int, bool]
 
@@ -61,12 +62,15 @@ def key(op: str, c: Problem) -> Key:
 
 def possible(op: str, c: Problem) -> tuple[str, ...]:
     """The plans that can carry out this problem."""
+    if op == "lora_matmul" and c.parts > MAX_TAIL_PARTS:
+        return ("base_last",)
     if op != "linear_4bit":
         return PLANS[op]
     if c.p > 0:
         return ("decoded",)
     fits = 0 < c.M <= MAX_FUSED_TOKENS and roofline.padded(c.M) * roofline.padded(c.r) <= MAX_FUSED_XA
-    return PLANS[op] if fits and c.K > 0 and c.K % FUSED_STEP == 0 else ("merged", "decoded")
+    steps = c.K > 0 and c.K % FUSED_STEP == 0 and c.blocksize % FUSED_STEP == 0
+    return PLANS[op] if fits and steps else ("merged", "decoded")
 
 
 @contextmanager
@@ -98,7 +102,8 @@ def choose(op: str, problem: Problem, device: str = "") -> str:
     """The plan for this problem on the device of this name."""
     forced = _forced.get(op)
     if forced is None:
-        return table(device).plans.get(key(op, problem)) or by_rule(op, problem, device)
+        measured = table(device).plans.get(key(op, problem))
+        return measured if measured in possible(op, problem) else by_rule(op, problem, device)
     if forced not in (fit := possible(op, problem)):
         raise ValueError(f"{op}={forced} cannot carry out {problem}: use {' or '.join(fit)}")
     return forced

@@ -17,7 +17,8 @@ class Problem:
     """One call: ``x[M, K]`` (or dy), ``w[N, K]``, rank r, dropout p; bytes an element of x and of the adapter.
 
     A call for several adapters at once (a group) has that many ``parts``, and as r the sum of their ranks; of
-    ``lora_matmul_group`` K is the sum of theirs too. The parts count as equals.
+    ``lora_matmul_group`` K is the sum of theirs too. The parts count as equals. ``blocksize`` is a 4-bit weight's; its
+    bytes are counted as of 64.
     """
 
     M: int
@@ -28,6 +29,7 @@ class Problem:
     itemsize: int = 2
     adapter_itemsize: int = 4
     parts: int = 1
+    blocksize: int = 64
 
 
 @dataclass(frozen=True)

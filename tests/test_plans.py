@@ -44,8 +44,23 @@ def test_fused_is_possible_where_its_kernel_is():
     for M in (0, 1, 17, 32, 64, 65):
         for r in (0, 5, 16, 17, 32, 64, 128, 129):
             for K in (64, 72, 96):
-                fused = "fused" in plans.possible("linear_4bit", Problem(M, 64, K, r))
-                assert fused == nf4_matmul.has_kernel(M, packed, K, 64, r)
+                for blocksize in (32, 64, 128):
+                    fused = "fused" in plans.possible("linear_4bit", Problem(M, 64, K, r, blocksize=blocksize))
+                    assert fused == nf4_matmul.has_kernel(M, packed, K, blocksize, r)
+
+
+def test_a_group_of_many_is_left_to_the_vendor():
+    assert plans.possible("lora_matmul", Problem(64, 64, 256, 64, parts=3)) == ("tail", "base_last")
+    assert choose("lora_matmul", Problem(64, 64, 256, 64, parts=4)) == "base_last"
+    with plans.use(lora_matmul="tail"), pytest.raises(ValueError, match="use base_last"):
+        choose("lora_matmul", Problem(64, 64, 256, 64, parts=4))
+
+
+def test_a_measured_plan_that_cannot_carry_out_a_problem_is_not_chosen(cache):
+    problem = Problem(16, 4096, 4096, 16)
+    plans.write_tables(cache, {GPU: Table(plans={plans.key("linear_4bit", problem): "fused"})})
+    assert choose("linear_4bit", problem, GPU) == "fused"
+    assert choose("linear_4bit", replace(problem, blocksize=32), GPU) == "merged"
 
 
 def test_the_rule_is_the_fastest_prediction():
