@@ -160,9 +160,10 @@ def _splits(length: int, step: int, blocks: int, waves: int, rates: Rates) -> in
     return _cdiv(length, _cdiv(_cdiv(length, wanted), step) * step)
 
 
-def _sum(splits: int, numel: int, itemsize: int) -> list[Launch]:
-    """Adding up partial sums, if there are several."""
-    return [Launch("sum_splits", numel * (4 * splits + itemsize))] if splits > 1 else []
+def _sums(itemsize: int, *sums: tuple[int, int]) -> list[Launch]:
+    """Adding up (splits, elements) of partial sums, of those that have several, in one launch."""
+    moved = sum(numel * (4 * splits + itemsize) for splits, numel in sums if splits > 1)
+    return [Launch("sum_splits", moved)] if moved else []
 
 
 def _partial_bytes(splits: int, numel: int, itemsize: int) -> int:
@@ -190,7 +191,7 @@ def _shrink(c: Problem, rates: Rates) -> list[Launch]:
     splits = _splits(c.K, t.BLOCK_K, blocks, 2, rates)
     moved = c.M * c.K * c.itemsize + c.r * c.K * e + _partial_bytes(splits, c.M * c.r, e)
     flops = 2 * c.M * c.K * R * c.parts * _dots(c, 1)
-    return [Launch("shrink", moved, flops), *_sum(splits, c.M * r, e) * c.parts]
+    return [Launch("shrink", moved, flops), *_sums(e, (splits, c.M * c.r))]
 
 
 def _adapter_bytes(c: Problem) -> int:
@@ -223,7 +224,7 @@ def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
     if with_b:
         moved += c.K * c.r * e + _partial_bytes(slabs, c.M * c.r, e)
     walk = Launch("lora_grad", moved, (4 if with_b else 2) * c.M * c.K * R * _dots(c, 1))
-    return [walk, *_sum(splits, c.K * c.r, e), *(_sum(slabs, c.M * c.r, e) if with_b else [])]
+    return [walk, *_sums(e, (splits, c.K * c.r), (slabs if with_b else 1, c.M * c.r))]
 
 
 # Instructions that the compiler spends on one weight at r=16 with fp32 adapters (``fastlora inspect --arch sm_90``).
@@ -259,7 +260,7 @@ def _fused(c: Problem, rates: Rates) -> list[Launch]:
     moved += _partial_bytes(splits, c.M * c.N, c.itemsize)
     flops = 2 * max(16, c.M) * (c.N * c.K + R * (c.K * _cdiv(c.N, t.BLOCK_N) + c.N * splits))
     fused = Launch("nf4_matmul", moved, flops, instructions=DECODE_FUSED * c.N * c.K)
-    return [fused, *_sum(splits, c.M * c.N, c.itemsize)]
+    return [fused, *_sums(c.itemsize, (splits, c.M * c.N))]
 
 
 COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[Launch]]] = {

@@ -125,8 +125,11 @@ def _walk_down(
     dz = z.new_empty(shape, dtype=z.dtype if splits == 1 else torch.float32)
     gb = None if b is None else b.new_empty(slabs, M, r, dtype=b.dtype if slabs == 1 else torch.float32)
     launch(g_ptr=g, z_ptr=z, dz_ptr=dz, b_ptr=b, gb_ptr=gb, seed_ptr=seed)
-    dz = sum_splits(dz, z.dtype)
-    return dz.t() if transposed else dz, like_b.new_empty(0) if gb is None else sum_splits(gb, like_b.dtype)
+    if gb is None:
+        dz, gb = sum_splits([dz], [z.dtype])[0], like_b.new_empty(0)
+    else:
+        dz, gb = sum_splits([dz, gb], [z.dtype, like_b.dtype])
+    return dz.t() if transposed else dz, gb
 
 
 @prepared

@@ -149,7 +149,7 @@ def nf4_matmul(
         launch(
             x_ptr=x, packed_ptr=packed, **statistics, code_ptr=code, a_ptr=a, b_ptr=b, bias_ptr=bias, out_ptr=out
         )  # fmt: skip
-    return sum_splits(out, x.dtype)
+    return sum_splits([out], [x.dtype])[0] if N else out[0]
 
 
 @prepared

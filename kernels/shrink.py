@@ -83,7 +83,7 @@ def shrink_group(
     dtypes = [each.dtype if splits == 1 else torch.float32 for each in a]
     out = tuple(x.new_empty(splits, x.shape[0], each.shape[0], dtype=d) for each, d in zip(a, dtypes, strict=True))
     launch(x_ptr=x, a_ptrs=a, out_ptrs=out, seed_ptrs=seed)
-    return [sum_splits(part, each.dtype) for part, each in zip(out, a, strict=True)]
+    return sum_splits(out, [each.dtype for each in a])
 
 
 @prepared
