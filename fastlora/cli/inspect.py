@@ -90,7 +90,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     for m in (16, 64):
         x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
         yield "lora_matmul", f"M={m}", _call(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
-    x, w, xa, b = _meta(M, 0), _meta(N, 0), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
+    x, w, xa, b = _meta(M, K)[:, :0], _meta(N, K)[:, :0], _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
     yield "lora_matmul", "the adapter's product alone", _call(lora_matmul, x, w, xa, b)
     x, w, xa, b = _meta(M, 4097), _meta(N, 4097), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
     yield "lora_matmul", "rows of odd length", _call(lora_matmul, x, w, xa, b)
