@@ -166,20 +166,29 @@ def _current(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.index == module.current_device() else module.device(device)
 
 
+_interpreted = False
+
+
 @contextmanager
 def in_interpreter() -> Iterator[None]:
     """For tests: within this context the ops on CPU tensors run the kernels in Triton's interpreter.
 
     Whole layers, with their autograd and modules, then go through the kernels without a GPU. ``TRITON_INTERPRET=1``
-    must have been set before Triton was imported.
+    must have been set before Triton was imported. Within itself it changes nothing.
     """
+    global _interpreted
     import triton
 
     assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before triton is imported"
+    if _interpreted:
+        yield
+        return
     library = torch.library.Library("fastlora", "IMPL")
-    for name in _LAUNCHERS:
-        library.impl(name, _implementation(name), "CPU")
+    _interpreted = True
     try:
+        for name in _LAUNCHERS:
+            library.impl(name, _implementation(name), "CPU")
         yield
     finally:
+        _interpreted = False
         library._destroy()
