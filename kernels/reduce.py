@@ -49,7 +49,7 @@ def sum_splits(partials: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> lis
 
 @prepared
 def _launch(partials: tuple[Layout, ...], out: tuple[Layout, ...]) -> Launch:
-    numels, BLOCK = tuple(prod(each.shape) for each in out), 1024
+    numels, BLOCK = tuple(prod(each.shape) for each in out), 512
     splits = tuple(each.shape[0] for each in partials)
     grid = (cdiv(max(numels), BLOCK),)
     return Launch(_sum_splits_kernel, grid, numels=numels, splits=splits, PARTS=len(out), BLOCK=BLOCK)

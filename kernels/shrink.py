@@ -24,11 +24,10 @@ def _shrink_kernel(
     seed_ptrs, dropped, s,
     M, K, SPLIT_K,
     PARTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):
     # fmt: on
-    blocks_r = tl.num_programs(0) // tl.cdiv(M, BLOCK_M)
-    pid_r, pid_m, split = tl.program_id(0) % blocks_r, tl.program_id(0) // blocks_r, tl.program_id(1)
+    pid_r, pid_m, split = tl.program_id(0) % RANK_BLOCKS, tl.program_id(0) // RANK_BLOCKS, tl.program_id(1)
     start, stop = split * SPLIT_K, min(K, (split + 1) * SPLIT_K)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -104,7 +103,8 @@ def _launch(
     ranks = tuple(each.shape[0] for each in a)
     if K == 0 or M == 0 or not any(ranks):
         return 1, None
-    blocks = cdiv(M, t.BLOCK_M) * cdiv(max(ranks), BLOCK_R)  # on one axis: the others end at 65535
+    rank_blocks = cdiv(max(ranks), BLOCK_R)
+    blocks = cdiv(M, t.BLOCK_M) * rank_blocks  # on one axis: the others end at 65535
     # A split has at least four steps of the loop; two programs a multiprocessor hide the latency of each other's loads.
     wanted = max(1, min(2 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
     SPLIT_K = cdiv(cdiv(K, wanted), t.BLOCK_K) * t.BLOCK_K
@@ -114,5 +114,5 @@ def _launch(
         a_strides=tuple(each.stride for each in a), ranks=ranks, out_strides=tuple((M * r, r, 1) for r in ranks),
         dropped=tuple(map(dropped_levels, p)), s=tuple(s_i * dropout_scale(p_i) for s_i, p_i in zip(s, p, strict=True)),
         M=M, K=K, SPLIT_K=SPLIT_K, PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p),
-        PRECISION=PRECISION, BLOCK_R=BLOCK_R, **t.kwargs(),
+        PRECISION=PRECISION, BLOCK_R=BLOCK_R, RANK_BLOCKS=rank_blocks, **t.kwargs(),
     )  # fmt: skip

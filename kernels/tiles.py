@@ -196,7 +196,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "sm_100": {
             32: Tile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
-            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=4, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
             128: Tile(BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
