@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastlora.cli.inspect import cases
 
@@ -43,3 +44,24 @@ def test_tiles_that_the_hardware_copies(launches):
     assert maps["dx of gate, up"] == maps["dx of gate, up, dropout"] == 5
     assert maps["dx of q, k, v"] == maps["dx of q, k, v, dropout"] == 7
     assert maps["rows of odd length"] == maps["fp32"] == maps["the adapter's product alone"] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches in Triton's interpreter")
+def test_a_launch_is_worked_out_once_for_a_layout():
+    from fastlora.kernels import shrink, tiles
+
+    def misses(x, a):
+        before = shrink._launch.cache_info().misses
+        result = shrink.shrink(x, a, 1.0)
+        torch.testing.assert_close(result, x.to(a.dtype) @ a.t(), rtol=1e-3, atol=1e-3)
+        return shrink._launch.cache_info().misses - before
+
+    x, a = torch.randn(9, 80), torch.randn(5, 80)
+    misses(x, a)
+    assert misses(x.clone(), a.clone()) == 0
+    shifted = torch.empty(9 * 80 + 1)[1:].view(9, 80).copy_(x)  # Triton compiles for addresses of whole 16 bytes
+    others = (x[:8], x.t().contiguous().t(), shifted, torch.randn(9, 160)[:, ::2])
+    assert [misses(other, a) for other in others] == [1] * len(others)
+    assert misses(x, torch.randn(80, 5).t()) == 1
+    with tiles.use("shrink fp32", tiles.Tile(BLOCK_M=16, BLOCK_K=16)):
+        assert misses(x, a) == 1
