@@ -31,7 +31,7 @@ def layouts(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple([None if t is None else layout(t) for t in tensors])  # a list is faster than a generator
 
 
-prepared = lru_cache(maxsize=4096)  # for functions of layouts that make a Launch
+prepared = lru_cache(maxsize=4096)  # for functions of layouts: those that make a Launch, or check operands
 
 
 class Launch:

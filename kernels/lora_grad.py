@@ -85,6 +85,9 @@ def lora_grad(
     """
     like = xa if b is None else b
     assert like is not None
+    (M, N), r, (of_dy, of_x, of_b, of_xa, of_seed) = dy.shape, like.shape[1], layouts(dy, x, b, xa, seed)
+    x_shape = (M, M if x is None else x.shape[1])
+    expect(of_dy, p, of_seed, x=(of_x, x_shape), b=(of_b, (N, r)), xa=(of_xa, (M, r)))
     dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
     if one_pass and b is not None and xa is not None:
         db, dxa = _walk_down(dy, xa, b, s)
@@ -94,12 +97,18 @@ def lora_grad(
         if xa is not None:
             db, _ = _walk_down(dy, xa)
     if b is not None and x is not None:
-        da = lora_grad_a(dxa, x, p, seed)
+        da = _da(dxa, x, p, seed)
     return dxa, da, db
 
 
 def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype."""
+    of_x, of_dxa, of_seed = layouts(x, dxa, seed)
+    expect(of_x, p, of_seed, dxa=(of_dxa, (x.shape[0], dxa.shape[1])))
+    return _da(dxa, x, p, seed)
+
+
+def _da(dxa: Tensor, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
 
 
@@ -147,7 +156,6 @@ def _launch(
 ) -> tuple[int, int, Launch]:
     """Into how many ranges of rows and slabs of columns g is cut, and the launch."""
     (M, N), r = g.shape, z.shape[1]
-    expect(g, p, seed, b=(b, (N, r)), **({"x": (g, (z.shape[0], N))} if transposed else {"xa": (z, (M, r))}))
     slabs, r_blocks = cdiv(N, t.BLOCK_N), cdiv(r, R)
     # A range of rows has at least four steps of the loop; two programs a multiprocessor hide each other's latency.
     wanted = max(1, min(2 * multiprocessors(g.device) // (slabs * r_blocks), M // (4 * t.BLOCK_M)))

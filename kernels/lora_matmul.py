@@ -25,6 +25,10 @@ from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, padded_rank, tile
 
 MAX_PARTS = 3  # of a group, whose tiles the hardware copies
+TMA = "lora_matmul tma"  # how the rows of tiles begin that are copied so
+
+Layouts = tuple[Layout, ...]
+Operands = tuple[Layouts, Layouts, Layouts, Layouts, tuple[Layout | None], tuple[Layout | None, ...], tuple[float, ...]]
 
 
 @triton.jit
@@ -219,11 +223,6 @@ def _descriptors(xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor, t: T
 
 def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, t.shape, [t.stride(0), 1], block)
-
-
-Layouts = tuple[Layout, ...]
-Operands = tuple[Layouts, Layouts, Layouts, Layouts, tuple[Layout | None], tuple[Layout | None, ...], tuple[float, ...]]
-TMA = "lora_matmul tma"
 
 
 @prepared

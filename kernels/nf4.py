@@ -9,6 +9,7 @@ Source of the format: bitsandbytes' ``quantize_4bit``; of NF4: QLoRA, arXiv:2305
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
-from fastlora.kernels.operands import expect, expect_4bit
+from fastlora.kernels.operands import Packed, expect, expect_4bit
 from fastlora.kernels.precision import wide_dot
 from fastlora.kernels.tiles import Tile, cdiv, padded_rank, tile
 
@@ -167,41 +168,32 @@ def decode_4bit(
     if packed.data_ptr() % 4:
         WORDS = 0
     t = tile("decode_4bit narrow" if WORDS < 4 else "decode_4bit merged" if r else "decode_4bit", 0)
-    absmax = absmax if code2 is not None else absmax.float()
-    weight = blocksize, blocksize2, quant_type, N, K
+    weight, pointers = packed_weight(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
     PRECISION = "tf32" if dtype == torch.bfloat16 and tiles.has_tf32() else "ieee"
-    launch = _launch(*layouts(packed, absmax, code2, absmax2, offset, a, b), *weight, r, float(s), WORDS, PRECISION, t)
+    launch = _launch(weight, *layouts(a, b), r, float(s), WORDS, PRECISION, t)
     if numel:
-        statistics = {"absmax_ptr": absmax, "code2_ptr": code2, "absmax2_ptr": absmax2, "offset_ptr": offset}
-        pairs = code_pairs(quant_type, packed.device)
-        launch(packed_ptr=packed, **statistics, pairs_ptr=pairs, a_ptr=a, b_ptr=b, w_ptr=w)
+        launch(**pointers, pairs_ptr=code_pairs(quant_type, packed.device), a_ptr=a, b_ptr=b, w_ptr=w)
     return w
+
+
+def packed_weight(
+    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, *how: Any
+) -> tuple[Packed, dict[str, Tensor | None]]:
+    """The layout of a 4-bit weight, given as `decode_4bit` takes it, and the pointers that kernels take of it."""
+    absmax = absmax if code2 is not None else absmax.float()
+    weight = Packed(*layouts(packed, absmax, code2, absmax2, offset), *how)
+    statistics = {"absmax_ptr": absmax, "code2_ptr": code2, "absmax2_ptr": absmax2, "offset_ptr": offset}
+    return weight, {"packed_ptr": packed, **statistics}
 
 
 @prepared
 def _launch(
-    packed: Layout,
-    absmax: Layout,
-    code2: Layout | None,
-    absmax2: Layout | None,
-    offset: Layout | None,
-    a: Layout | None,
-    b: Layout | None,
-    blocksize: int,
-    blocksize2: int,
-    quant_type: str,
-    N: int,
-    K: int,
-    r: int,
-    s: float,
-    WORDS: int,
-    PRECISION: str,
-    t: Tile,
+    weight: Packed, a: Layout | None, b: Layout | None, r: int, s: float, WORDS: int, PRECISION: str, t: Tile
 ) -> Launch:
-    expect_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
+    expect_4bit(weight)
+    N, K, numel = weight.N, weight.K, weight.N * weight.K
     if r:
-        expect(packed, a=(a, (r, K)), b=(b, (N, r)))
-    numel = N * K
+        expect(weight.packed, a=(a, (r, K)), b=(b, (N, r)))
     if not r and WORDS:
         K = t.BLOCK_K * cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = cdiv(numel, K)
@@ -210,8 +202,8 @@ def _launch(
     return Launch(
         _decode_4bit_kernel, (cdiv(K, t.BLOCK_K), cdiv(N, t.BLOCK_N)),
         stride_ar=stride_ar, stride_ak=stride_ak, stride_bn=stride_bn, stride_br=stride_br, s=s, N=N, K=K, r=r,
-        numel=numel, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None, WORDS=WORDS,
-        MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION=PRECISION, BLOCK_R=BLOCK_R,
+        numel=numel, BLOCKSIZE=weight.blocksize, BLOCKSIZE2=weight.blocksize2, NESTED=weight.code2 is not None,
+        WORDS=WORDS, MERGE=r > 0, LARGE_RANK=r > BLOCK_R, PRECISION=PRECISION, BLOCK_R=BLOCK_R,
         enable_fp_fusion=False,  # a fused code2 * absmax2 + offset is not bitsandbytes' rounding
         **t.kwargs(),
     )  # fmt: skip

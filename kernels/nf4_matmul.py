@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
-from fastlora.kernels.nf4 import CODES, code_book, load_scales
+from fastlora.kernels.nf4 import CODES, code_book, load_scales, packed_weight
 from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
-from fastlora.kernels.operands import expect, expect_4bit
+from fastlora.kernels.operands import Packed, expect, expect_4bit
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, next_power_of_2, padded_rank, tile
@@ -137,37 +137,25 @@ def nf4_matmul(
     M, r = x.shape[0], 0 if a is None else a.shape[0]
     assert has_kernel(M, packed, K, blocksize, r)
     t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
-    absmax = absmax if code2 is not None else absmax.float()
-    weight, asm = (blocksize, blocksize2, quant_type, N, K), tiles.has_ptx() and x.element_size() == 2
-    operands = layouts(x, packed, absmax, code2, absmax2, offset, a, b, bias)
-    splits, launch = _launch(*operands, *weight, float(s), splits, asm, dot_precision(x), t)
+    weight, pointers = packed_weight(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
+    asm = tiles.has_ptx() and x.element_size() == 2
+    splits, launch = _launch(weight, *layouts(x, a, b, bias), float(s), splits, asm, dot_precision(x), t)
+    if N == 0:
+        return x.new_empty(M, 0)
     out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
-    if N:
-        statistics = {"absmax_ptr": absmax, "code2_ptr": code2, "absmax2_ptr": absmax2, "offset_ptr": offset}
-        code = None if asm else code_book(quant_type, x.device)
-        bias = None if bias is None else bias.contiguous()
-        launch(
-            x_ptr=x, packed_ptr=packed, **statistics, code_ptr=code, a_ptr=a, b_ptr=b, bias_ptr=bias, out_ptr=out
-        )  # fmt: skip
-    return sum_splits([out], [x.dtype])[0] if N else out[0]
+    code = None if asm else code_book(quant_type, x.device)
+    bias = None if bias is None else bias.contiguous()
+    launch(x_ptr=x, **pointers, code_ptr=code, a_ptr=a, b_ptr=b, bias_ptr=bias, out_ptr=out)
+    return sum_splits([out], [x.dtype])[0]
 
 
 @prepared
 def _launch(
+    weight: Packed,
     x: Layout,
-    packed: Layout,
-    absmax: Layout,
-    code2: Layout | None,
-    absmax2: Layout | None,
-    offset: Layout | None,
     a: Layout | None,
     b: Layout | None,
     bias: Layout | None,
-    blocksize: int,
-    blocksize2: int,
-    quant_type: str,
-    N: int,
-    K: int,
     s: float,
     splits: int | None,
     asm: bool,
@@ -175,9 +163,9 @@ def _launch(
     t: Tile,
 ) -> tuple[int, Launch]:
     """Into how many parts K is split, and the launch."""
-    M, r = x.shape[0], 0 if a is None else a.shape[0]
-    expect_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
-    expect(packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
+    N, K, M, r = weight.N, weight.K, x.shape[0], 0 if a is None else a.shape[0]
+    expect_4bit(weight)
+    expect(weight.packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
     blocks = cdiv(N, t.BLOCK_N)
     if splits is None:  # a split has at least four steps of the loop
         splits = max(1, min(4 * multiprocessors(x.device) // max(1, blocks), K // (4 * t.BLOCK_K)))
@@ -188,8 +176,8 @@ def _launch(
         _nf4_matmul_kernel, (blocks, splits), stride_xm=x.stride[0], stride_xk=x.stride[1],
         stride_ar=stride_ar, stride_ak=stride_ak, stride_bn=stride_bn, stride_br=stride_br, s=s,
         stride_os=M * N, stride_om=N, M=M, N=N, K=K, r=r, SPLIT_K=SPLIT_K,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, NESTED=code2 is not None,
-        ASM=lookup_asm(CODES[quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
+        BLOCKSIZE=weight.blocksize, BLOCKSIZE2=weight.blocksize2, NESTED=weight.code2 is not None,
+        ASM=lookup_asm(CODES[weight.quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
         HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=PRECISION,
         BLOCK_M=_padded(M), BLOCK_R=padded_rank(r), **t.kwargs(),
     )  # fmt: skip

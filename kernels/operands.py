@@ -1,10 +1,27 @@
 """What launchers ask of their operands before a kernel reads them: pointers know no bounds."""
 
 from math import prod
+from typing import NamedTuple
 
-from fastlora.kernels.launch import Layout
+from fastlora.kernels.launch import Layout, prepared
 
 
+class Packed(NamedTuple):
+    """The layout of a 4-bit weight [N, K]: of its bytes and statistics, and what says how to read them."""
+
+    packed: Layout
+    absmax: Layout
+    code2: Layout | None
+    absmax2: Layout | None
+    offset: Layout | None
+    blocksize: int
+    blocksize2: int
+    quant_type: str
+    N: int
+    K: int
+
+
+@prepared
 def expect(
     like: Layout, p: float = 0.0, seed: Layout | None = None, /, **operands: tuple[Layout | None, tuple]
 ) -> None:
@@ -17,34 +34,24 @@ def expect(
         raise ValueError(f"dropout needs a seed of one element on {like.device}, got {got}")
 
 
-def expect_4bit(
-    packed: Layout,
-    absmax: Layout,
-    code2: Layout | None,
-    absmax2: Layout | None,
-    offset: Layout | None,
-    blocksize: int,
-    blocksize2: int,
-    quant_type: str,
-    N: int,
-    K: int,
-) -> None:
-    """Raise ValueError unless these are the bytes and statistics of a 4-bit weight [N, K]."""
-    if quant_type not in ("nf4", "fp4"):
-        raise ValueError(f"quant_type must be nf4 or fp4, got {quant_type}")
-    blocks = -(-N * K // blocksize)
-    parts: dict[str, tuple[Layout | None, int]] = {"packed": (packed, -(-N * K // 2)), "absmax": (absmax, blocks)}
-    if code2 is not None:
-        parts |= {"code2": (code2, 256), "absmax2": (absmax2, -(-blocks // blocksize2)), "offset": (offset, 1)}
-    for name, (t, least) in parts.items():
-        if t is None or prod(t.shape) < least or not _is_contiguous(t) or t.device != packed.device:
+def expect_4bit(w: Packed) -> None:
+    """Raise ValueError unless these are the bytes and statistics of a 4-bit weight."""
+    if w.quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type must be nf4 or fp4, got {w.quant_type}")
+    blocks = -(-w.N * w.K // w.blocksize)
+    least = {"packed": -(-w.N * w.K // 2), "absmax": blocks}
+    if w.code2 is not None:
+        least |= {"code2": 256, "absmax2": -(-blocks // w.blocksize2), "offset": 1}
+    for name, length in least.items():
+        t = getattr(w, name)
+        if t is None or prod(t.shape) < length or not _is_contiguous(t) or t.device != w.packed.device:
             got = "None" if t is None else f"{list(t.shape)} of strides {list(t.stride)} on {t.device}"
             raise ValueError(
-                f"{name} of a 4-bit weight [{N}, {K}] must be {least} contiguous elements on {packed.device}, got {got}"
+                f"{name} of a 4-bit weight [{w.N}, {w.K}] must be {length} contiguous elements on {w.packed.device}, "
+                f"got {got}"
             )
 
 
 def _is_contiguous(t: Layout) -> bool:
-    return all(
-        size == 1 or stride == prod(t.shape[i + 1 :]) for i, (size, stride) in enumerate(zip(*t[:2], strict=True))
-    )
+    inner = [prod(t.shape[i + 1 :]) for i in range(len(t.shape))]
+    return 0 in t.shape or all(n == 1 or step == each for n, step, each in zip(t.shape, t.stride, inner, strict=True))

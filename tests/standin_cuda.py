@@ -51,10 +51,9 @@ def refuse_nested_descriptors() -> None:
     """As Triton's launcher does until 3.7: it finds descriptors only where they are arguments of their own."""
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-        nested = [each for arg in args if isinstance(arg, tuple) for each in arg]
-        assert not any(isinstance(each, TensorDescriptor) for each in nested), (
-            f"{self.__name__}: a tuple of descriptors"
-        )
+        for arg in (*args, *kwargs.values()):
+            nested = arg if isinstance(arg, tuple) else ()
+            assert not any(isinstance(each, TensorDescriptor) for each in nested), f"{self.__name__}: in a tuple"
         return launch(self, *args, **kwargs)
 
     launch = JITFunction.run

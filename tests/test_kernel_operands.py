@@ -59,7 +59,7 @@ class TestRefusals:
             "two seeds": (lambda: op.lora_matmul(x, w, xa, b, None, 0.1, seed), "dropout needs a seed"),
             "dy": (lambda: op.lora_grad(dy[:, 1:], x, b, xa, 1.0), "b must be [47, 6]"),
             "x of lora_grad": (lambda: op.lora_grad(dy, x[1:], b, xa, 1.0), "x must be [5, 128]"),
-            "dxa": (lambda: op.lora_grad_a(xa[1:], x), "x must be [4, 128]"),
+            "dxa": (lambda: op.lora_grad_a(xa[1:], x), "dxa must be [5, 6]"),
             "up": (lambda: op.swiglu(x, x[1:], "silu"), "up must be [5, 128]"),
             "dh": (lambda: op.swiglu_backward_(x[1:], x, x, "silu"), "dh must be [5, 128]"),
             "activation": (lambda: op.swiglu(x, x, "relu"), "activation must be one of silu, gelu"),

@@ -50,6 +50,9 @@ def test_fused_is_possible_where_its_kernel_is():
 
 
 def test_a_group_of_many_is_left_to_the_vendor():
+    from fastlora.kernels import lora_matmul
+
+    assert plans.MAX_TAIL_PARTS == lora_matmul.MAX_PARTS
     assert plans.possible("lora_matmul", Problem(64, 64, 256, 64, parts=3)) == ("tail", "base_last")
     assert choose("lora_matmul", Problem(64, 64, 256, 64, parts=4)) == "base_last"
     with plans.use(lora_matmul="tail"), pytest.raises(ValueError, match="use base_last"):
