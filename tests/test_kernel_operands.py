@@ -58,6 +58,7 @@ class TestRefusals:
             "dropout without a seed": (lambda: op.shrink(x, a, 1.0, 0.1), "dropout needs a seed"),
             "two seeds": (lambda: op.lora_matmul(x, w, xa, b, None, 0.1, seed), "dropout needs a seed"),
             "dy": (lambda: op.lora_grad(dy[:, 1:], x, b, xa, 1.0), "b must be [47, 6]"),
+            "xa of lora_grad": (lambda: op.lora_grad(dy, x, b, xa[:, 1:], 1.0), "xa must be [5, 6]"),
             "x of lora_grad": (lambda: op.lora_grad(dy, x[1:], b, xa, 1.0), "x must be [5, 128]"),
             "dxa": (lambda: op.lora_grad_a(xa[1:], x), "dxa must be [5, 6]"),
             "up": (lambda: op.swiglu(x, x[1:], "silu"), "up must be [5, 128]"),
@@ -81,9 +82,9 @@ class TestRefusals:
         "case",
         (
             "x of the wrong width", "one a of a group", "w", "xa", "b", "bias", "a group's x", "dropout without a seed",
-            "two seeds", "dy", "x of lora_grad", "dxa", "up", "dh", "activation", "quant_type", "a of a merge",
-            "x of nf4_matmul", "bias of nf4_matmul", "scales apart", "short packed", "short absmax", "short code2",
-            "short absmax2",
+            "two seeds", "dy", "xa of lora_grad", "x of lora_grad", "dxa", "up", "dh", "activation", "quant_type",
+            "a of a merge", "x of nf4_matmul", "bias of nf4_matmul", "scales apart", "short packed", "short absmax",
+            "short code2", "short absmax2",
         ),
     )  # fmt: skip
     def test_operands_that_do_not_fit_together(self, case):

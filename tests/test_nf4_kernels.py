@@ -141,6 +141,13 @@ class TestNF4Matmul:
             assert (y[w == 0] == 0).all()
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_few_tokens_of_no_outputs(splits):
+    weight = torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None, None, 64, 0, "nf4", 0, 448
+    y = nf4_matmul(*on_device(torch.randn(3, 448).to(torch.bfloat16), *weight, None, None, 1.0, None, splits))
+    assert y.shape == (3, 0) and y.dtype == torch.bfloat16
+
+
 def test_lookup_in_registers_is_the_code():
     """All 16 codes in all eight places of both words."""
     for quant_type, code in CODES.items():
