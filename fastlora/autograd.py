@@ -36,10 +36,10 @@ Weight = Tensor | Weight4bit
 
 def apply(function: type[Function], *args: Any) -> Any:
     """``function.apply(*args)``; eager calls skip its binding of default arguments, which costs 25 µs a call."""
+    if not torch.is_grad_enabled():  # asked first: Dynamo's apply passes a context there that forward does not take
+        return function.forward(*args)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    if not torch.is_grad_enabled():
-        return function.forward(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
@@ -67,6 +67,19 @@ def without_autocast(compute: Callable) -> Callable:
             return compute(x, *args)
 
     return run
+
+
+def backward_without_autocast(backward: Callable) -> Callable:
+    """A once-differentiable backward with autocast off, whether or not it is called under it: dtypes are decided."""
+
+    def run(ctx: Any, dy: Tensor | None, *others: Any) -> Any:
+        device = "cpu" if dy is None else dy.device.type
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, dy, *others)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, dy, *others)
+
+    return once_differentiable(run)
 
 
 def is_packed() -> bool:
@@ -267,7 +280,7 @@ class LoRALinear(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx, dy, _=None):
         need_dx, need_da, need_db, need_dbias = ctx.needs_input_grad[:4]
         s, p, numbers, shared, place, chained, _ = ctx.static
@@ -343,7 +356,7 @@ class AddLoRA(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 9

@@ -156,12 +156,32 @@ def _inside(value: Any) -> Any:
 
 def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The block's forward, by one autograd Function if every layer's ``operands(x)``, its base layer and adapter, can
-    be had now. While compiling it is the block's own: Inductor fuses the activation and recomputes it in backward."""
-    if not torch.compiler.is_compiling():
-        y = _as_one(module, fusion, x) if type(x) is Tensor and not args and not kwargs else None
-        if y is not None:
-            return y
-    return type(module).forward(module, x, *args, **kwargs)
+    be had now."""
+    y = None
+    if not args and not kwargs:
+        if torch.compiler.is_compiling():
+            y = _as_one_compiled(module, x)
+        elif type(x) is Tensor:
+            y = _as_one(module, fusion, x)
+    return type(module).forward(module, x, *args, **kwargs) if y is None else y
+
+
+def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The block as one function inside a graph: what it is is found out while tracing, and the children are touched
+    so that the graph is guarded on them."""
+    block = _block_while_tracing(module)
+    for child in module._modules.values():
+        child.training  # noqa: B018
+    if isinstance(block, str):
+        return None
+    operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
+    return mlp_forward(x, operands, block.activation)
+
+
+@torch.compiler.assume_constant_result
+def _block_while_tracing(module: nn.Module) -> Block | str:
+    fusion = fusion_of(module)
+    return "it is not fused" if fusion is None else fusion.block_now(module)
 
 
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:

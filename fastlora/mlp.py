@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from fastlora.autograd import (
     TENSORS,
@@ -19,6 +18,7 @@ from fastlora.autograd import (
     Weight,
     adapter_grads,
     apply,
+    backward_without_autocast,
     fields_of,
     input_gradient,
     is_merged,
@@ -119,7 +119,7 @@ class MLP(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
+    @backward_without_autocast
     def backward(ctx, dy):
         n = len(ctx.numbers)
         before, after = 4, 2 * n - 1  # other arguments
