@@ -155,7 +155,7 @@ A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
         (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "must describe a LORA adapter"),
         (spoil_config(peft_type="LOHA"), "must describe a LORA adapter, got 'LOHA'"),
-        (spoil_config(lora_alpha="x"), "must have a number 'lora_alpha'"),
+        (spoil_config(lora_alpha="x"), "lora_alpha must be a finite number, got x"),
         (spoil_config(use_dora=True), "uses use_dora: load it with PEFT"),
         (spoil_config(modules_to_save=["norm"]), "uses modules_to_save"),
         (change_tensors(lambda t: t.pop(B)), "lora_A but no lora_B for q"),
@@ -169,7 +169,7 @@ A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
         ),
         (
             change_tensors(lambda t: t.update({A.replace("q", "norm"): t.pop(A), B.replace("q", "norm"): t.pop(B)})),
-            "does not fit 'norm'",
+            "config and weights are for different layers; they differ in norm, q",
         ),
     ],
 )

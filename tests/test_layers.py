@@ -25,6 +25,7 @@ LAYERS = [  # each may import what stands before it
     {"fuse"},
     {"nn"},
     {"model"},
+    {"adapter_config"},
     {"adapter_files"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
