@@ -115,7 +115,7 @@ class AdapterConfig:
 
     def _is_transformed(self, name: str) -> bool:
         indices = self._layer_indices()
-        if not indices:
+        if not indices or name in self.target_modules:  # a whole name is not asked for its index
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
         wholes = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns if pattern]

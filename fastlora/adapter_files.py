@@ -18,7 +18,7 @@ from fastlora.nn import LoRALinear
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-_READS = 10  # of a folder that is replaced while it is read
+_READS = 100  # of a folder that is replaced while it is read
 
 
 class _Adapter(NamedTuple):

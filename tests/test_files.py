@@ -170,17 +170,13 @@ def test_several_savers_take_turns(tmp_path):
     """At any moment after all of them ended, or were killed, the files are of one save."""
     draw = random.Random(0)
     for _ in range(5):
-
-        def forever(text=str(draw.random())):
-            while True:
-                save(tmp_path, text)
-
         savers = []
-        for _ in range(3):
+        for i in range(3):
             savers.append(os.fork())
             if savers[-1] == 0:
                 try:
-                    forever()
+                    while True:
+                        save(tmp_path, f"saver {i}")
                 finally:
                     os._exit(1)
         time.sleep(0.05 + 0.1 * draw.random())
