@@ -27,6 +27,7 @@ LAYERS = [  # each may import what stands before it
     {"model"},
     {"adapter_config"},
     {"adapter_files"},
+    {"trainer"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
     {"aot", "cases", "ledger", "timeline"},
