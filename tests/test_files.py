@@ -83,7 +83,7 @@ def test_killed_at_any_step(before, tmp_path):
     raise AssertionError("a save that never ends")
 
 
-@pytest.mark.parametrize("rounds", [40, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [40, pytest.param(500, marks=pytest.mark.slow)])
 def test_killed_again_and_again(rounds, tmp_path):
     """Savers that find what several killed ones left."""
     draw = random.Random(0)
