@@ -62,7 +62,14 @@ def no_links(*_, **__):
     raise OSError(errno.EPERM, "no symbolic links here")
 
 
-@pytest.mark.parametrize("before", [[None, None], ["old", "old"], ["old", None], [None, "old"]], ids=str)
+@pytest.mark.parametrize(
+    "before",
+    [
+        ["old", "old"],
+        *(pytest.param(before, marks=pytest.mark.slow) for before in ([None, None], [None, "old"], ["old", None])),
+    ],
+    ids=str,
+)
 def test_killed_at_any_step(before, tmp_path):
     """The old files or the new ones; other files stay; the next save clears everything away."""
     for step in range(200):
