@@ -11,12 +11,14 @@ from fastlora.calls import Report, report
 from fastlora.functional import lora_linear
 from fastlora.model import add_lora, merge, unmerge
 from fastlora.nn import LoRALinear, LoRAMLP
+from fastlora.trainer import AdapterCheckpoints
 from fastlora.version import __version__
 
 if TYPE_CHECKING:
     from fastlora.peft import PatchReport, patch, unpatch
 
 __all__ = [
+    "AdapterCheckpoints",
     "LoRALinear",
     "LoRAMLP",
     "PatchReport",

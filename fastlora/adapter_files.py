@@ -1,164 +1,161 @@
 """Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
-from collections import Counter
+import os
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastlora.files import replace_file
-from fastlora.model import from_pattern, lora_layers, put_layers, require_layers, unchanged_on_error
+from fastlora.adapter_config import AdapterConfig, describe
+from fastlora.files import is_still_at, replace_together
+from fastlora.model import lora_layers, put_layers, require_layers, require_no_adapters, unchanged_on_error
 from fastlora.nn import LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-# Settings of PEFT under which an adapter is more, or other, than lora_A and lora_B of plain linear layers.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "kasa_config",
-    "monteclora_config",
-)
+_READS = 100  # of a folder that is replaced while it is read
+
+
+class _Adapter(NamedTuple):
+    """What a folder holds: lora_A and lora_B by the name of their layer, and biases by the name of theirs."""
+
+    config: AdapterConfig
+    layers: dict[str, tuple[Tensor, Tensor]]
+    biases: dict[str, Tensor]
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: str | None = None) -> None:
     """Write the adapters of a model made by `add_lora` so that PEFT's ``PeftModel.from_pretrained`` loads them.
 
-    Tensors keep their dtype bit for bit; trained biases are saved with them. Each file is written beside its place,
-    synced and renamed: an interrupted save leaves the old file.
+    PEFT then adapts exactly these layers, with their ranks, alphas and dropout. Tensors keep their dtype bit for bit;
+    trained biases are saved with them.
 
-    Raises ValueError if the model has no adapters of `add_lora`, or some but not all use rank-stabilised scaling.
+    Both files are replaced in one instant: whoever loads the folder, also after a save was killed or while several
+    run, finds the config and the weights of one save. What a killed save leaves is cleared away by the next one; other
+    files of the folder stay. (PEFT reads the config first and the weights a moment later: if a save ends between the
+    two, it gets one of each. `load_adapter` sees that and reads again.)
+
+    Raises ValueError, and writes nothing, if the model has no adapters of `add_lora`, or PEFT's format cannot say what
+    they are: dropouts that differ, use_rslora on some layers only, a scaling that is not that of lora_alpha and r.
+    Raises OSError, and leaves the old files, if the new ones cannot be written.
     """
     layers = dict(lora_layers(model))
     require_layers(layers, model)
-    if len({layer.use_rslora for layer in layers.values()}) > 1:
-        raise ValueError("PEFT's format has one use_rslora for all layers; this model has both")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
+        _require_whole(name, layer)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
     biases = {n: p for n, p in model.named_parameters() if p.requires_grad and n.rpartition(".")[2] == "bias"}
     tensors |= {_PREFIX + name: parameter for name, parameter in biases.items()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     only_adapted = all(name.endswith(".base_layer.bias") for name in biases)
-    config = _config(model, layers, "none" if not biases else "lora_only" if only_adapted else "all")
-    config["base_model_name_or_path"] = base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config = describe(model, layers, "none" if not biases else "lora_only" if only_adapted else "all")
+    base = base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    config["base_model_name_or_path"] = base if base is None else os.fspath(base)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    folder = Path(folder)
-    replace_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(folder / CONFIG, lambda path: path.write_text(text))
+    # Copied, as safetensors refuses tensors that share memory.
+    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    replace_together(
+        Path(folder),
+        {
+            WEIGHTS: lambda path: save_file(copies, path, metadata={"format": "pt"}),
+            CONFIG: lambda path: path.write_text(text, encoding="utf-8"),
+        },
+    )
 
 
 def load_adapter(model: nn.Module, folder: str | Path, adapter_dtype: torch.dtype | None = None) -> nn.Module:
     """Load an adapter that `save_adapter` or PEFT wrote, into the layers that it names.
 
-    A model without adapters gets them, as by `add_lora`; in one that has them they are overwritten, and must be for the
-    same layers with the same ranks. ``adapter_dtype`` is that of new adapters (see `LoRALinear`).
+    A model without adapters gets them, as by `add_lora`; in one that has them they are overwritten, with their scaling
+    and dropout, and must be for the same layers with the same ranks. ``adapter_dtype`` is that of new adapters (see
+    `LoRALinear`). Layers, ranks and scalings are those that PEFT reads from the config, and the weights must be those
+    of exactly these layers. NaN and infinite weights are loaded as they are; alpha and dropout must be finite.
 
     Returns the model. Raises ValueError, and leaves the model as it was, if a file is missing, corrupt, a pickle (only
-    safetensors is read: a pickle can run code), of another PEFT method, or does not fit the model.
+    safetensors is read: a pickle can run code), of another PEFT method, or does not fit the model. Raises OSError, and
+    leaves the model as it was, if the system refuses to read a file.
     """
-    folder = Path(folder)
-    config, tensors = _read(folder)
-    adapters, biases = _parse(tensors)
+    if adapter_dtype is not None and not adapter_dtype.is_floating_point:
+        raise ValueError(f"adapter_dtype must be a floating-point dtype, got {adapter_dtype}")
+    adapter = _read(Path(folder))
     existing = dict(lora_layers(model))
-    with unchanged_on_error(model):
-        layers = existing or {
-            name: _new_layer(model, name, a, b, config, adapter_dtype) for name, (a, b) in adapters.items()
-        }
-        _check_fit(model, layers, existing, adapters, biases)
     if not existing:
-        put_layers(model, layers)
-    with torch.no_grad():
-        for name, (a, b) in adapters.items():
+        require_no_adapters(model)
+    _check_layers(model, adapter, existing)
+    biases = _find_biases(model, adapter, existing)
+    with unchanged_on_error(model), torch.no_grad():
+        layers = existing or {name: _new_layer(model, name, adapter.config, adapter_dtype) for name in adapter.layers}
+        if not existing:
+            put_layers(model, layers)
+        for name, (a, b) in adapter.layers.items():
             layer = layers[name]
             layer.lora_A.copy_(a)
             layer.lora_B.copy_(b)
-            layer.set_scaling(from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]), _rslora(config))
-        for name, value in biases.items():
-            model.get_parameter(name).copy_(value).requires_grad_(True)
+            layer.set_scaling(adapter.config.alpha(name), adapter.config.use_rslora)
+            layer.lora_dropout = adapter.config.lora_dropout
+        for parameter, value in biases:
+            parameter.copy_(value).requires_grad_(True)
     return model
 
 
-def _config(model: nn.Module, layers: dict[str, LoRALinear], bias: str) -> dict[str, Any]:
-    ranks = Counter(layer.r for layer in layers.values())
-    alphas = Counter(layer.lora_alpha for layer in layers.values())
-    r, alpha = ranks.most_common(1)[0][0], alphas.most_common(1)[0][0]
-    first = next(iter(layers.values()))
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": first.lora_dropout,
-        "use_rslora": first.use_rslora,
-        "rank_pattern": {name: layer.r for name, layer in layers.items() if layer.r != r},
-        "alpha_pattern": {name: layer.lora_alpha for name, layer in layers.items() if layer.lora_alpha != alpha},
-        "target_modules": sorted(layers),
-        "bias": bias,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
+def _require_whole(name: str, layer: LoRALinear) -> None:
+    a, b = layer.lora_A, layer.lora_B
+    if not name:
+        raise ValueError("PEFT's format names layers within a model; this model is a single layer")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or not a.numel() or not b.numel() or a.is_meta:
+        raise ValueError(
+            f"the adapter of {name!r} has no values here (meta, sharded or empty): {list(a.shape)}, {list(b.shape)}"
+        )
 
 
-def _rslora(config: dict[str, Any]) -> bool:
-    return bool(config.get("use_rslora"))
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if folder.suffix in _PICKLES:
+def _read(folder: Path) -> _Adapter:
+    if folder.suffix in _PICKLES and not folder.is_dir():
         raise ValueError(f"{folder.name} looks like a pickle, which can run code and is never loaded; give a folder")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"an adapter is a folder with {CONFIG} and {WEIGHTS}; {folder} is not a folder")
-    if not (folder / WEIGHTS).is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
-        if pickles:
-            raise ValueError(
-                f"{folder} has only {', '.join(pickles)}, a pickle, which can run code and is never loaded; "
-                f"save the adapter again with PEFT, which writes {WEIGHTS}"
-            )
-        raise ValueError(f"{folder} has no {WEIGHTS}")
+    for name in (CONFIG, WEIGHTS):
+        if not os.path.isfile(folder / name):
+            raise ValueError(_missing(folder, name))
+    for _ in range(_READS):
+        with (folder / CONFIG).open("rb") as file:
+            text, tensors = file.read(), _read_tensors(folder / WEIGHTS)
+            if is_still_at(file.fileno(), folder / CONFIG):  # so the weights are of the same save
+                return _Adapter(AdapterConfig.from_json(text), *_parse(tensors))
+    raise ValueError(f"{folder} is being replaced faster than it can be read")
+
+
+def _missing(folder: Path, name: str) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+    if name == CONFIG or not pickles:
+        return f"{folder} has no {name}"
+    return (
+        f"{folder} has only {', '.join(pickles)}, a pickle, which can run code and is never loaded; "
+        f"save the adapter again with PEFT, which writes {WEIGHTS}"
+    )
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        config = json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no {CONFIG}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG} is not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{folder / CONFIG} must describe a LORA adapter, got {kind!r}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            raise ValueError(f"{folder / CONFIG} must have a number {key!r}, got {config.get(key)!r}")
-    used = [key for key in _UNSUPPORTED if config.get(key)]
-    if used:
-        raise ValueError(f"the adapter uses {', '.join(used)}: load it with PEFT and call fastlora.patch(model)")
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS} is corrupt or not a safetensors file: {error}") from None
+        with safe_open(file, framework="pt") as weights:
+            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118 (not a dict)
+    except OSError:
+        raise
+    except Exception as error:  # safetensors raises what it likes for types that torch does not have
+        raise ValueError(f"{file} is corrupt or not a safetensors file: {error}") from None
 
 
 def _parse(tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Split an adapter file's tensors into (lora_A, lora_B) by layer name, and biases by parameter name."""
+    foreign = [name for name, t in tensors.items() if not name.startswith(_PREFIX) or not t.is_floating_point()]
+    if foreign:
+        name = foreign[0]
+        raise ValueError(f"expected floating-point tensors {_PREFIX}*, got {name!r} of {tensors[name].dtype}")
     stripped = {name.removeprefix(_PREFIX): t for name, t in tensors.items()}
     names = {name.removesuffix(".lora_A.weight") for name in stripped if name.endswith(".lora_A.weight")}
     adapters = {}
@@ -175,40 +172,74 @@ def _parse(tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]]
     return adapters, stripped
 
 
-def _new_layer(model: nn.Module, name: str, a: Tensor, b: Tensor, config: dict[str, Any], dtype) -> LoRALinear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"the adapter is for {name!r}, which this model does not have") from None
+def _check_layers(model: nn.Module, adapter: _Adapter, existing: dict[str, LoRALinear]) -> None:
+    """Raise ValueError unless the config and the weights are for the same layers, which the model has, and fit them."""
+    modules = dict(model.named_modules())
+    odd = sorted(adapter.layers.keys() - modules.keys())
+    if odd:
+        raise ValueError(f"the adapter is for {odd[0]!r}, which this model does not have")
+    if existing and (odd := sorted(existing.keys() ^ adapter.layers.keys())):
+        raise ValueError(
+            f"the adapter is for other layers than the model's adapters; they differ in {', '.join(odd[:5])}"
+        )
+    if odd := sorted(adapter.config.adapted(model) ^ adapter.layers.keys()):
+        raise ValueError(
+            f"the adapter's config and weights are for different layers; they differ in {', '.join(odd[:5])}"
+        )
+    for name, (a, b) in adapter.layers.items():
+        module = modules[name]
+        r, K, N = adapter.config.rank(name), *(getattr(module, at, None) for at in ("in_features", "out_features"))
+        if list(a.shape) != [r, K] or list(b.shape) != [N, r]:
+            raise ValueError(
+                f"the adapter for {name!r} has shapes {list(a.shape)}, {list(b.shape)}; "
+                f"the layer needs {[r, K]}, {[N, r]}"
+            )
+        if name in existing:
+            _check_existing(name, existing[name], r)
+        elif any(p.is_meta for p in module.parameters()):
+            raise ValueError(f"{name!r} is on the meta device, where an adapter has no values")
+
+
+def _check_existing(name: str, layer: LoRALinear, r: int) -> None:
+    if layer.merged:
+        raise ValueError(f"the adapter of {name!r} is merged: call fastlora.unmerge(model) first")
+    if layer.r != r:
+        raise ValueError(f"the adapter for {name!r} has rank {r}; the model's has rank {layer.r}")
+    if layer.lora_A.is_meta or layer.lora_B.is_meta:
+        raise ValueError(f"{name!r} is on the meta device, where an adapter has no values")
+
+
+def _find_biases(
+    model: nn.Module, adapter: _Adapter, existing: dict[str, LoRALinear]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The model's parameters that the adapter's biases are for."""
+    parameters, found = dict(model.named_parameters()), []
+    for name, value in adapter.biases.items():
+        owner = name.removesuffix(".bias")
+        layer = owner.removesuffix(".base_layer")
+        # New layers are not in place yet, so their base_layer.bias is still the module's bias.
+        place = f"{layer}.bias" if layer in adapter.layers and layer != owner and not existing else name
+        parameter = None if owner in adapter.layers else parameters.get(place)
+        if (
+            parameter is None
+            or parameter.shape != value.shape
+            or not parameter.is_floating_point()
+            or parameter.is_meta
+        ):
+            raise ValueError(f"the adapter has a bias {name!r} {list(value.shape)} that does not fit the model")
+        found.append((parameter, value))
+    return found
+
+
+def _new_layer(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.dtype | None) -> LoRALinear:
     try:
         return LoRALinear.from_linear(
-            module,
-            r=a.shape[0],
-            lora_alpha=from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]),
-            lora_dropout=config.get("lora_dropout") or 0.0,
-            use_rslora=_rslora(config),
+            model.get_submodule(name),
+            r=config.rank(name),
+            lora_alpha=config.alpha(name),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
             adapter_dtype=dtype,
         )
     except TypeError as error:
         raise ValueError(f"the adapter does not fit {name!r}: {error}") from None
-
-
-def _check_fit(model, layers, existing, adapters, biases) -> None:
-    if existing and existing.keys() != adapters.keys():
-        odd = sorted(existing.keys() ^ adapters.keys())
-        raise ValueError(
-            f"the adapter is for other layers than the model's adapters; they differ in {', '.join(odd[:5])}"
-        )
-    for name, (a, b) in adapters.items():
-        layer = layers[name]
-        if a.shape != layer.lora_A.shape or b.shape != layer.lora_B.shape:
-            raise ValueError(
-                f"the adapter for {name!r} has shapes {list(a.shape)}, {list(b.shape)}; "
-                f"the layer needs {list(layer.lora_A.shape)}, {list(layer.lora_B.shape)}"
-            )
-    parameters = dict(model.named_parameters())
-    for name, value in biases.items():
-        # New layers are not in place yet, so their base_layer.bias is still the module's bias.
-        parameter = parameters.get(name, parameters.get(name.replace(".base_layer.bias", ".bias")))
-        if parameter is None or parameter.shape != value.shape:
-            raise ValueError(f"the adapter has a bias {name!r} {list(value.shape)} that does not fit the model")

@@ -47,8 +47,7 @@ def add_lora(
     """
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
-    if any(isinstance(m, LoRALinear) or hasattr(m, "lora_A") for m in model.modules()):
-        raise ValueError("the model has LoRA layers already; a PEFT model is made faster by fastlora.patch(model)")
+    require_no_adapters(model)
     names = _match_targets(model, target_modules, layers_to_transform)
     with unchanged_on_error(model):
         layers = {
@@ -63,7 +62,7 @@ def add_lora(
             )
             for name in names
         }
-    put_layers(model, layers)
+        put_layers(model, layers)
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias" and (bias == "all" or (bias == "lora_only" and owner.removesuffix(".base_layer") in layers)):
@@ -110,18 +109,58 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
-    """Freeze the model and put new adapted layers, which train, in the places of their base layers."""
-    model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.train(layer.base_layer.training))
-    for layer, siblings in siblings_among(layers):
-        layer._siblings = siblings
-    fuse_mlps(model, lambda module: isinstance(module, LoRALinear))
+    """Freeze the model and put new adapted layers, which train, in the places of their base layers.
+
+    If that fails, every base layer is back in its place; requires_grad is for `unchanged_on_error` to restore.
+    """
+    for name in layers:
+        parts = name.split(".")
+        if any(".".join(parts[:i]) in layers for i in range(1, len(parts))):
+            raise ValueError(f"{name!r} is part of a layer that would be adapted too")
+    try:
+        model.requires_grad_(False)
+        for name, layer in layers.items():
+            layer.training = layer.base_layer.training
+            model.set_submodule(name, layer)
+        for layer, siblings in siblings_among(layers):
+            layer._siblings = siblings
+        fuse_mlps(model, lambda module: isinstance(module, LoRALinear))
+    except BaseException:
+        unfuse_mlps(model)
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base_layer)
+        raise
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """The adapted layers of a model with their names."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+
+
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """The names of a model's modules, each with the name that it has, or had, without adapters."""
+    plain = {"": ""}
+    adapted = {name for name, _ in lora_layers(model)}
+    for name, _ in model.named_modules():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "base_layer" and owner in adapted:
+            plain[name] = plain[owner]
+        elif name:
+            plain[name] = f"{plain[owner]}.{leaf}" if plain[owner] else leaf
+    return plain
+
+
+def all_linear(model: nn.Module) -> set[str]:
+    """The plain names of the linear layers, adapted or not, less the output head: PEFT's ``"all-linear"``."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = (head, head.base_layer if isinstance(head, LoRALinear) else None)
+    plain = plain_names(model)
+    return {plain[n] for n, m in model.named_modules() if n and isinstance(m, nn.Linear) and m not in heads}
+
+
+def require_no_adapters(model: nn.Module) -> None:
+    if any(isinstance(m, LoRALinear) or hasattr(m, "lora_A") for m in model.modules()):
+        raise ValueError("the model has LoRA layers already; a PEFT model is made faster by fastlora.patch(model)")
 
 
 def require_layers(layers: dict[str, LoRALinear], model: nn.Module) -> None:
@@ -137,10 +176,10 @@ def require_layers(layers: dict[str, LoRALinear], model: nn.Module) -> None:
 def _match_targets(model: nn.Module, target_modules, layers_to_transform) -> list[str]:
     modules = {name: m for name, m in model.named_modules() if name}
     if target_modules == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head]
+        plain = all_linear(model)
+        names = [name for name in modules if name in plain]
     elif isinstance(target_modules, str):
-        names = [name for name in modules if re.fullmatch(target_modules, name)]
+        names = [name for name in modules if matches_whole(target_modules, name)]
     else:
         target_modules = list(target_modules)
         names = [n for n in modules if any(n == t or n.endswith(f".{t}") for t in target_modules)]
@@ -173,5 +212,19 @@ def _layer_index(name: str) -> int | None:
 
 
 def from_pattern(pattern: dict | None, name: str, default):
-    """PEFT's rule: the first key that matches the end of the name, from a dot on."""
-    return next((value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    """PEFT's rule: the value of the first key that matches the end of the name, from a dot on, or is the name."""
+    pattern = pattern or {}
+    key = next((key for key in pattern if match_regex(rf"(.*\.)?({key})$", name)), name)
+    return pattern.get(key, default)
+
+
+def matches_whole(regex: str, name: str) -> bool:
+    return match_regex(regex, name, re.fullmatch) is not None
+
+
+def match_regex(regex: str, name: str, match=re.match) -> re.Match[str] | None:
+    """Raises ValueError if it is not a regular expression."""
+    try:
+        return match(regex, name)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{regex!r} is not a regular expression: {error}") from None

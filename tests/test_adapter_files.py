@@ -2,6 +2,9 @@
 
 import json
 import os
+import random
+import signal
+import time
 
 import peft
 import pytest
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlora
+from fastlora import adapter_files
 from fastlora.adapter_files import CONFIG, WEIGHTS
 from fastlora.model import lora_layers
 
@@ -110,6 +114,105 @@ def test_an_interrupted_save_keeps_the_old_adapter(tmp_path, monkeypatch):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+def constant(value):
+    """An adapter of which weights, rank and alpha are all the same number."""
+    model = fastlora.add_lora(Net(), r=value, lora_alpha=value, target_modules=["q", "blocks.1"])
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_A.fill_(value)
+            layer.lora_B.fill_(value)
+    return model
+
+
+def constant_of(config, tensors):
+    """The number of the adapter that these are of; not one if they are of several."""
+    (value,) = {t.unique().item() for t in tensors.values()} | {config["r"], config["lora_alpha"]}
+    return value
+
+
+def save_in_turn(models, folder):
+    """A process that saves one model after the other, again and again."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            while True:
+                for model in models:
+                    fastlora.save_adapter(model, folder)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, "a saver failed"
+
+
+@pytest.mark.parametrize("kills", [15, pytest.param(500, marks=pytest.mark.slow)])
+def test_killed_savers_leave_one_adapter(kills, tmp_path, one_thread):
+    """Two savers at once, killed at any moment: the files that PEFT opens by their names are of one save."""
+    models = [constant(value) for value in (1, 2, 3)]
+    draw = random.Random(0)
+    fastlora.save_adapter(models[0], tmp_path)
+    (tmp_path / "README.md").write_text("kept")
+    for _ in range(kills):
+        savers = [save_in_turn(models, tmp_path), save_in_turn(models[::-1], tmp_path)]
+        time.sleep(draw.uniform(0.0, 0.1))
+        for pid in savers:
+            kill(pid)
+        constant_of(json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS))
+    theirs = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    constant_of(vars(theirs.peft_config["default"]), peft.get_peft_model_state_dict(theirs))
+    fastlora.save_adapter(models[0], tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_loading_while_others_save(tmp_path, one_thread):
+    models = [constant(value) for value in (1, 2, 3)]
+    fastlora.save_adapter(models[0], tmp_path)
+    savers = [save_in_turn(models, tmp_path), save_in_turn(models[::-1], tmp_path)]
+    seen = set()
+    try:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            model = fastlora.load_adapter(Net(), tmp_path)
+            for _, layer in lora_layers(model):
+                config = {"r": layer.r, "lora_alpha": layer.lora_alpha}
+                seen.add(constant_of(config, {"a": layer.lora_A, "b": layer.lora_B}))
+    finally:
+        for pid in savers:
+            kill(pid)
+    assert seen == {1, 2, 3}
+
+
+def test_a_replaced_config_is_read_again_with_its_weights(tmp_path, monkeypatch):
+    """A save that ends between the two reads, every time or once."""
+    fastlora.save_adapter(constant(1), tmp_path)
+    reads, read = [], adapter_files._read_tensors
+
+    def save_first(file):
+        if len(reads) < times:
+            reads.append(file)
+            fastlora.save_adapter(constant(len(reads) % 2 + 1), tmp_path)
+        return read(file)
+
+    monkeypatch.setattr(adapter_files, "_read_tensors", save_first)
+    times = 1
+    layer = fastlora.load_adapter(Net(), tmp_path).q
+    assert layer.r == layer.lora_alpha == 2 and layer.lora_A.unique().item() == 2
+    times = 1000
+    with pytest.raises(ValueError, match="replaced faster than it can be read"):
+        fastlora.load_adapter(Net(), tmp_path)
+
+
+def test_adapters_that_share_memory_are_saved(tmp_path):
+    model = constant(2)
+    model.q.lora_A = nn.Parameter(model.q.lora_A.detach())
+    model.get_submodule("blocks.1").lora_A = nn.Parameter(model.get_submodule("blocks.1").lora_B.detach().t())
+    fastlora.save_adapter(model, tmp_path)
+    assert fastlora.load_adapter(Net(), tmp_path).get_submodule("blocks.1").lora_A.unique().item() == 2
+
+
 def spoil_config(**changes):
     def spoil(folder):
         config = json.loads((folder / CONFIG).read_text())
@@ -155,7 +258,7 @@ A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
         (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "must describe a LORA adapter"),
         (spoil_config(peft_type="LOHA"), "must describe a LORA adapter, got 'LOHA'"),
-        (spoil_config(lora_alpha="x"), "must have a number 'lora_alpha'"),
+        (spoil_config(lora_alpha="x"), "lora_alpha must be a finite number, got x"),
         (spoil_config(use_dora=True), "uses use_dora: load it with PEFT"),
         (spoil_config(modules_to_save=["norm"]), "uses modules_to_save"),
         (change_tensors(lambda t: t.pop(B)), "lora_A but no lora_B for q"),
@@ -169,7 +272,7 @@ A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
         ),
         (
             change_tensors(lambda t: t.update({A.replace("q", "norm"): t.pop(A), B.replace("q", "norm"): t.pop(B)})),
-            "does not fit 'norm'",
+            "config and weights are for different layers; they differ in norm, q",
         ),
     ],
 )

@@ -26,7 +26,9 @@ LAYERS = [  # each may import what stands before it
     {"fuse"},
     {"nn"},
     {"model"},
+    {"adapter_config"},
     {"adapter_files"},
+    {"trainer"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
     {"aot", "cases", "ledger", "timeline"},

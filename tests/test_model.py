@@ -151,6 +151,9 @@ def snapshot(model):
         (dict(r=0), ValueError, "r must be positive"),
         (dict(lora_dropout=1.5), ValueError, r"in \[0, 1\)"),
         (dict(bias="some"), ValueError, "bias must be"),
+        (dict(target_modules="q_proj("), ValueError, "is not a regular expression"),
+        (dict(rank_pattern={"q_proj(": 2}), ValueError, "is not a regular expression"),
+        (dict(alpha_pattern={"q_proj{99999999999}": 2}), ValueError, "is not a regular expression"),
     ],
 )
 def test_bad_arguments_change_nothing(arguments, error, message):
@@ -159,6 +162,26 @@ def test_bad_arguments_change_nothing(arguments, error, message):
     with pytest.raises(error, match=message):
         fastlora.add_lora(model, **arguments)
     assert snapshot(model) == before
+
+
+class Scaled(nn.Linear):
+    """A linear layer that has another one in it."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.gain = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return super().forward(x) * self.gain(x)
+
+
+def test_a_layer_and_a_part_of_it_are_not_both_adapted():
+    model = nn.Sequential(Scaled(), nn.Linear(8, 8))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'0\.gain' is part of a layer that would be adapted too"):
+        fastlora.add_lora(model, r=2)
+    assert snapshot(model) == before
+    fastlora.add_lora(model, r=2, target_modules=["0", "1"])(torch.randn(3, 8))
 
 
 def test_adapters_are_added_once():
