@@ -7,6 +7,7 @@ fastlora.add_lora(model, r=16)               # or without PEFT
 from typing import TYPE_CHECKING, Any
 
 from fastlora.adapter_files import load_adapter, save_adapter
+from fastlora.calls import Report, report
 from fastlora.functional import lora_linear
 from fastlora.model import add_lora, merge, unmerge
 from fastlora.nn import LoRALinear, LoRAMLP
@@ -19,12 +20,14 @@ __all__ = [
     "LoRALinear",
     "LoRAMLP",
     "PatchReport",
+    "Report",
     "__version__",
     "add_lora",
     "load_adapter",
     "lora_linear",
     "merge",
     "patch",
+    "report",
     "save_adapter",
     "unmerge",
     "unpatch",

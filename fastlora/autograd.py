@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -28,6 +29,7 @@ lora_matmul = torch.ops.fastlora.lora_matmul.default
 lora_matmul_group = torch.ops.fastlora.lora_matmul_group.default
 lora_grad = torch.ops.fastlora.lora_grad.default
 nf4_matmul = torch.ops.fastlora.nf4_matmul.default
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 Weight = Tensor | Weight4bit
 
@@ -39,6 +41,19 @@ def apply(function: type[Function], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return function.forward(*args)
     return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def transform_without_rule() -> str | None:
+    """The transform in force here that fastlora's layers have no rule for, None if there is none."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode AD, for which fastlora has no rule"
+    if torch._C._are_functorch_transforms_active():
+        transforms = {level.key().name for level in retrieve_all_functorch_interpreters()}
+        if "Vmap" in transforms:
+            return "torch.func.vmap, for which fastlora has no rule"
+    return None
 
 
 def without_autocast(compute: Callable) -> Callable:
@@ -81,11 +96,19 @@ def new_handle(x: Tensor, N: int) -> Tensor:
 
 
 def rows_of(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    """``[..., K]`` as ``[M, K]``"""
+    if t.dim() == 2:
+        return t
+    K = t.shape[-1]
+    return t.reshape(-1 if K > 0 else t.shape[:-1].numel(), K)
 
 
 def like_rows_of(x_shape: torch.Size, y: Tensor) -> Tensor:
-    return y if len(x_shape) == 2 else y.view(*x_shape[:-1], y.shape[-1])
+    """``[M, N]`` with the leading dimensions of x.
+
+    Not by `view`: an output of a custom Function that is a view refuses every in-place op on it.
+    """
+    return y if len(x_shape) == 2 else _unsafe_view(y, (*x_shape[:-1], y.shape[-1]))
 
 
 def is_merged(weight: Weight, p: float) -> bool:
@@ -197,7 +220,7 @@ def lora_linear(
             torch._C._set_grad_enabled(True)
     elif shared is not None:
         place = shared.wanted(a, s)
-    chain = shared if shared is not None and shared.may_hold_graph_of(x) else None
+    chain = shared if shared is not None and shared.may_hold_graph else None
     token = None if chain is None else chain.token
     packed = is_packed()
     fields = fields_of(weight)
@@ -301,7 +324,7 @@ class AddLoRA(Function):
         if in_place:
             rows.addmm_(xa, b)
             return y
-        return torch.addmm(rows, xa, b).view(y.shape)
+        return like_rows_of(y.shape, torch.addmm(rows, xa, b))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

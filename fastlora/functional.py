@@ -44,10 +44,12 @@ def lora_linear(
 
     Raises:
         TypeError, ValueError: a dtype, shape or value is not as above, or weight requires grad.
+        RuntimeError: under forward-mode AD or ``torch.func.vmap``, which have no rule for it.
 
     Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314.
     """
     _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    refuse_transforms()
     return _apply(x, weight_4bit(weight) if is_4bit(weight) else weight, lora_A, lora_B, scaling, bias, dropout_p)
 
 
@@ -87,6 +89,12 @@ def add_lora_output(
     return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p), in_place)
 
 
+def refuse_transforms() -> None:
+    """Raise RuntimeError under a transform that would otherwise drop tangents, or fail deep inside."""
+    if (transform := autograd.transform_without_rule()) is not None:
+        raise RuntimeError(f"fastlora: this is called under {transform}")
+
+
 def _wrong_width(x: Tensor, a: Tensor) -> ValueError:
     return ValueError(f"x must be [..., {a.shape[1]}] for a layer with so many in_features, got {list(x.shape)}")
 
@@ -114,12 +122,15 @@ def adapted_forward(
     kind = base_kind(base_layer)
     if kind == "opaque":
         y = base_layer(x)
-        references = sys.getrefcount(y)
-        in_place = is_nobody_elses(y, references)
+        in_place = False
+        if not torch.compiler.is_compiling():  # which cannot trace reference counts
+            references = sys.getrefcount(y)
+            in_place = is_nobody_elses(y, references)
         shape = y.shape
         if in_place and y._is_view():  # of the matrix that the layer's product put out
             y = y._base
-        y = add_lora_output(y, x, a, b, scaling, p, in_place).view(shape)
+        y = add_lora_output(y, x, a, b, scaling, p, in_place)
+        y = y.view(shape) if in_place else y
         return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
     shared = None if siblings is None else siblings.share(layer, x)
     bias = base_layer._parameters["bias"] if lora_bias is None else whole_bias(base_layer, adapter)
@@ -134,7 +145,7 @@ def adapted_forward(
 def is_nobody_elses(y: Tensor, references: int) -> bool:
     """Whether the memory of y, a local variable with so many references, can be written: nobody else has it, such as
     the layer that made y (as its input, a buffer, or saved for its backward)."""
-    if type(y) is not Tensor or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if type(y) is not Tensor or torch._C._are_functorch_transforms_active():
         return False
     base: Any = y
     if y._is_view():
@@ -158,27 +169,40 @@ _REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that no
 def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activation: str) -> Tensor | None:
     """``down(act(gate(x)) * up(x))`` for (gate, up, down), ``down(act(up(x)))`` for (up, down): bases and adapters.
 
-    None if they cannot be computed as one: one is None, or a base layer computes itself, or in a dtype of its own.
+    None if they cannot be computed as one: one is None, or its base layer computes itself, or they do not all compute
+    in one dtype. 4-bit layers compute in theirs whatever x has: what they put out for each other then stays in it.
     """
     layers = [operand for operand in operands if operand is not None]
     if len(layers) < len(operands):
         return None
     if x.shape[-1] != layers[0][1].a.shape[1]:
         raise _wrong_width(x, layers[0][1].a)
-    dtype = autocast_dtype(x) or x.dtype
+    dtypes = {_compute_dtype(base_layer, x) for base_layer, _ in layers}
+    if len(dtypes) > 1 or None in dtypes:
+        return None
+    dtype: Any = dtypes.pop()
     projections = []
     for base_layer, adapter in layers:
-        kind = base_kind(base_layer)
-        if kind == "opaque" or (kind == "4bit" and compute_dtype_4bit(base_layer, x) != dtype):
-            return None
         a, b, scaling, p, _ = adapter
         if isinstance(scaling, Tensor):
             b, scaling = b * scaling, 1.0
-        weight = _weight_of(base_layer) if kind == "4bit" else base_layer._parameters["weight"].to(dtype)
+        is_dense = base_kind(base_layer) == "dense"
+        weight = base_layer._parameters["weight"].to(dtype) if is_dense else _weight_of(base_layer)
         bias = whole_bias(base_layer, adapter)
         projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
     *first, down = projections
-    return mlp.mlp(x.to(dtype), first, down, activation)
+    result = mlp.mlp(x.to(dtype), first, down, activation)
+    return result if autocast_dtype(x) is not None else result.to(x.dtype)
+
+
+def _compute_dtype(base_layer: Any, x: Tensor) -> torch.dtype | None:
+    """The dtype in which this base layer multiplies x, None if it computes itself or refuses x."""
+    kind, dtype = base_kind(base_layer), autocast_dtype(x)
+    if kind == "4bit":
+        return compute_dtype_4bit(base_layer, x)
+    if kind == "opaque" or (dtype is None and base_layer._parameters["weight"].dtype != x.dtype):
+        return None
+    return dtype or x.dtype
 
 
 def whole_bias(base_layer: Any, adapter: Adapter) -> Tensor | None:

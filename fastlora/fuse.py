@@ -1,160 +1,263 @@
-"""Find the MLP blocks of a model and compute each as one: no model source is read or patched, a probe decides.
+"""Find the MLP blocks of a model and compute each as one: no model source is read or patched, a proof decides.
 
 A block is a module whose only layers with parameters are two or three adapted ones of the right shapes. It is fused if
-its own forward, on a random input, is ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))`` for one of the known
-activations. The module keeps its class, parameters and children; only this instance's forward is replaced. Whenever
-its layers cannot be computed as one (adapters merged or disabled, hooks on a layer), it runs its own forward.
+its own forward is shown to be ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))`` for one of the known activations:
+see `prove`. The module keeps its class, parameters and children; only this instance's forward is replaced. Whenever
+its layers cannot be computed as one (adapters merged or disabled, hooks on a layer), or something that the proof
+depends on has changed (`Fusion.why_own_forward`), it runs its own forward.
 """
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable
 from functools import partial
-from itertools import permutations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.functional import mlp_forward
-from fastlora.reference import activate
+from fastlora.calls import ATTRIBUTE, calls_of
+from fastlora.functional import autocast_dtype, is_hooked, mlp_forward
+from fastlora.proof import Block, prove
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-
-
-class Block(NamedTuple):
-    """The names of an MLP's layers, (gate, up, down) or (up, down), and its activation."""
-
-    layers: tuple[str, ...]
-    activation: str
+PROOFS = 4  # of a block that changes at every call, before it is left to its own forward
 
 
-def fuse_mlps(model: nn.Module, is_layer: Callable[[Any], bool]) -> tuple[dict[str, Block], dict[str, str]]:
+def fuse_mlps(model: nn.Module, is_layer: Callable[[Any], bool], strict: bool = False) -> tuple[list[str], dict]:
     """Fuse every MLP block of adapted layers, which have a method ``operands``: see `forward_as_one`.
 
-    Returns the blocks fused by name, and for those that look like one but are not the reason why.
+    Returns the names of the blocks that are fused and, for everything else that looks like an MLP, the reason why not.
     """
-    fused, kept = {}, {}
+    fused: list[str] = []
+    kept: dict[str, str] = {}
     for name, module in model.named_modules():
-        orders = list(orders_of(module, is_layer))
-        if not orders:
+        layers = mlp_layers(module, is_layer)
+        if not layers:
+            whole = mlp_layers(module, _is_linear)
+            adapted = [child for child, layer in whole.items() if is_layer(layer)]
+            if adapted and widens(whole.values()):
+                kept[name] = (
+                    f"only {' and '.join(adapted)} of its layers {', '.join(whole)} can be computed by fastlora"
+                )
             continue
-        block = _block_of(module)
-        if block is None and "forward" in module.__dict__:
-            kept[name] = "its forward was already wrapped on the instance: patch before that"
-            continue
-        probed = block or probe(module, orders)
-        if isinstance(probed, str):
-            kept[name] = probed
-            continue
-        block = probed
-        module.__dict__["forward"] = partial(forward_as_one, module, block)
-        fused[name] = block
-    return fused, kept
+        reason = _fuse(module, layers, strict)
+        if reason is None:
+            fused.append(name)
+        elif widens(layers.values()):
+            kept[name] = reason
+    return fused, kept | _scattered_mlps(model, is_layer, {*fused, *kept})
 
 
-def block_of(module: nn.Module, is_layer: Callable[[Any], bool]) -> Block | str:
-    """The MLP that this module's adapted layers make up, as its forward shows, or why they make up none."""
-    orders = list(orders_of(module, is_layer))
-    return probe(module, orders) if orders else "it has not two or three linear layers in the shape of an MLP"
+def _fuse(module: nn.Module, layers: dict[str, Any], strict: bool) -> str | None:
+    """Fuse this block, or say why not."""
+    fusion = fusion_of(module)
+    if fusion is None and "forward" in module.__dict__:
+        return "its forward was already wrapped on the instance: patch before that"
+    block = prove(module, layers)
+    if isinstance(block, str):
+        unfuse(module)
+        return block
+    fusion = fusion or Fusion()
+    fusion.accept(module, block)
+    module.__dict__["forward"] = partial(forward_as_one, module, fusion)
+    calls_of(module).strict = strict
+    return None
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(getattr(module, "out_features", 0), int)
 
 
 def unfuse_mlps(model: nn.Module) -> list[str]:
     """Give fused blocks their own forward back. Returns their names."""
-    names = [name for name, module in model.named_modules() if _block_of(module) is not None]
-    for name in names:
-        del model.get_submodule(name).__dict__["forward"]
-    return names
+    return [name for name, module in list(model.named_modules()) if unfuse(module)]
 
 
-def forward_as_one(module: nn.Module, block: Block, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+def unfuse(module: nn.Module) -> bool:
+    """Give this block its own forward back, if it is fused."""
+    if fusion_of(module) is None:
+        return False
+    del module.__dict__["forward"]
+    module.__dict__.pop(ATTRIBUTE, None)
+    return True
+
+
+class Fusion:
+    """What is known of one fused block, and what that knowledge depends on."""
+
+    def __init__(self) -> None:
+        self.block: Block | str = ""  # or why it is no MLP any more
+        self.seen: list[Any] = []  # what `dependencies` found when that was last asked
+        self.changes = 0  # in successive calls
+
+    def accept(self, module: nn.Module, block: Block | str) -> None:
+        self.block, self.seen = block, dependencies(module)
+
+    def is_known(self, module: nn.Module) -> bool:
+        """Whether nothing has changed that the last proof depends on."""
+        now = dependencies(module)
+        known = len(now) == len(self.seen) and all(map(operator.is_, now, self.seen))
+        self.changes = 0 if known else self.changes + 1
+        return known
+
+    def block_now(self, module: nn.Module) -> Block | str:
+        """The block, proven again if it has changed, or why it has to run its own forward."""
+        if not self.is_known(module) and self.changes <= PROOFS:
+            layers = mlp_layers(module, is_adapted)
+            changed = "it was changed, and is not two or three adapted layers any more"
+            self.accept(module, prove(module, layers) if layers else changed)
+        return self.block if self.changes <= PROOFS else "its attributes change from call to call"
+
+
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_HOOKED = object()
+
+
+def dependencies(module: nn.Module) -> list[Any]:
+    """What the forward of a block depends on besides its adapted layers' outputs: objects to be compared by identity.
+
+    Its and its activation's class, attributes, buffers, children and hooks; and one level of an object (a config) or a
+    container that its forward mentions by name. ``training`` is left out: both modes are proven.
+    """
+    found: list[Any] = []
+    todo = [module]
+    for each in todo:
+        forward = type(each).forward
+        found.append(forward)
+        if each is not module and is_hooked(each):
+            found.append(_HOOKED)
+        mentioned = _names_in(forward)
+        for key, value in each.__dict__.items():
+            if key == "training" or key == ATTRIBUTE:
+                continue
+            found.append(value)
+            if key in mentioned and key not in _MODULE_ATTRIBUTES:
+                found.extend(_inside(value))
+        for child in each._modules.values():
+            found.append(child)
+            if child is not None and not is_adapted(child):
+                todo.append(child)
+        for buffer in each._buffers.values():
+            found += (buffer, None if buffer is None else buffer._version)
+    return found
+
+
+def _names_in(forward: Any) -> tuple[str, ...]:
+    """The attributes that a function mentions."""
+    return getattr(getattr(forward, "__wrapped__", forward), "__code__", _names_in.__code__).co_names
+
+
+def _inside(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set):
+        return value
+    return () if callable(value) or isinstance(value, Tensor) else getattr(value, "__dict__", {}).values()
+
+
+def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The block's forward, by one autograd Function if every layer's ``operands(x)``, its base layer and adapter, can
-    be had now."""
-    y = None if args or kwargs or type(x) is not Tensor else _as_one(module, block, x)
-    return type(module).forward(module, x, *args, **kwargs) if y is None else y
+    be had now. While compiling it is the block's own: Inductor fuses the activation and recomputes it in backward."""
+    if not torch.compiler.is_compiling():
+        y = _as_one(module, fusion, x) if type(x) is Tensor and not args and not kwargs else None
+        if y is not None:
+            return y
+    return type(module).forward(module, x, *args, **kwargs)
 
 
-def _as_one(module: nn.Module, block: Block, x: Tensor) -> Tensor | None:
-    operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
-    return mlp_forward(x, operands, block.activation)
+def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
+    """The block as one function; None if it cannot be now, which is counted with the reason."""
+    calls, block = calls_of(module), fusion.block_now(module)
+    if isinstance(block, str):
+        if any(map(is_adapted, module._modules.values())):
+            calls.falls_back(block)
+        else:
+            unfuse(module)  # its adapters were unloaded: it is a plain module again
+        return None
+    layers: list[Any] = [module._modules[name] for name in block.layers]
+    operands = [layer.operands(x) for layer in layers]
+    if any(operand is None for operand in operands):
+        calls.own += 1  # the layer whose operands cannot be had says why
+        return None
+    y = mlp_forward(x, operands, block.activation)
+    if y is None:
+        dtype = autocast_dtype(x) or x.dtype
+        calls.falls_back(f"not all of its layers compute in {dtype}, or one is of a type that computes itself")
+        return None
+    for each in (calls, *map(calls_of, layers)):
+        each.fused += 1
+    return y
 
 
-def _block_of(module: nn.Module) -> Block | None:
+def fusion_of(module: nn.Module) -> Fusion | None:
+    """What is known of this block if it is fused."""
     forward = module.__dict__.get("forward")
     if isinstance(forward, partial) and forward.func is forward_as_one and forward.args[0] is module:
         return forward.args[1]
     return None
 
 
-def orders_of(module: nn.Module, is_layer: Callable[[Any], bool]) -> Iterator[tuple[str, ...]]:
-    """The ways in which the layers of this module could be (gate, up, down) or (up, down), none if in no way."""
+def is_adapted(module: Any) -> bool:
+    """Whether this is a layer that fastlora computes."""
+    return hasattr(type(module), "operands")
+
+
+def mlp_layers(module: nn.Module, is_layer: Callable[[Any], bool]) -> dict[str, Any]:
+    """The two or three such layers of this module if their shapes are those of an MLP, and nothing else in it has
+    parameters; otherwise none."""
     layers = {name: child for name, child in module.named_children() if is_layer(child)}
+    if len(layers) not in (2, 3):
+        return {}
     owned = {id(p) for layer in layers.values() for p in layer.parameters()}
-    if len(layers) not in (2, 3) or any(id(p) not in owned for p in module.parameters()):
-        return
-    shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-    for *first, down in permutations(layers):
-        if {shapes[name] for name in first} == {(shapes[down][1], shapes[down][0])}:
-            yield *first, down
+    if any(id(p) not in owned for p in module.parameters()) or not any(_orders(list(layers.values()))):
+        return {}
+    return layers
 
 
-def probe(module: nn.Module, orders: list[tuple[str, ...]]) -> Block | str:
-    """What this module's forward computes, as shown by a random input, or why that is not known."""
-    modes = {child: child.training for child in module.modules()}
-    device = next(module.parameters()).device
-    reason = ""
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-            module.eval()
-            for first in {module._modules[order[0]].in_features: order[0] for order in orders}.values():  # type: ignore[union-attr]
-                try:
-                    return _probe(module, orders, _input(module._modules[first], device))
-                except Exception as error:  # of a forward that is not ours
-                    reason = reason or f"a probe of its forward failed: {error}"
-    finally:
-        for child, training in modes.items():
-            child.training = training
-    return reason
+def _orders(layers: list[Any]) -> list[list[Any]]:
+    """The layers with the one last that brings what the others put out back to their width, in each possible way."""
+    found = []
+    for down in layers:
+        first = [layer for layer in layers if layer is not down]
+        if {(layer.in_features, layer.out_features) for layer in first} == {(down.out_features, down.in_features)}:
+            found.append([*first, down])
+    return found
 
 
-def _probe(module: nn.Module, orders: list[tuple[str, ...]], x: Tensor) -> Block | str:
-    own = type(module).forward(module, x)
-    layers = [module._modules[name] for name in orders[0]]
-    others = [child for child in module.children() if child not in layers]
-    for other in (module, *others):  # the adapters' dropout stays off: only that of the block itself would show
-        other.training = True
-    if not torch.equal(type(module).forward(module, x), own):
-        return "its forward is another one in training"
-    for order in orders:
-        if module._modules[order[0]].in_features != x.shape[-1]:  # type: ignore[union-attr]
-            continue
-        for activation in _activations(others, x.dtype):
-            block = Block(order, activation)
-            ours = _as_one(module, block, x)
-            if ours is None:
-                return "its layers cannot be computed as one"
-            if (ours - own).norm() <= max(1e-5, 4 * torch.finfo(x.dtype).eps) * own.norm():
-                return block
-    return f"its forward is not that of an MLP with one of the activations {', '.join(ACTIVATIONS)}"
+def widens(layers: Any) -> bool:
+    """Whether these layers are wider inside than outside, as those of an MLP and not of an attention."""
+    return any(down.in_features > down.out_features for *_, down in _orders(list(layers)))
 
 
-def _input(layer: Any, device: torch.device) -> Tensor:
-    """A random input that drives the activation well out of where it is linear."""
-    base = layer.base_layer
-    dtype = base.weight.dtype if base.weight.is_floating_point() else torch.float32
-    dtype = getattr(base, "compute_dtype", None) or dtype
-    x = torch.randn(1, 8, layer.in_features, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    z = layer(x).float()
-    return x * (3 / z.square().mean().sqrt()).to(dtype)
+def _scattered_mlps(model: nn.Module, is_layer: Callable[[Any], bool], known: set[str]) -> dict[str, str]:
+    """Adapted layers, one after another, that widen and narrow as an MLP's do, but are no one module's only ones; by
+    the name of the module that has them all."""
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if is_layer(layer) and name.rpartition(".")[0] not in known
+    ]
+    found: dict[str, str] = {}
+    start = 0
+    while start < len(layers):
+        size = next((n for n in (3, 2) if _is_scattered_mlp([layer for _, layer in layers[start : start + n]], n)), 0)
+        if size:
+            names = [name.split(".") for name, _ in layers[start : start + size]]
+            shared = next(i for i, parts in enumerate(zip(*names, strict=False)) if len(set(parts)) > 1)
+            inside = ", ".join(".".join(parts[shared:]) for parts in names)
+            one = layers[start][1].out_features == 2 * layers[start + 1][1].in_features
+            found[".".join(names[0][:shared])] = (
+                f"one layer makes both halves of what its MLP multiplies ({inside})"
+                if one
+                else f"its MLP ({inside}) is not a module of its own"
+            )
+        start += size or 1
+    return found
 
 
-def _activations(children: list[nn.Module], dtype: torch.dtype) -> tuple[str, ...]:
-    """Those that the block can have: that of its activation module, if it has one.
-
-    The two gelus differ by less than a half-precision probe shows.
-    """
-    z = torch.linspace(-6, 6, 101, dtype=torch.float64)
-    for child in children:
-        for activation in ACTIVATIONS:
-            out = child(z.clone())
-            if isinstance(out, Tensor) and torch.allclose(out, activate(z, activation), rtol=1e-9, atol=1e-9):
-                return (activation,)
-    return ACTIVATIONS if dtype.itemsize > 2 else ("silu",)
+def _is_scattered_mlp(layers: list[Any], n: int) -> bool:
+    if len(layers) < n:
+        return False
+    *first, down = layers
+    K, H = down.out_features, down.in_features
+    shapes = {(layer.in_features, layer.out_features) for layer in first}
+    return H > K and (shapes == {(K, H)} or (n == 2 and shapes == {(K, 2 * H)}))

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.calls import calls_of
 from fastlora.fourbit import is_4bit, weight_4bit
-from fastlora.functional import Adapter, adapted_forward, base_kind, check_dropout, is_hooked, mlp_forward
-from fastlora.fuse import ACTIVATIONS, block_of
+from fastlora.functional import (
+    Adapter,
+    adapted_forward,
+    base_kind,
+    check_dropout,
+    is_hooked,
+    mlp_forward,
+    refuse_transforms,
+)
+from fastlora.fuse import mlp_layers
+from fastlora.proof import ACTIVATIONS, prove
 from fastlora.reference import activate
 from fastlora.siblings import Siblings, siblings_among
 
@@ -125,9 +135,21 @@ class LoRALinear(nn.Module):
         self.scaling = lora_alpha / math.sqrt(self.r) if use_rslora else lora_alpha / self.r
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self._count()
         if self._unmerged_weight is not None:
             return self.base_layer(x)
+        refuse_transforms()
         return adapted_forward(self.base_layer, x, self.adapter(), self._siblings, self)
+
+    def _count(self) -> None:
+        calls = calls_of(self)
+        if self.merged:
+            calls.falls_back("its adapter is merged", asked_for=True)
+        elif base_kind(self.base_layer) == "opaque":
+            calls.added += 1
+        else:
+            calls.fused += 1
 
     def adapter(self) -> Adapter:
         """What this layer adds to its base layer now."""
@@ -261,22 +283,16 @@ class LoRAMLP(nn.Module):
 
         Which layer is which, and the activation, is found out by calling it. Raises ValueError if it is no such MLP.
         """
-        names = [name for name, child in mlp.named_children() if hasattr(child, "in_features")]
-        bases = {name: mlp.get_submodule(name) for name in names}
+        bases = mlp_layers(mlp, lambda child: hasattr(child, "in_features"))
+        reason = "it has not two or three linear layers in the shape of an MLP"
+        block = prove(mlp, bases) if bases else reason
+        if isinstance(block, str):
+            raise ValueError(f"cannot make a LoRAMLP of this {type(mlp).__name__}: {block}")
         with unchanged_on_error(mlp):
-            try:
-                layers = {name: LoRALinear.from_linear(base, **arguments) for name, base in bases.items()}
-                for name, layer in layers.items():
-                    mlp.set_submodule(name, layer)
-                block = block_of(mlp, lambda module: isinstance(module, LoRALinear))
-            finally:
-                for name, base in bases.items():
-                    mlp.set_submodule(name, base)
-            if isinstance(block, str):
-                raise ValueError(f"cannot make a LoRAMLP of this {type(mlp).__name__}: {block}")
+            layers = [LoRALinear.from_linear(bases[name], **arguments) for name in block.layers]
         new = cls.__new__(cls)
         nn.Module.__init__(new)
-        new._compose([layers[name] for name in block.layers], block.activation)
+        new._compose(layers, block.activation)
         return new.train(mlp.training)
 
     def _compose(self, layers: list[Any], activation: str) -> None:
@@ -289,6 +305,7 @@ class LoRAMLP(nn.Module):
             layer._siblings = siblings
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_transforms()
         layers = [layer for layer in (self.gate_proj, self.up_proj, self.down_proj) if layer is not None]
         y = mlp_forward(x, [layer.operands(x) for layer in layers], self.activation)
         if y is not None:

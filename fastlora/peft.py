@@ -14,6 +14,8 @@ from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from fastlora.autograd import transform_without_rule
+from fastlora.calls import ATTRIBUTE, calls_of, grouped
 from fastlora.functional import Adapter, adapted_forward, add_lora_output, base_kind, is_hooked
 from fastlora.fuse import fuse_mlps, unfuse_mlps
 from fastlora.siblings import siblings_among
@@ -37,36 +39,46 @@ class PatchReport:
     def __str__(self) -> str:
         if not self.patched and not self.skipped:
             return "fastlora: nothing to patch: the model has no PEFT LoRA layers"
-        lines = [f"fastlora: {len(self.patched)} LoRA layers patched, {len(self.skipped)} left to PEFT"]
-        lines += [f"  {name}: {reason}" for name, reason in self.skipped.items()]
+        waiting = sum(name in self.skipped for name in self.patched)
+        lines = [f"fastlora: {len(self.patched)} LoRA layers patched, {len(self.skipped) - waiting} left to PEFT"]
+        if waiting:
+            lines.append(f"{waiting} of the patched layers run PEFT's own forward for now")
+        lines += grouped(self.skipped)
         if self.fused or self.not_fused:
             lines.append(f"{len(self.fused)} MLP blocks computed as one, {len(self.not_fused)} layer by layer")
-        return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.not_fused.items()])
+        return "\n".join(lines + grouped(self.not_fused))
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     """Make the LoRA layers of a PEFT model compute with fastlora, in place.
 
     Equivalent: nothing changes but speed, memory and rounding. Call it again at any time (after adding an adapter):
-    patched layers stay patched, and the report is made anew.
+    patched layers stay patched, and the report is made anew. What then really runs is in `fastlora.report`; a layer or
+    MLP block that cannot run fused runs its own forward and says why, once, by a warning.
 
     Returns a `PatchReport`. A layer can be patched and named in ``skipped`` too: it then runs PEFT's own forward until
     the reason goes away (its adapters are merged or disabled, or the active one is DoRA, say).
 
+    With ``strict`` a layer that is left to PEFT now is a ValueError, and the model is as it was; one that cannot run
+    fused later is a RuntimeError instead of a warning. Adapters that are merged or disabled are no error.
+
     Raises TypeError if model is not a module. Patch after anything that wraps forward methods (accelerate's hooks).
     """
-    report = PatchReport()
-    for name, layer in _lora_layers(model):
-        reason = _cannot_swap(layer)
-        if reason is None:
-            layer.__class__ = _OURS.get(type(layer), type(layer))
-            report.patched.append(name)
-            reason = why_peft(layer)
-        if reason is not None:
-            report.skipped[name] = reason
-    for layer, siblings in siblings_among({name: model.get_submodule(name) for name in report.patched}):
+    layers = dict(_lora_layers(model))
+    report = PatchReport(patched=[name for name, layer in layers.items() if _cannot_swap(layer) is None])
+    reasons = {name: _cannot_swap(layer) or why_peft(layer) for name, layer in layers.items()}
+    report.skipped.update({name: reason for name, reason in reasons.items() if reason is not None})
+    refused = {name: reason for name, reason in report.skipped.items() if reason not in ASKED_FOR}
+    if strict and refused:
+        title = "fastlora.patch(strict=True): layers that would run PEFT's own forward:"
+        raise ValueError("\n".join([title, *grouped(refused)]))
+    for name in report.patched:
+        layer = layers[name]
+        layer.__class__ = _OURS.get(type(layer), type(layer))
+        calls_of(layer).strict = strict
+    for layer, siblings in siblings_among({name: layers[name] for name in report.patched}):
         layer.__dict__[_SIBLINGS] = siblings
-    fused, kept = fuse_mlps(model, lambda module: type(module) in _THEIRS)
+    fused, kept = fuse_mlps(model, lambda module: type(module) in _THEIRS, strict)
     report.fused.extend(fused)
     report.not_fused.update(kept)
     return report
@@ -78,7 +90,8 @@ def unpatch(model: nn.Module) -> list[str]:
     for name, layer in _lora_layers(model):
         if type(layer) in _THEIRS:
             layer.__class__ = _THEIRS[type(layer)]
-            layer.__dict__.pop(_SIBLINGS, None)
+            for attribute in (_SIBLINGS, ATTRIBUTE):
+                layer.__dict__.pop(attribute, None)
             names.append(name)
     unfuse_mlps(model)
     return names
@@ -98,36 +111,26 @@ def _cannot_swap(layer: LoraLayer) -> str | None:
     return None
 
 
+DISABLED, MERGED = "its adapters are disabled", "its adapters are merged"
+MIXED_BATCH = "it was called with more than x, such as the adapter_names of a mixed batch"
+ASKED_FOR = (DISABLED, MERGED, MIXED_BATCH)  # what PEFT's user asks for by name is no cause for a warning
+
+
 def why_peft(layer: LoraLayer) -> str | None:
     """Why this layer runs PEFT's own forward now, or None if it runs fastlora's."""
     modules = layer.__dict__["_modules"]
     base = modules["base_layer"]
     if layer._disable_adapters:
-        return "its adapters are disabled"
+        return DISABLED
     if layer.merged_adapters:
-        return "its adapters are merged"
+        return MERGED
     if not layer.cast_input_dtype_enabled:
         return "input dtype casting is disabled"
     if (reason := _base_reason(base)) is not None:
         return reason
-    lora_A, lora_B, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     for name in layer.active_adapters:
-        if name not in lora_A:
-            continue
-        if name in layer.lora_variant:
-            return f"adapter {name!r} is not plain LoRA ({type(layer.lora_variant[name]).__name__})"
-        for part, module in (("lora_A", lora_A[name]), ("lora_B", lora_B[name])):
-            if type(module) is not nn.Linear:
-                return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
-            if is_hooked(module):
-                return f"{part} of adapter {name!r} has hooks, which only run when it is called"
-            if _is_sharded(module.weight):
-                return f"{part} of adapter {name!r} is sharded"
-        dropout = dropouts[name]
-        if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
-            return f"dropout of adapter {name!r} is {dropout}"
-        if is_hooked(dropout):
-            return f"dropout of adapter {name!r} has hooks, which only run when it is called"
+        if name in modules["lora_A"]._modules and (reason := _adapter_reason(layer, name)) is not None:
+            return reason
     return None
 
 
@@ -139,14 +142,42 @@ def _base_reason(base: nn.Module) -> str | None:
         return None  # computes itself: the opaque plan
     if weight.requires_grad:
         return "its base weight requires grad: PEFT's forward trains it"
-    if _is_sharded(weight):
-        return "its base weight is offloaded or sharded"
+    reason = _sharding(weight)
+    return reason and f"its base weight is {reason}"
+
+
+def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
+    """Why this adapter needs PEFT's own forward."""
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is not plain LoRA ({type(layer.lora_variant[name]).__name__})"
+    modules = layer.__dict__["_modules"]
+    for part in ("lora_A", "lora_B"):
+        module = modules[part]._modules[name]
+        if type(module) is not nn.Linear:
+            return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
+        if is_hooked(module):
+            return f"{part} of adapter {name!r} has hooks, which only run when it is called"
+        weight = module._parameters.get("weight")
+        reason = "not a parameter (FSDP1 keeps it elsewhere)" if weight is None else _sharding(weight)
+        if reason is not None:
+            return f"{part} of adapter {name!r} is {reason}"
+    dropout = modules["lora_dropout"]._modules[name]
+    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
+        return f"dropout of adapter {name!r} is {dropout}"
+    if is_hooked(dropout):
+        return f"dropout of adapter {name!r} has hooks, which only run when it is called"
     return None
 
 
-def _is_sharded(weight: Tensor) -> bool:
-    """On meta (offloaded), emptied by ZeRO-3, or a distributed tensor."""
-    return weight.is_meta or hasattr(weight, "ds_id") or type(weight).__name__ == "DTensor"
+def _sharding(weight: Tensor) -> str | None:
+    """On meta, ZeRO-3's or a distributed tensor: where its numbers are instead of here."""
+    if weight.is_meta:
+        return "on the meta device (offloaded or sharded): fused once its numbers are here"
+    if hasattr(weight, "ds_id"):
+        return "sharded by ZeRO-3"
+    if type(weight).__name__ == "DTensor":
+        return "sharded (a DTensor): fused if it is whole when the layer is called, as under FSDP2"
+    return None
 
 
 def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
@@ -174,7 +205,7 @@ def _adapters(layer: LoraLayer) -> list[Adapter]:
 
 def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
     """The base layer and its one adapter, for a block that computes several layers as one; None if it must not now."""
-    if is_hooked(layer) or why_peft(layer) is not None or not _can_run(layer, x):
+    if is_hooked(layer) or why_peft(layer) is not None or transform_without_rule() is not None:
         return None
     adapters = _adapters(layer)
     return (layer.__dict__["_modules"]["base_layer"], adapters[0]) if len(adapters) == 1 else None
@@ -206,25 +237,38 @@ def _adapter_without_dropout(layer: LoraLayer) -> tuple[Tensor, float] | None:
     Whether this layer will then run fastlora is not asked: if not, what was begun is not taken.
     """
     names = layer.active_adapters
-    module = layer.__dict__["_modules"]["lora_A"]._modules.get(names[0]) if len(names) == 1 else None
-    if type(module) is not nn.Linear or _is_sharded(module.weight):
+    if len(names) != 1 or names[0] not in layer.__dict__["_modules"]["lora_A"]._modules:
+        return None
+    if _adapter_reason(layer, names[0]) is not None:
         return None
     a, _, scaling, p, _ = _adapter(layer, names[0])
     return None if p != 0.0 or isinstance(scaling, Tensor) else (a, scaling)
 
 
-def _can_run(layer: LoraLayer, x: Tensor) -> bool:
-    """Whether x is something fastlora's ops take on this base; otherwise PEFT's forward decides, or complains."""
-    if type(x) is not Tensor or not x.is_floating_point():
-        return False
+def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
+    """Why x is nothing that fastlora's ops take on this base: PEFT's forward decides then, or complains."""
+    if type(x) is not Tensor:
+        return f"x is a {type(x).__name__}, not a plain tensor"
+    if not x.is_floating_point():
+        return f"x is {x.dtype}"
     base = layer.__dict__["_modules"]["base_layer"]
-    if base_kind(base) != "dense":
-        return True
-    return x.dtype == base._parameters["weight"].dtype or torch.is_autocast_enabled(x.device.type)
+    if base_kind(base) != "dense" or torch.is_autocast_enabled(x.device.type):
+        return None
+    dtype = base._parameters["weight"].dtype
+    return None if x.dtype == dtype else f"x is {x.dtype}, its base weight {dtype}, and autocast is off"
 
 
 def _forward_or_peft(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
-    if args or kwargs or why_peft(layer) is not None or not _can_run(layer, x):
+    reason = MIXED_BATCH if args or kwargs else why_peft(layer) or _why_not_this_x(layer, x) or transform_without_rule()
+    if not torch.compiler.is_compiling():
+        calls = calls_of(layer)
+        if reason is not None:
+            calls.falls_back(reason, reason in ASKED_FOR)
+        elif base_kind(layer.__dict__["_modules"]["base_layer"]) == "opaque":
+            calls.added += 1
+        else:
+            calls.fused += 1
+    if reason is not None:
         return _THEIRS[type(layer)].forward(layer, x, *args, **kwargs)
     return _forward(layer, x)
 
@@ -235,6 +279,9 @@ class FastLinear(PeftLinear):
     forward = _forward_or_peft
     operands = _operands
     adapter_without_dropout = _adapter_without_dropout
+
+    def _get_name(self) -> str:
+        return PeftLinear.__name__  # prints as PEFT's layer
 
 
 _OURS: dict[type, type] = {PeftLinear: FastLinear}
@@ -247,6 +294,9 @@ if PeftLinear4bit is not None:
         forward = _forward_or_peft
         operands = _operands
         adapter_without_dropout = _adapter_without_dropout
+
+        def _get_name(self) -> str:
+            return PeftLinear4bit.__name__
 
     _OURS[PeftLinear4bit] = FastLinear4bit
 

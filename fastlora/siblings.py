@@ -65,14 +65,15 @@ class SharedInput:
     """
 
     __slots__ = (
-        "__weakref__", "adapters", "cast", "expected", "followers", "made", "members", "parts", "siblings", "token",
-        "version", "x",
+        "__weakref__", "adapters", "cast", "expected", "followers", "made", "may_hold_graph", "members", "parts",
+        "siblings", "token", "version", "x",
     )  # fmt: skip
 
     def __init__(self, siblings: Siblings, layer: Any, x: Tensor) -> None:
         self.siblings = weakref.ref(siblings)
         self.x: Callable[[], Tensor | None] = weakref.ref(x, _release(weakref.ref(self)))
         self.version = x._version
+        self.may_hold_graph = not x.is_leaf  # a leaf is held by its own graph, and so would never die
         self.members = {id(layer)}
         self.expected = siblings.followers.get(id(layer), ())
         self.followers = siblings.followers[id(layer)] = []
@@ -90,17 +91,13 @@ class SharedInput:
         self.cast = self.token = None
         self.made = {}
 
-    def may_hold_graph_of(self, x: Tensor) -> bool:
-        """A leaf is held by its own graph, and so would never die."""
-        return torch.is_grad_enabled() and not x.is_leaf
-
     def converted(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x.to(dtype)``, once for all layers."""
         if x.dtype == dtype:
             return x
         if self.cast is None or self.cast.dtype != dtype or self.cast.requires_grad != x.requires_grad:
             cast = x.to(dtype)
-            if x.requires_grad and not self.may_hold_graph_of(x):
+            if cast.requires_grad and not self.may_hold_graph:
                 return cast
             self.cast = cast
         return self.cast

@@ -9,7 +9,7 @@ import fastlora
 
 PACKAGE = Path(fastlora.__file__).parent
 LAYERS = [  # each may import what stands before it
-    {"version", "files", "extension"},
+    {"version", "files", "extension", "calls"},
     {"kernels"},
     {"reference"},
     {"roofline"},
@@ -22,6 +22,7 @@ LAYERS = [  # each may import what stands before it
     {"autograd"},
     {"mlp"},
     {"functional"},
+    {"proof"},
     {"fuse"},
     {"nn"},
     {"model"},

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from transformers.models.phi.modeling_phi import PhiConfig, PhiMLP
 
 import fastlora
-from fastlora import LoRAMLP, fuse, reference
+from fastlora import LoRAMLP, fuse, proof, reference
 from fastlora.fourbit import is_4bit, weight_4bit
 
 SHAPE = dict(hidden_size=HIDDEN, intermediate_size=MLP)
@@ -57,7 +57,7 @@ def truth(module, x, seeds, p):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("activation", fuse.ACTIVATIONS)
+@pytest.mark.parametrize("activation", proof.ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 def test_is_that_of_the_reference(gated, activation, kind, p):
     dtype = torch.float64 if kind == "dense" else torch.float32
@@ -331,13 +331,13 @@ def test_blocks_are_found_and_fused(case, dtype):
     report = fastlora.patch(model)
     assert torch.equal(torch.get_rng_state(), state), "probing draws from a generator of its own"
     assert report.fused == ["base_model.model.1"] and not report.skipped and not report.not_fused
-    assert fuse._block_of(model.base_model.model[1]) == fuse.Block(layers, activation)
+    assert fuse.fusion_of(model.base_model.model[1]).block == proof.Block(layers, activation)
     y = model(x)
     assert "MLP" in type(y.grad_fn).__name__
     assert (y - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
     assert fastlora.patch(model).fused == report.fused, "again"
     fastlora.unpatch(model)
-    assert fuse._block_of(model.base_model.model[1]) is None
+    assert fuse.fusion_of(model.base_model.model[1]) is None
     torch.testing.assert_close(model(x), expected)
 
 
@@ -395,7 +395,7 @@ def test_a_fused_model_can_be_copied_and_pickled():
     model = fastlora.add_lora(nn.Sequential(SwiGLU()), r=4, target_modules="all-linear")
     x = torch.randn(2, HIDDEN)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert fuse._block_of(other[0]) is not None
+        assert fuse.fusion_of(other[0]) is not None
         with torch.no_grad():
             other[0].up_proj.lora_B.fill_(1)
         assert not torch.equal(other(x), model(x)), "the copy computes with its own layers"
@@ -407,7 +407,7 @@ def test_add_lora_fuses_and_unloading_takes_it_apart():
     y = model(x)
     assert "MLP" in type(y.grad_fn).__name__
     fastlora.merge(model, unload=True)
-    assert fuse._block_of(model[0]) is None
+    assert fuse.fusion_of(model[0]) is None
     torch.testing.assert_close(model(x), y)
 
 

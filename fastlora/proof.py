@@ -1,0 +1,196 @@
+"""Prove that a module's forward is that of an MLP, by calling it with scripted layers in the place of its own.
+
+A scripted layer returns numbers chosen beforehand and keeps what it was given. So each step of the forward is seen by
+itself, exactly and in fp64, and no layer of the model is called: what gate and up are given must be x, what down is
+given must be ``act(gate) * up``, and what the module returns must be what down returned.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.functional import is_hooked
+from fastlora.reference import swiglu
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+class Block(NamedTuple):
+    """The names of an MLP's layers, (gate, up, down) or (up, down), and its activation."""
+
+    layers: tuple[str, ...]
+    activation: str
+
+
+class Trial(NamedTuple):
+    """One call of the forward: the leading dimensions of x, the mode, and whether layers have their own widths or,
+    for speed, ``NARROW`` features."""
+
+    shape: tuple[int, ...]
+    training: bool = False
+    grad: bool = False
+    narrow: bool = True
+
+
+NARROW = 16
+_TRIALS = [
+    Trial((1, 1), narrow=False),
+    Trial((2, 3)),
+    Trial((7,)),
+    Trial((1, 2, 2, 2)),
+    Trial((1, 1031)),
+    Trial((2, 3), training=True),
+    Trial((2, 3), grad=True),
+    Trial((1, 1), training=True, grad=True),
+]
+
+# Activations are evaluated by formulas that differ in their last digits, and in how fast their tails vanish. The
+# nearest function that is not the same, 1% off, is four orders away.
+_RELATIVE, _ABSOLUTE = 1e-6, 1e-12
+
+
+def prove(module: nn.Module, layers: dict[str, Any]) -> Block | str:
+    """The MLP that these two or three layers of the module make up, or why its forward is not known to be one.
+
+    The numbers that stand for the layers' outputs have magnitudes from 1e-3 to 1e3, beyond any clamp in use; both
+    modes, with and without gradients, several shapes and many tokens are tried.
+    """
+    for name, child in module.named_modules():
+        if name and name.partition(".")[0] not in layers and is_hooked(child):
+            return f"its {type(child).__name__} has hooks, which only run when it is called"
+    try:
+        with torch.random.fork_rng([]):
+            candidates: set[Block] | None = None
+            for trial in _TRIALS:
+                found = _matches(module, layers, trial)
+                if candidates and not candidates & found:
+                    return f"its forward is another one {_describe(trial)}"
+                candidates = found if candidates is None else candidates & found
+                if not candidates:
+                    return f"its forward is not that of an MLP with one of the activations {', '.join(ACTIVATIONS)}"
+    except Exception as error:  # of a forward that is not ours
+        return f"a probe of its forward failed: {error}"
+    assert candidates
+    return candidates.pop()
+
+
+def _describe(trial: Trial) -> str:
+    modes = ["in training"] * trial.training + ["with gradients"] * trial.grad
+    return " and ".join(modes) or f"for an x of {' x '.join(map(str, trial.shape))} tokens"
+
+
+class _Scripted(nn.Module):
+    """Stands in for a linear layer: returns ``output`` whatever it is given, and keeps that as ``given``."""
+
+    def __init__(self, layer: Any, output: Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.output = layer.in_features, layer.out_features, output
+        self.bias = None
+        self.given: list[Tensor] = []
+
+    @property
+    def weight(self) -> Tensor:
+        """For a forward that asks for its dtype or device."""
+        return self.output.new_zeros(()).expand(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given.append(x)
+        return self.output.clone()
+
+
+def _matches(module: nn.Module, layers: dict[str, Any], trial: Trial) -> set[Block]:
+    """The blocks that this call of the module's forward could be."""
+    if not trial.narrow:
+        widths = {layer.in_features for layer in layers.values()}
+        return set().union(*_without_errors([partial(_call, module, layers, trial, K) for K in widths]))
+    try:
+        return _call(module, layers, trial, NARROW)
+    except Exception:  # it depends on the widths of its layers
+        return _matches(module, layers, trial._replace(narrow=False))
+
+
+def _without_errors(calls: list[Callable[[], set[Block]]]) -> Iterator[set[Block]]:
+    """What those of the calls return that do not raise. Raises the first error if all do."""
+    errors = []
+    for call in calls:
+        try:
+            yield call()
+        except Exception as error:  # of a forward that is not ours
+            errors.append(error)
+    if len(errors) == len(calls):
+        raise errors[0]
+
+
+def _call(module: nn.Module, layers: dict[str, Any], trial: Trial, K: int) -> set[Block]:
+    generator = torch.Generator().manual_seed(0)
+    scripted = {}
+    for name, layer in layers.items():
+        width = NARROW if trial.narrow else layer.out_features
+        scripted[name] = _Scripted(layer, _magnitudes((*trial.shape, width), generator))
+    twin = _with_layers(module, {id(layers[name]): each for name, each in scripted.items()})
+    for each in twin.modules():
+        each.training = trial.training
+    x = torch.randn(*trial.shape, K, generator=generator, dtype=torch.float64)
+    with torch.set_grad_enabled(trial.grad):
+        y = type(module).forward(twin, x.clone())
+    return {block for block in _read(x, y, scripted) if trial.narrow or layers[block.layers[0]].in_features == K}
+
+
+def _read(x: Tensor, y: Any, scripted: dict[str, _Scripted]) -> set[Block]:
+    """What was computed: y from x, by layers that kept what they were given."""
+    if any(len(layer.given) != 1 for layer in scripted.values()):
+        return set()
+    blocks = set()
+    for down in scripted:
+        first = [name for name in scripted if name != down]
+        if not all(_same(scripted[name].given[0], x) for name in first) or not _same(y, scripted[down].output):
+            continue
+        h = scripted[down].given[0]
+        for gate, *up in (first, first[::-1])[: len(first)]:
+            for activation in ACTIVATIONS:
+                if _is_activated(h, scripted[gate].output, scripted[up[0]].output if up else None, activation):
+                    blocks.add(Block((gate, *up, down), activation))
+    return blocks
+
+
+def _is_activated(h: Any, gate: Tensor, up: Tensor | None, activation: str) -> bool:
+    """Whether h is ``act(gate) * up``."""
+    expected = swiglu(gate, up, activation)
+    if type(h) is not Tensor or h.shape != expected.shape or h.dtype != expected.dtype:
+        return False
+    scale = gate.abs() if up is None else (gate * up).abs()
+    return bool(((h - expected).abs() <= _RELATIVE * expected.abs() + _ABSOLUTE * scale).all())
+
+
+def _same(t: Any, expected: Tensor) -> bool:
+    return type(t) is Tensor and t.dtype == expected.dtype and torch.equal(t, expected)
+
+
+def _magnitudes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Numbers of both signs between 1e-3 and 1e3, evenly spread over the orders of magnitude."""
+    exponents = torch.empty(shape, dtype=torch.float64).uniform_(-3, 3, generator=generator)
+    signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return signs * 10**exponents
+
+
+def _with_layers(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
+    """A copy of the module for one call on a CPU: some children, by id, replaced, the others and its buffers copied."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__.pop("forward", None)
+    twin.__dict__["_modules"] = {
+        name: replacements[id(child)] if id(child) in replacements else _on_cpu(copy.deepcopy(child))
+        for name, child in module._modules.items()
+    }
+    twin.__dict__["_buffers"] = {
+        name: None if buffer is None else buffer.detach().clone().cpu() for name, buffer in module._buffers.items()
+    }
+    return twin
+
+
+def _on_cpu(child: nn.Module | None) -> nn.Module | None:
+    return None if child is None else child.to("cpu")
