@@ -28,7 +28,10 @@ SIZES = [
     (r".*experts?_per_tok(en)?|.*(moe|experts)_top_?k|moe_k|top_k_experts", 2),
     (r".*n_groups?|topk_group", 1),
     (r".*(routed|local|num|zero)_experts?|.*expert_num|n_experts", 4),
-    (r".*(intermediate_(size|dim)|ffn_(dim|hidden_size)|mlp_(dim|hidden_size|hidden_dim)|d_ff|dff|dim_ff|d_inner)", FFN),
+    (
+        r".*(intermediate_(size|dim)|ffn_(dim|hidden_size)|mlp_(dim|hidden_size|hidden_dim)|d_ff|dff|dim_ff|d_inner)",
+        FFN,
+    ),
     (r".*(feed_?forward.*(dim|size)|linear_units|n_inner|inner_dim|dim_feedforward)", FFN),
     (r".*vocab(_size.*)?|.*codebook_size|.*num_embeddings", VOCAB),
     (r"image_embedding_size", IMAGE // PATCH),
