@@ -47,11 +47,16 @@ def test_a_family_agrees_with_plain_peft(model_type):
 _RESULTS: dict[str, Result] = {}
 
 
+def pytest_generate_tests(metafunc):
+    if "any_model_type" in metafunc.fixturenames:  # the list takes seconds to make
+        slow = metafunc.config.getoption("--slow")
+        metafunc.parametrize("any_model_type", model_types() if slow else ["every-family"])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", model_types())
-def test_every_family_agrees_with_plain_peft(model_type):
-    result = _RESULTS[model_type] = compare(model_type)
+def test_every_family_agrees_with_plain_peft(any_model_type):
+    result = _RESULTS[any_model_type] = compare(any_model_type)
     if not result.ran:
         pytest.skip(f"{result.status}: {result.reason[:200]}")
     _agrees(result)
