@@ -89,7 +89,8 @@ def _shrunk(config: dict, tokens: Tokens) -> dict:
     stages = any(re.fullmatch(f"{WIDTHS}|{DEPTHS}", name) and _is_per_stage(v) for name, v in config.items())
     before = next((v for name, v in config.items() if re.fullmatch(LAYER_COUNT, name) and isinstance(v, int)), 0)
     if stages:
-        layers = before if any(re.fullmatch(WIDTHS, n) and _length(v) == before for n, v in config.items()) else LAYERS
+        per_stage = before and any(re.fullmatch(WIDTHS, n) and _length(v) == before for n, v in config.items())
+        layers = before if per_stage else LAYERS
     else:
         layers = max(LAYERS, _length(config.get("out_indices")))  # a backbone puts out that many of its layers
     kept = _layers_to_keep(config, before, layers)
