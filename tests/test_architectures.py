@@ -1,0 +1,82 @@
+"""Models of transformers train, evaluate and merge patched as they do with plain PEFT: a dozen by default, all if slow.
+
+Which run is printed by ``python tests/architectures.py``.
+"""
+
+import pytest
+import torch
+from architectures import EQUAL, Result, compare, difference, model_types, summary
+
+FAST = {  # model type: the number of MLP blocks that are computed as one in the tiny model
+    "llama": 2,
+    "gpt2": 2,
+    "gemma2": 2,
+    "olmo": 2,  # clamps q, k and v in place
+    "phi3": 0,  # gate and up are one layer
+    "opt": 0,  # relu
+    "bert": 0,  # the MLP is no module of its own
+    "t5": 0,
+    "whisper": 0,
+    "clip": 0,  # quick_gelu
+    "qwen2_vl": 2,  # text, and images as patches
+    "mamba": 0,
+    "wav2vec2": 2,  # masks features in place
+    "longformer": 0,  # divides q in place
+}
+FEWEST = 350  # of transformers 5.23's model types; fewer mean that the rules for tiny models no longer fit
+
+
+def _agrees(result: Result) -> None:
+    assert result.status == EQUAL, f"{result}\n{result.trace}"
+    assert result.patched > 0, f"no layer of {result.model_type} is patched"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_one_thread(one_thread):
+    """Tiny models only lose by being shared out."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", FAST)
+def test_a_family_agrees_with_plain_peft(model_type):
+    result = compare(model_type)
+    _agrees(result)
+    assert result.fused == FAST[model_type], result.not_fused
+
+
+_RESULTS: dict[str, Result] = {}
+
+
+def pytest_generate_tests(metafunc):
+    if "any_model_type" in metafunc.fixturenames:  # the list takes seconds to make
+        slow = metafunc.config.getoption("--slow")
+        metafunc.parametrize("any_model_type", model_types() if slow else ["every-family"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_family_agrees_with_plain_peft(any_model_type):
+    result = _RESULTS[any_model_type] = compare(any_model_type)
+    if not result.ran:
+        pytest.skip(f"{result.status}: {result.reason[:200]}")
+    _agrees(result)
+
+
+@pytest.mark.slow
+def test_enough_families_ran(capsys):
+    """Comes after every family: a rule that no longer fits would only skip models."""
+    if set(_RESULTS) != set(model_types()):
+        pytest.skip("not every family was tried in this process")
+    results = list(_RESULTS.values())
+    with capsys.disabled():
+        print("\n" + summary(results))
+    assert sum(result.ran for result in results) >= FEWEST
+
+
+def test_a_difference_is_of_norms_and_sees_what_is_not_finite():
+    ones = torch.ones(4)
+    assert difference(1.5 * ones, ones) == 0.5
+    assert difference(0.5 * ones, 0 * ones, floor=10.0) == 0.1
+    infinite = torch.tensor([1.0, float("-inf")])
+    assert difference(infinite, infinite) == 0.0
+    assert difference(torch.tensor([1.0, 2.0]), infinite) == float("inf")
