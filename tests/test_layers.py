@@ -9,7 +9,7 @@ import fastlora
 
 PACKAGE = Path(fastlora.__file__).parent
 LAYERS = [  # each may import what stands before it
-    {"version", "files", "extension"},
+    {"version", "files", "extension", "checks", "flops"},
     {"kernels"},
     {"reference"},
     {"roofline"},

@@ -106,6 +106,34 @@ struct Operands {
     matrix("b", *b, N, a->size(0));
   }
 
+  // No two elements of a matrix that is written share memory.
+  void writable(const char* name, const Tensor& t) const {
+    const int64_t rows = t.size(0), cols = t.size(1), step = t.stride(0), across = t.stride(1);
+    const bool single = rows == 0 || cols == 0 || (rows == 1 && cols == 1);
+    const bool by_rows = (cols <= 1 || across > 0) && (rows <= 1 || step > (cols - 1) * across);
+    const bool by_columns = (rows <= 1 || step > 0) && (cols <= 1 || across > (rows - 1) * step);
+    TORCH_CHECK(
+        single || by_rows || by_columns, "fastlora: ", op, ": elements of ", name, " of strides ", t.strides(),
+        " share memory, and it is written");
+  }
+
+  // Two matrices of one shape, of which one is written, share no memory. Interleaved rows of one tensor do not.
+  void apart(const char* name, const Tensor& t, const char* other, const Tensor& u) const {
+    const int64_t size = t.element_size(), rows = t.size(0), cols = t.size(1);
+    if (t.numel() == 0) return;
+    const auto first = [](const Tensor& m) { return reinterpret_cast<intptr_t>(m.const_data_ptr()); };
+    const auto last = [&](const Tensor& m) {
+      return first(m) + ((rows - 1) * m.stride(0) + (cols - 1) * m.stride(1)) * size;
+    };
+    bool fits = last(t) < first(u) || last(u) < first(t);
+    if (!fits && t.stride(1) == 1 && u.stride(1) == 1 && t.stride(0) == u.stride(0) && t.stride(0) > 0) {
+      const int64_t step = t.stride(0) * size, width = cols * size;
+      const int64_t ahead = ((first(u) - first(t)) % step + step) % step;  // of a row of t
+      fits = ahead >= width && ahead + width <= step;
+    }
+    TORCH_CHECK(fits, "fastlora: ", op, ": ", name, " and ", other, " share memory, and it works in place");
+  }
+
  private:
   void block(const char* name, int64_t size) const {
     const bool fits = size >= 32 && size <= 4096 && (size & (size - 1)) == 0;
