@@ -38,6 +38,7 @@ def lora_matmul(
     x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
 ) -> None:
     op = "lora_matmul"
+    _matrix(op, x, x=x)
     _part(op, x, x, w, xa, b, p, seed)
     if bias is not None:
         _vector(op, x, w.shape[0], bias)
@@ -54,6 +55,7 @@ def lora_matmul_group(
     op = "lora_matmul_group"
     _require(len(x) > 0, lambda: f"{op}: a group must have at least one x")
     _lengths(op, len(x), w=w, xa=xa, b=b, p=p, seed=seed)
+    _matrix(op, x[0], x=x[0])
     for i, part in enumerate(zip(x, w, xa, b, p, seed, strict=True)):
         _part(op, x[0], *part)
         if i > 0:
@@ -122,13 +124,13 @@ def _gated(op: str, gate: Tensor, activation: str, **like_gate: Tensor | None) -
 
 def decode_4bit(*args: Any) -> None:
     *weight, dtype, a, b, s = args
-    _weight_4bit("decode_4bit", *weight, a, b, s)
+    _weight_4bit("decode_4bit", *weight, a, b, s)  # type: ignore[call-arg]
     _decoded("decode_4bit", "dtype", dtype)
 
 
 def nf4_matmul(x: Tensor, *args: Any) -> None:
     op, (weight, (a, b, s, *rest)) = "nf4_matmul", (args[:10], args[10:])
-    _weight_4bit(op, *weight, a, b, s)
+    _weight_4bit(op, *weight, a, b, s)  # type: ignore[call-arg]
     packed, N, K = weight[0], weight[8], weight[9]
     _matrix(op, packed, (None, K), x=x)
     _decoded(op, "the dtype of x", x.dtype)
@@ -203,6 +205,8 @@ def _matrix(
 ) -> None:
     """A floating-point matrix of this shape, None for any size, on like's device."""
     ((name, t),) = named.items()
+    if t is None:
+        raise TypeError(f"fastlora: {op}: {name} must be a tensor, got None")
 
     def message():
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
@@ -228,6 +232,8 @@ def _elements(
     op: str, like: Tensor, least: int, dtypes: Sequence[torch.dtype], exact: bool = False, **named: Any
 ) -> None:
     ((name, t),) = named.items()
+    if t is None:
+        raise TypeError(f"fastlora: {op}: {name} must be a tensor, got None")
     fits = t.numel() == least if exact else t.numel() >= least
     _require(
         fits, lambda: f"{op}: {name} must have {'' if exact else 'at least '}{least} elements, got {list(t.shape)}"
@@ -268,7 +274,7 @@ def _are_apart(t: Tensor, u: Tensor) -> bool:
     if t.numel() == 0 or t.untyped_storage()._cdata != u.untyped_storage()._cdata:
         return True
     first, other = t.storage_offset(), u.storage_offset()
-    (rows, cols), stride = t.shape, t.stride()
+    cols, stride = t.shape[1], t.stride()
     span, other_span = (sum((n - 1) * step for n, step in zip(t.shape, m.stride(), strict=True)) for m in (t, u))
     if first + span < other or other + other_span < first:
         return True

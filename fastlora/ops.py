@@ -281,7 +281,9 @@ def decode_4bit(
     """
     if N == 0 or K == 0:
         return packed.new_empty(N, K, dtype=dtype)
-    packed, absmax = packed.flatten().contiguous(), absmax.flatten().contiguous()
+    # No more than is needed: bitsandbytes writes as much as it is given to read, past the end of its result.
+    packed = packed.flatten()[: -(-N * K // 2)].contiguous()
+    absmax = absmax.flatten()[: -(-N * K // blocksize)].contiguous()
     if code2 is not None and absmax2 is not None and offset is not None:
         statistics = absmax2.flatten().contiguous().float(), code2.flatten().contiguous().float()
         absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, *statistics, blocksize2, torch.float32)
