@@ -78,12 +78,13 @@ def _in_fp32(name: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     getattr(checks, name)(*args, **kwargs)
     narrow = tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.float64 else t, (args, kwargs))
     with _current(device):
-        results = _LAUNCHERS[name](*narrow[0], **narrow[1])
+        results: Any = _LAUNCHERS[name](*narrow[0], **narrow[1])
     if name not in _RESULTS_LIKE:
         return results
     one = isinstance(results, Tensor)
-    likes = _RESULTS_LIKE[name](*args)
-    wide = [t.to(like.dtype) for t, like in zip([results] if one else results, likes, strict=True)]
+    likes: Any = _RESULTS_LIKE[name](*args)
+    made: Any = [results] if one else results
+    wide = [t.to(like.dtype) for t, like in zip(made, likes, strict=True)]
     return wide[0] if one else tuple(wide) if isinstance(results, tuple) else wide
 
 

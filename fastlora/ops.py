@@ -281,7 +281,7 @@ def decode_4bit(
     """
     if N == 0 or K == 0:
         return packed.new_empty(N, K, dtype=dtype)
-    # No more than is needed: bitsandbytes writes as much as it is given to read, past the end of its result.
+    # No more than is needed: of more bytes or blocks than its shape has, bitsandbytes refuses some.
     packed = packed.flatten()[: -(-N * K // 2)].contiguous()
     absmax = absmax.flatten()[: -(-N * K // blocksize)].contiguous()
     if code2 is not None and absmax2 is not None and offset is not None:
@@ -302,9 +302,12 @@ def decode_4bit(
 
 
 def _dequantize(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, N: int, K: int, dtype: torch.dtype):
-    """bitsandbytes' decoding, asked for one block a row: its CPU kernel misreads absmax where blocks cross rows."""
-    shape = [N * K // blocksize, blocksize] if N * K % blocksize == 0 else [N * K]
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype).view(N, K)
+    """bitsandbytes' decoding, asked for one whole block a row: its CPU kernel misreads absmax where blocks cross rows,
+    and where one is cut short it may decode wrongly."""
+    blocks = -(-N * K // blocksize)
+    packed = F.pad(packed, (0, blocks * blocksize // 2 - packed.numel()))
+    whole = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, [blocks, blocksize], dtype)
+    return whole.view(-1)[: N * K].view(N, K)
 
 
 def _row_slices(N: int, K: int, blocksize: int):
