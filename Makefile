@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-installed test-others lint bench studies report gpu clean
+.PHONY: setup demo test test-installed test-others fuzz-asan lint bench studies report gpu clean
 
 setup: $(READY)
 
@@ -37,6 +37,15 @@ test-others:
 		$(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
 	$(BIN)/python -m pytest --kernels-in-interpreter \
 		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp))
+
+# Random calls of the ops through CPU kernels that the compiler's sanitizers watch: ten minutes, most of them to compile.
+FUZZ := build/fuzz-asan
+SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
+fuzz-asan: setup
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-base $(FUZZ) --build-lib $(FUZZ)/lib
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(FUZZ)/lib \
+		$(BIN)/python tests/fuzz_ops.py --seconds 180 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ on torch's own ops.
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -45,12 +46,14 @@ def cpu_kernels() -> dict:
     vectors = capability.removesuffix("_BF16")  # the name that ATen's headers know
     defines = [f"-DCPU_CAPABILITY={vectors}", f"-DCPU_CAPABILITY_{vectors}"]
     folder = Path("kernels/cpu")
+    # Which sources this is built from is its build id, a note that linkers write and `strip` leaves.
+    sources = runpy.run_path("fastlora/extension.py")["fingerprint"](folder, Path("setup.py"))
     extension = CppExtension(
         f"fastlora._cpu_{capability.lower()}",
         sources=sorted(map(str, folder.glob("*.cpp"))),
         depends=["setup.py", *sorted(map(str, folder.glob("*.h")))],
         extra_compile_args=[*ALWAYS, *defines, *FLAGS[capability]],
-        extra_link_args=["-fopenmp"],
+        extra_link_args=["-fopenmp", f"-Wl,--build-id=0x{sources}"],
         optional=True,
     )
     return {

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from fastlora import plans
+from fastlora import checks, plans
 from fastlora.plans import Problem, choose
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,14 +50,42 @@ def register_gpus(library: torch.library.Library, name: str, composition: Callab
 
 def _implementation(name: str) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = (args[0][0] if isinstance(args[0], list) else args[0]).device
-        takes = all(map(_has_kernel, (*args, *kwargs.values()))) and why_not(device) is None
-        if not takes or plans.kernels_are_off():
+        operand = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
+        takes = isinstance(operand, Tensor) and why_not(operand.device) is None and not plans.kernels_are_off()
+        if takes and not all(map(_has_kernel, (*args, *kwargs.values()))):
+            takes = _has_kernel(args[_BASE.get(name, 0)])  # fp64 adapters beside an x that has
+            if takes:
+                return _in_fp32(name, operand.device, *args, **kwargs)
+        if not takes:
             return compositions[name](*args, **kwargs)
-        with _current(device):
+        with _current(operand.device):
             return _LAUNCHERS[name](*args, **kwargs)
 
     return run
+
+
+_BASE = {"lora_grad_a": 1, "decode_4bit": 10}  # the operand that says in which dtype is computed, if not the first
+_RESULTS_LIKE: dict[str, Callable] = {  # the adapters' dtype
+    "shrink": lambda x, a, *_: [a],
+    "shrink_group": lambda x, a, *_: a,
+    "lora_grad": lambda dy, x, b, xa, *_: [xa if b is None else b] * 2 + [b if xa is None else xa],
+    "lora_grad_a": lambda dxa, *_: [dxa],
+}
+
+
+def _in_fp32(name: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """Launch with fp64 adapters in fp32, of which kernels keep more than the composition, which rounds them to x's."""
+    getattr(checks, name)(*args, **kwargs)
+    narrow = tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.float64 else t, (args, kwargs))
+    with _current(device):
+        results: Any = _LAUNCHERS[name](*narrow[0], **narrow[1])
+    if name not in _RESULTS_LIKE:
+        return results
+    one = isinstance(results, Tensor)
+    likes: Any = _RESULTS_LIKE[name](*args)
+    made: Any = [results] if one else results
+    wide = [t.to(like.dtype) for t, like in zip(made, likes, strict=True)]
+    return wide[0] if one else tuple(wide) if isinstance(results, tuple) else wide
 
 
 def _has_kernel(value: Any) -> bool:

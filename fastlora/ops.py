@@ -12,25 +12,31 @@ adapters' dtype.
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import extension, kernel_ops
+from fastlora import checks, extension, flops, kernel_ops
 from fastlora.reference import dropout_mask, dropout_scale
 
 _library = torch.library.Library("fastlora", "DEF")
 
 
 def _op(schema: str, fake: Callable) -> Callable:
-    """Define an op whose implementation on every device, unless overridden, is the decorated composition."""
+    """Define an op whose implementation on every device, unless overridden, is the decorated composition.
+
+    `checks` has a function of its name, which both the fake and the composition call first.
+    """
     name = schema.partition("(")[0]
+    check = getattr(checks, name)
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"fastlora::{name}", fake, lib=_library)
+    torch.library.register_fake(f"fastlora::{name}", _checked(check, fake), lib=_library)
+    flops.register(name)
 
     def register(composition: Callable) -> Callable:
+        composition = _checked(check, composition)
         _library.impl(name, composition, "CompositeExplicitAutograd")
         kernel_ops.register_gpus(_library, name, composition)
         # `autograd` differentiates. PyTorch's own answer, a warning in backward, costs 2 µs a call to prepare.
@@ -41,6 +47,15 @@ def _op(schema: str, fake: Callable) -> Callable:
         return composition
 
     return register
+
+
+def _checked(check: Callable, compute: Callable) -> Callable:
+    @wraps(compute)
+    def run(*args, **kwargs):
+        check(*args, **kwargs)
+        return compute(*args, **kwargs)
+
+    return run
 
 
 def _without_autocast(op: Callable, device: str, *args):
@@ -206,11 +221,11 @@ _ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
 
 @_op(
     "swiglu(Tensor gate, Tensor? up, str activation) -> Tensor",
-    fake=lambda gate, up, activation: torch.empty_like(gate),
+    fake=lambda gate, up, activation: gate.new_empty(gate.shape),
 )
 def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """``act(gate) * up``, or ``act(gate)`` without up: [M, K]. ``activation`` is "silu", "gelu" or "gelu_tanh"."""
-    value = _ACTIVATIONS[activation][0](gate)
+    value = _ACTIVATIONS[activation][0](gate).contiguous()
     return value if up is None else value.mul_(up)
 
 
@@ -264,8 +279,15 @@ def decode_4bit(
     ``packed`` is uint8; ``code2, absmax2, offset, blocksize2`` are the nested statistics' (None, None, None, 0 if
     there are none). The decoding itself is bitsandbytes'.
     """
-    if code2 is not None:
-        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, absmax2, code2, blocksize2, torch.float32) + offset
+    if N == 0 or K == 0:
+        return packed.new_empty(N, K, dtype=dtype)
+    # No more than is needed: of more bytes or blocks than its shape has, bitsandbytes refuses some.
+    packed = packed.flatten()[: -(-N * K // 2)].contiguous()
+    absmax = absmax.flatten()[: -(-N * K // blocksize)].contiguous()
+    if code2 is not None and absmax2 is not None and offset is not None:
+        statistics = absmax2.flatten().contiguous().float(), code2.flatten().contiguous().float()
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, *statistics, blocksize2, torch.float32)
+        absmax = absmax + offset.flatten().float()
     absmax = absmax.float()
     if a is None or b is None:
         return _dequantize(packed, absmax, blocksize, quant_type, N, K, dtype)
@@ -274,15 +296,18 @@ def decode_4bit(
     out = packed.new_empty(N, K, dtype=dtype)
     for rows, bytes_, blocks in _row_slices(N, K, blocksize):
         n = rows.stop - rows.start
-        w = _dequantize(packed.view(-1)[bytes_], absmax[blocks], blocksize, quant_type, n, K, torch.float32)
+        w = _dequantize(packed[bytes_], absmax[blocks], blocksize, quant_type, n, K, torch.float32)
         out[rows] = w.addmm_(b[rows], a, alpha=s)
     return out
 
 
 def _dequantize(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, N: int, K: int, dtype: torch.dtype):
-    """bitsandbytes' decoding, asked for one block a row: its CPU kernel misreads absmax where blocks cross rows."""
-    shape = [N * K // blocksize, blocksize] if N * K % blocksize == 0 else [N * K]
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, dtype).view(N, K)
+    """bitsandbytes' decoding, asked for one whole block a row: its CPU kernel misreads absmax where blocks cross rows,
+    and where one is cut short it may decode wrongly."""
+    blocks = -(-N * K // blocksize)
+    packed = F.pad(packed, (0, blocks * blocksize // 2 - packed.numel()))
+    whole = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, blocksize, quant_type, [blocks, blocksize], dtype)
+    return whole.view(-1)[: N * K].view(N, K)
 
 
 def _row_slices(N: int, K: int, blocksize: int):

@@ -182,7 +182,7 @@ def read_tables(path: Path) -> dict[str, Table]:
         if found["version"] != FORMAT:
             raise ValueError(f"format {FORMAT} is understood here, the file has {found['version']!r}")
         return {name: _table_from_json(entry) for name, entry in found["devices"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{path} is not a table of plans: {reason}") from error
 
@@ -202,7 +202,10 @@ def forget() -> None:
 
 
 _KEY = {"op": str, "M": int, "N": int, "K": int, "r": int, "parts": int, "itemsize": int, "dropout": bool}
-_TILE = {"BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages"}
+_BLOCKS, _STAGES = {1 << i for i in range(12)}, set(range(1, 17))
+_WARPS = {1 << i for i in range(6)}  # of 1024 threads, or 2048 of an AMD's
+_TILE = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"), _BLOCKS)
+_TILE |= {"num_warps": _WARPS, "num_stages": _STAGES}
 
 
 def _table_to_json(measured: Table) -> dict:
@@ -217,18 +220,26 @@ def _table_to_json(measured: Table) -> dict:
 
 def _table_from_json(entry: dict) -> Table:
     measured = Table(versions=dict(entry["versions"]), environment=dict(entry["environment"]))
+    for name in measured.versions:
+        _typed(measured.versions, name, str)
     if entry["rates"] is not None:
         measured.rates = Rates.from_json(entry["rates"])
     for row in entry["plans"]:
         at: Any = tuple(_typed(row, name, type_) for name, type_ in _KEY.items())
         if row["plan"] not in PLANS.get(row["op"], ()):
             raise ValueError(f"there is no plan {row['op']}={row['plan']}")
+        if any(type(value) is int and value < 0 for value in at):
+            raise ValueError(f"sizes must not be negative, got {row!r}")
         measured.plans[at] = row["plan"]
     for row in entry["tiles"]:
         sizes = {name: _typed(row["tile"], name, int) for name in row["tile"]}
-        if not sizes.keys() <= _TILE:
-            raise ValueError(f"a tile has {', '.join(sorted(_TILE))}, got {row['tile']!r}")
-        measured.tiles[_typed(row, "kernel", str), _typed(row, "size", int)] = sizes
+        if not all(value in _TILE.get(name, ()) for name, value in sizes.items()):
+            what = "a tile has powers of two as BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M and num_warps, and num_stages"
+            raise ValueError(f"{what} of 1 to 16, got {row['tile']!r}")
+        size = _typed(row, "size", int)
+        if size != bucket(size):
+            raise ValueError(f"tiles are measured for powers of two, got the size {size}")
+        measured.tiles[_typed(row, "kernel", str), size] = sizes
     return measured
 
 

@@ -30,6 +30,7 @@ def dropout_mask(M: int, K: int, p: float, seed: Tensor) -> Tensor:
 
     Source: Philox4x32, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
     """
+    seed = seed.reshape(())
     k = torch.arange((K + 7) // 8, device=seed.device)[None]
     m = torch.arange(M, device=seed.device)[:, None]
     words = philox(seed, k, m, torch.zeros_like(k), torch.zeros_like(k))

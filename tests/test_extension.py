@@ -56,17 +56,41 @@ def test_a_build_for_a_better_processor_is_not_loaded(package, loads):
     assert "not built for this processor" in extension.load()
 
 
-def test_a_build_older_than_its_sources_is_not_loaded(package, loads):
-    library = package / "_cpu_avx2.so"
-    library.touch()
-    os.utime(library, (0, 0))
-    assert "out of date" in extension.load()
-    assert not loads
+def build(package):
+    """What setup.py leaves: a library with the fingerprint of its sources."""
+    setup = package.parent / "setup.py"
+    setup.touch()
+    fingerprint = extension.fingerprint(package / "kernels" / "cpu", setup)
+    (package / "_cpu_avx2.so").write_bytes(b"code" + bytes.fromhex(fingerprint) + b"more")
+
+
+def test_sources_that_were_only_touched_keep_the_kernels(package, loads):
+    build(package)
+    os.utime(package / "_cpu_avx2.so", (0, 0))
+    assert extension.load() is None
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("changed", ["fastlora/kernels/cpu/adapter.cpp", "fastlora/kernels/cpu/new.h", "setup.py"])
+def test_a_build_of_other_sources_is_warned_of_and_not_loaded(changed, package, loads):
+    build(package)
+    (package.parent / changed).write_text("// changed")
+    with pytest.warns(UserWarning, match="runs without its CPU kernels: out of date") as caught:
+        assert "out of date" in extension.load()
+    assert len(caught) == 1 and not loads
+
+
+@loaded
+def test_the_build_here_is_of_the_sources_here():
+    folder = Path(extension.__file__).parent
+    fingerprint = extension.fingerprint(folder / "kernels" / "cpu", folder.parent / "setup.py")
+    assert bytes.fromhex(fingerprint) in extension._find().read_bytes()
 
 
 def test_a_build_that_does_not_load_is_named(package):
     (package / "_cpu_avx2.so").write_bytes(b"no library")
-    assert extension.load().startswith("cannot be loaded: ")
+    with pytest.warns(UserWarning, match="runs without its CPU kernels: cannot be loaded"):
+        assert extension.load().startswith("cannot be loaded: ")
 
 
 def problem(M, K, N, r, dtype, adapter_dtype):

@@ -93,6 +93,15 @@ def test_layer_is_as_accurate_as_peft(in_interpreter, dtype, adapter_dtype, quan
     accuracy.check(accuracy.Problem(t["x"].detach(), base, a, b, 0.7, t["dy"], train_bias=quant_type == "dense"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fp64_adapters_are_as_accurate_as_fp32_ones(in_interpreter, dtype):
+    t = leaves(dtype=dtype, adapter_dtype=torch.float32)
+    double = t | {name: t[name].detach().double().requires_grad_() for name in "ab"}
+    for ours, expected in zip(forward_and_backward(double, 0.0), forward_and_backward(t, 0.0), strict=True):
+        assert torch.equal(ours, expected.to(ours.dtype))
+    assert forward_and_backward(double, 0.3)[2].dtype == torch.float64
+
+
 @pytest.mark.parametrize("fourbit", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
 def test_twice_the_same_bits(in_interpreter, p, fourbit):

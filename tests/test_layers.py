@@ -9,7 +9,7 @@ import fastlora
 
 PACKAGE = Path(fastlora.__file__).parent
 LAYERS = [  # each may import what stands before it
-    {"version", "files", "extension", "calls"},
+    {"version", "files", "extension", "calls", "checks", "flops"},
     {"kernels"},
     {"reference"},
     {"roofline"},

@@ -322,24 +322,3 @@ def test_autocast_changes_nothing_inside():
         weight.decode_merged(torch.float32, a, b, 0.3),
     )
     assert all(torch.equal(t, e) for t, e in zip(results, expected, strict=True))
-
-
-@pytest.mark.skipif(ops.NO_CPU_KERNELS is not None, reason="torch's own ops check their operands")
-@pytest.mark.parametrize("rows", [3, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cpu_kernels_refuse_operands_that_do_not_fit(dtype, rows):
-    x, w, a, b, bias, dy, xa = tensors(dtype, M=rows)
-    calls = [
-        lambda: op.shrink(x[:, 1:], a, 1.0),
-        lambda: op.shrink_group(x, [a, a[:, 2:]], [1.0, 1.0], [0.0, 0.0], [None, None]),
-        lambda: op.lora_matmul(x[:, 2:], w, xa, b),
-        lambda: op.lora_matmul(x, w, xa[1:], b),
-        lambda: op.lora_matmul(x, w, xa, b, bias[1:]),
-        lambda: op.lora_grad(dy[:, 1:], x, b, xa, 1.0),
-        lambda: op.lora_grad(dy, x[1:], b, xa, 1.0),
-        lambda: op.lora_grad_a(xa[1:], x),
-        lambda: op.swiglu(x, x[1:], "silu"),
-    ]
-    for call in calls:
-        with pytest.raises(RuntimeError, match=r"fit together|one shape"):
-            call()

@@ -175,6 +175,16 @@ CORRUPT = {
     "no rate": edited(lambda found, device: device["rates"].pop("gemm")),
     "rate of zero": edited(lambda found, device: device["rates"].update(gemm=0)),
     "unknown tile": edited(lambda found, device: device["tiles"][0]["tile"].update(BLOCK=1)),
+    "version that is no text": edited(lambda found, device: device["versions"].update(triton=3)),
+    "versions as text": edited(lambda found, device: device.update(versions="3.6")),
+    "tile of 48": edited(lambda found, device: device["tiles"][0]["tile"].update(BLOCK_M=48)),
+    "tile of 2^20": edited(lambda found, device: device["tiles"][0]["tile"].update(BLOCK_K=1 << 20)),
+    "tile of 0": edited(lambda found, device: device["tiles"][0]["tile"].update(BLOCK_M=0)),
+    "three warps": edited(lambda found, device: device["tiles"][0]["tile"].update(num_warps=3)),
+    "no stages": edited(lambda found, device: device["tiles"][0]["tile"].update(num_stages=0)),
+    "tile of a size between": edited(lambda found, device: device["tiles"][0].update(size=17)),
+    "negative size": edited(lambda found, device: device["plans"][0].update(K=-1)),
+    "deep": lambda cache: "[" * 100_000,
     "tile as text": edited(lambda found, device: device["tiles"][0].update(tile="large")),
 }
 

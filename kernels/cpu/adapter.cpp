@@ -10,32 +10,33 @@
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
 #include "products.h"
 
 namespace fastlora {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-Dropout dropout_of(double p, const OptionalTensor& seed) {
-  if (p == 0.0) return Dropout();
-  TORCH_CHECK(seed.has_value(), "fastlora: dropout needs a seed");
-  return Dropout(p, seed->item<int64_t>());
-}
-
 using Seeds = c10::List<OptionalTensor>;
 
-void check(bool fits, const char* op) {
-  TORCH_CHECK(fits, "fastlora: the shapes of the operands of ", op, " do not fit together");
+Dropout dropout_of(double p, const OptionalTensor& seed) {
+  return p == 0.0 ? Dropout() : Dropout(p, seed->item<int64_t>());
 }
 
 std::vector<Tensor> shrink_group_op(
     const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, const Seeds& seed) {
+  const Operands operands{"shrink"};
+  operands.matrix("x", x);
+  operands.length("s", s.size(), a.size());
+  operands.length("p", p.size(), a.size());
+  operands.length("seed", seed.size(), a.size());
   std::vector<Shrink> adapters;
   std::vector<Tensor> out;
   for (size_t i = 0; i < a.size(); ++i) {
-    check(a[i].size(1) == x.size(1), "shrink");
-    const Dropout dropout = dropout_of(p[i], seed[i]);
+    const OptionalTensor seed_i = seed[i];
+    operands.matrix("a", a[i], ANY, x.size(1));
+    operands.scaling(s[i]);
+    operands.dropout(p[i], seed_i);
+    const Dropout dropout = dropout_of(p[i], seed_i);
     adapters.push_back({a[i].t(), s[i] * dropout.scale(), dropout});
     out.push_back(at::empty({x.size(0), a[i].size(0)}, a[i].options()));
   }
@@ -51,19 +52,31 @@ Tensor shrink_op(const Tensor& x, const Tensor& a, double s, double p, const Opt
 Tensor matmul(
     at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, const OptionalTensor& bias,
     at::ArrayRef<double> p, const Seeds& seed) {
+  const Operands operands{"lora_matmul"};
+  TORCH_CHECK(!x.empty(), "fastlora: lora_matmul: a group must have at least one x");
+  operands.length("w", w.size(), x.size());
+  operands.length("xa", xa.size(), x.size());
+  operands.length("b", b.size(), x.size());
+  operands.length("p", p.size(), x.size());
+  operands.length("seed", seed.size(), x.size());
+  operands.matrix("x", x[0]);
+  operands.matrix("w", w[0]);
   const int64_t M = x[0].size(0), N = w[0].size(0);
-  for (size_t i = 0; i < x.size(); ++i) {
-    const bool base = x[i].size(0) == M && w[i].size(0) == N && x[i].size(1) == w[i].size(1);
-    check(base && xa[i].size(0) == M && b[i].size(0) == N && xa[i].size(1) == b[i].size(1), "lora_matmul");
-  }
-  check(!bias.has_value() || bias->numel() == N, "lora_matmul");
-  Tensor y = at::empty({M, N}, x[0].options());
-  bool complete = false;  // with the base products
+  const at::ScalarType dtype = x[0].scalar_type();
   std::vector<Adapter> adapters;
   for (size_t i = 0; i < x.size(); ++i) {
-    const Dropout dropout = dropout_of(p[i], seed[i]);
+    const OptionalTensor seed_i = seed[i];
+    operands.matrix("x", x[i], M, ANY, dtype);
+    operands.matrix("w", w[i], N, x[i].size(1), dtype);
+    operands.matrix("xa", xa[i], M);
+    operands.matrix("b", b[i], N, xa[i].size(1));
+    operands.dropout(p[i], seed_i);
+    const Dropout dropout = dropout_of(p[i], seed_i);
     adapters.push_back({xa[i], dropout.scale(), b[i].t(), dropout});
   }
+  if (bias.has_value()) operands.vector("bias", *bias, N);
+  Tensor y = at::empty({M, N}, x[0].options());
+  bool complete = false;  // with the base products
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
     using A = Wide<scalar_t>;
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
@@ -93,26 +106,40 @@ Tensor lora_matmul_group_op(
 }
 
 Tensor lora_grad_a_op(const Tensor& dxa, const Tensor& x, double p, const OptionalTensor& seed) {
-  check(dxa.size(0) == x.size(0), "lora_grad_a");
+  const Operands operands{"lora_grad_a"};
+  operands.matrix("x", x);
+  operands.matrix("dxa", dxa, x.size(0));
+  operands.dropout(p, seed);
   const Tensor da = at::empty({dxa.size(1), x.size(1)}, dxa.options());
   const Dropout dropout = dropout_of(p, seed);
   FASTLORA_DISPATCH(x.scalar_type(), [&] { lora_grad_a<scalar_t>(with_rows(dxa), with_rows(x), dropout, da); });
   return da;
 }
 
+void check_lora_grad(
+    const Tensor& dy, const OptionalTensor& x, const OptionalTensor& b, const OptionalTensor& xa, double s, double p,
+    const OptionalTensor& seed) {
+  const Operands operands{"lora_grad"};
+  operands.matrix("dy", dy);
+  TORCH_CHECK(b.has_value() || xa.has_value(), "fastlora: lora_grad: needs b or xa");
+  if (x.has_value()) operands.matrix("x", *x, dy.size(0), ANY, dy.scalar_type());
+  if (b.has_value()) operands.matrix("b", *b, dy.size(1));
+  if (xa.has_value()) operands.matrix("xa", *xa, dy.size(0), b.has_value() ? b->size(1) : ANY);
+  operands.scaling(s);
+  operands.dropout(p, seed);
+}
+
 std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
     const Tensor& dy, const OptionalTensor& x, const OptionalTensor& b, const OptionalTensor& xa, double s, double p,
     const OptionalTensor& seed) {
-  TORCH_CHECK(b.has_value() || xa.has_value(), "fastlora: lora_grad needs b or xa");
+  check_lora_grad(dy, x, b, xa, s, p, seed);
   const int64_t M = dy.size(0), N = dy.size(1);
-  check(!b.has_value() || b->size(0) == N, "lora_grad");
-  check((!x.has_value() || x->size(0) == M) && (!xa.has_value() || xa->size(0) == M), "lora_grad");
   const Tensor& like = b.has_value() ? *b : *xa;
   const int64_t r = like.size(1);
   const bool need_da = x.has_value() && b.has_value();
   const Tensor dxa = at::empty({b.has_value() ? M : 0, r}, like.options());
   const Tensor da = need_da ? at::empty({r, x->size(1)}, like.options()) : at::empty({0}, like.options());
-  const Tensor db = xa.has_value() ? at::empty({N, xa->size(1)}, xa->options()) : at::empty({0}, like.options());
+  const Tensor db = xa.has_value() ? at::empty({N, r}, xa->options()) : at::empty({0}, like.options());
   const Dropout dropout = need_da ? dropout_of(p, seed) : Dropout();
   FASTLORA_DISPATCH(dy.scalar_type(), [&] {
     lora_grad<scalar_t>(

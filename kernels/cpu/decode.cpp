@@ -8,12 +8,12 @@
 #include <array>
 #include <optional>
 
+#include "checks.h"
 #include "products.h"
 
 namespace fastlora {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using Code = std::array<float, 16>;
 
 alignas(64) constexpr Code NF4 = {
@@ -70,10 +70,16 @@ Tensor decode_4bit(
     const Tensor& packed, const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2,
     const OptionalTensor& offset, int64_t blocksize, int64_t blocksize2, c10::string_view quant_type, int64_t N,
     int64_t K, at::ScalarType dtype, const OptionalTensor& a, const OptionalTensor& b, double s) {
+  const Operands operands{"decode_4bit"};
+  operands.weight_4bit(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K);
+  operands.adapter(a, b, N, K);
+  operands.scaling(s);
+  TORCH_CHECK(
+      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+      "fastlora: decode_4bit: dtype must be float32, bfloat16 or float16, got ", dtype);
+  if (N == 0 || K == 0) return at::empty({N, K}, packed.options().dtype(dtype));
   const Tile<float> scales = decode_absmax(absmax, code2, absmax2, offset, blocksize2);
-  TORCH_CHECK(scales.cols * blocksize >= N * K, "fastlora: decode_4bit has fewer blocks than its shape needs");
   const Tensor bytes = packed.contiguous();
-  TORCH_CHECK(2 * bytes.numel() >= N * K, "fastlora: decode_4bit has fewer bytes than its shape needs");
   const uint8_t* from = bytes.const_data_ptr<uint8_t>();
   const Code& code = quant_type == "nf4" ? NF4 : FP4;
   const auto decode = [&](int64_t n, int64_t k0, int64_t cols, auto* row) {
@@ -86,7 +92,7 @@ Tensor decode_4bit(
   };
   Tensor w = at::empty({N, K}, packed.options().dtype(dtype));
   std::vector<Adapter> adapters;
-  if (a.has_value() && b.has_value()) adapters.push_back({*b, s, *a, Dropout()});
+  if (a.has_value()) adapters.push_back({*b, s, *a, Dropout()});
   const auto decode_to = [&]<typename T>(T* to) { expand<T>(decode, adapters, to, N, K); };
   AT_DISPATCH_SWITCH(dtype, "fastlora", AT_DISPATCH_CASE(at::kFloat, [&] {
                        decode_to(w.mutable_data_ptr<scalar_t>());

@@ -3,9 +3,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string_view>
 
+#include "checks.h"
 #include "tile.h"
 
 namespace fastlora {
@@ -60,7 +60,7 @@ constexpr int64_t CHUNK = 256;  // elements of a row that are in fp32 at a time,
 
 // h = act(gate) * up, without up act(gate); BACKWARD: h holds dh before, and gate and up their gradients afterwards.
 template <typename T, typename Activation, bool BACKWARD>
-void rows(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& h) {
+void rows(const Tensor& gate, const OptionalTensor& up, const Tensor& h) {
   using A = Wide<T>;
   using Vec = at::vec::Vectorized<A>;
   constexpr bool FAST = sizeof(T) == 2;
@@ -99,28 +99,50 @@ void rows(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& h) 
 }
 
 template <bool BACKWARD>
-void run(const Tensor& gate, const std::optional<Tensor>& up, const Tensor& h, std::string_view activation) {
-  const bool unit = gate.stride(1) == 1 && h.stride(1) == 1 && (!up.has_value() || up->stride(1) == 1);
-  TORCH_CHECK(unit, "fastlora: the rows of a gated MLP's activations must be contiguous");
-  const bool alike = h.sizes() == gate.sizes() && (!up.has_value() || up->sizes() == gate.sizes());
-  TORCH_CHECK(alike, "fastlora: the activations of a gated MLP must have one shape");
-  if (gate.numel() == 0) return;
+void run(const Tensor& gate, const OptionalTensor& up, const Tensor& h, std::string_view activation) {
   FASTLORA_DISPATCH(gate.scalar_type(), [&] {
     if (activation == "silu") return rows<scalar_t, Silu, BACKWARD>(gate, up, h);
     if (activation == "gelu") return rows<scalar_t, Gelu, BACKWARD>(gate, up, h);
-    TORCH_CHECK(activation == "gelu_tanh", "fastlora: unknown activation ", activation);
     rows<scalar_t, GeluTanh, BACKWARD>(gate, up, h);
   });
 }
 
-Tensor swiglu_op(const Tensor& gate, const std::optional<Tensor>& up, std::string_view activation) {
+void check(
+    const Operands& operands, const Tensor& gate, const OptionalTensor& up, const Tensor& dh,
+    std::string_view activation) {
+  operands.matrix("gate", gate);
+  if (up.has_value()) operands.matrix("up", *up, gate.size(0), gate.size(1), gate.scalar_type());
+  operands.matrix("dh", dh, gate.size(0), gate.size(1), gate.scalar_type());
+  const bool known = activation == "silu" || activation == "gelu" || activation == "gelu_tanh";
+  TORCH_CHECK(known, "fastlora: ", operands.op, ": activation must be one of silu, gelu, gelu_tanh, got ", activation);
+}
+
+Tensor swiglu_op(const Tensor& gate, const OptionalTensor& up, std::string_view activation) {
+  check(Operands{"swiglu"}, gate, up, gate, activation);
   Tensor h = at::empty(gate.sizes(), gate.options());
-  run<false>(gate, up, h, activation);
+  if (h.numel() == 0) return h;
+  run<false>(with_rows(gate), up.has_value() ? OptionalTensor(with_rows(*up)) : up, h, activation);
   return h;
 }
 
-void swiglu_backward_op(Tensor& dh, Tensor& gate, const std::optional<Tensor>& up, std::string_view activation) {
-  run<true>(gate, up, dh, activation);
+void swiglu_backward_op(Tensor& dh, Tensor& gate, const OptionalTensor& up, std::string_view activation) {
+  const Operands operands{"swiglu_backward_"};
+  check(operands, gate, up, dh, activation);
+  operands.apart("dh", dh, "gate", gate);
+  if (up.has_value()) {
+    operands.apart("dh", dh, "up", *up);
+    operands.apart("gate", gate, "up", *up);
+  }
+  operands.writable("dh", dh);
+  operands.writable("gate", gate);
+  if (up.has_value()) operands.writable("up", *up);
+  if (gate.numel() == 0) return;
+  const Tensor h = with_rows(dh), g = with_rows(gate);
+  const OptionalTensor u = up.has_value() ? OptionalTensor(with_rows(*up)) : up;
+  run<true>(g, u, h, activation);
+  if (!h.is_same(dh)) dh.copy_(h);
+  if (!g.is_same(gate)) gate.copy_(g);
+  if (u.has_value() && !u->is_same(*up)) up->copy_(*u);
 }
 
 }  // namespace
