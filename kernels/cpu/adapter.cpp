@@ -7,21 +7,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "products.h"
 
 namespace fastlora {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-
-Dropout dropout_of(double p, const OptionalTensor& seed) {
-  if (p == 0.0) return Dropout();
-  TORCH_CHECK(seed.has_value(), "fastlora: dropout needs a seed");
-  return Dropout(p, seed->item<int64_t>());
-}
 
 using Seeds = c10::List<OptionalTensor>;
 

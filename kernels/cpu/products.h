@@ -1,9 +1,19 @@
 // The adapter products for elements of type T, by matrix instructions where there are any.
 #pragma once
 
+#include <c10/util/Exception.h>
+
+#include "few_rows.h"
 #include "outer.h"
+#include "panel.h"
 
 namespace fastlora {
+
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  if (p == 0.0) return Dropout();
+  TORCH_CHECK(seed.has_value(), "fastlora: dropout needs a seed");
+  return Dropout(p, seed->item<int64_t>());
+}
 
 constexpr int64_t FEW_ROWS = 16;  // fewer do not fill a matrix instruction
 
@@ -43,7 +53,31 @@ bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vecto
       bf16::tail(x, w, init, adapters, y);
       return true;
     }
+  if constexpr (sizeof(T) == 2 && vector::LANES == 8) {  // without AVX-512 torch multiplies 16-bit numbers one by one
+    if (std::is_same_v<T, at::BFloat16> && bf16::available()) return false;
+    std::vector<Tensor> rows;
+    std::vector<DenseOperand<T>> operands;
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (w[i].stride(0) != 1 && w[i].stride(1) != 1) return false;
+      rows.push_back(with_rows(x[i]));
+      operands.emplace_back(w[i]);
+    }
+    vector::multiply(rows, operands, init, adapters, y, x[0].size(0), w[0].size(0));
+    return true;
+  }
   return false;
+}
+
+constexpr int64_t FEW_TOKENS = 8;  // so many or fewer are multiplied without making a panel
+
+// The same for 4-bit weights, of which every way decodes a part at a time.
+template <typename T, typename Init>
+void multiply_4bit(
+    const std::vector<Tensor>& x, const std::vector<FourBitOperand>& w, const Init& init,
+    const std::vector<Adapter>& adapters, T* y, int64_t M, int64_t N) {
+  if (x.size() == 1 && M <= FEW_TOKENS && w[0].by_columns && vector::in_chunks(*w[0].w))
+    return vector::multiply_few(x[0], *w[0].w, init, adapters, y);
+  vector::multiply(x, w, init, adapters, y, M, N);
 }
 
 // dxa = s * dy @ b, da = dxa^T @ drop(x) and db = dy^T @ xa; none without its operands, which are then undefined
