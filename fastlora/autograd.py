@@ -101,7 +101,8 @@ def is_merged(weight: Weight, p: float) -> bool:
 
 def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any, s: float, p: float) -> Tensor:
     """``x wᵀ + bias + xa bᵀ``, like x but for N; xa is not used if the adapter `is_merged`: that is
-    ``nf4_matmul``, whose plan for few tokens on a GPU multiplies the 4-bit weight without decoding it to memory."""
+    ``nf4_matmul``, whose plan for few tokens on a GPU multiplies the 4-bit weight without decoding it to memory. On a
+    CPU `lora_matmul_4bit` does so for any number."""
     rows = rows_of(x)
     if isinstance(weight, Tensor):
         y = lora_matmul(rows, weight, xa, b, bias)
@@ -140,10 +141,7 @@ def input_gradient(parts: list[Part]) -> Tensor:
         return parts[0].alone()
     merged = [part for part in parts if is_merged(part.weight, part.p)]
     plain = [part for part in parts if not is_merged(part.weight, part.p)]
-    if len(plain) > 1:
-        dx = _sum_of_plain(plain)
-    else:
-        dx = (plain or merged).pop(0).alone()
+    dx = _sum_of_plain(plain) if len(plain) > 1 else (plain or merged).pop(0).alone()
     for dy, weight, a, b, _, s, _, _ in merged:
         dx.addmm_(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[union-attr, arg-type]
     return dx

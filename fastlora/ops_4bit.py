@@ -1,5 +1,7 @@
 """``torch.ops.fastlora.lora_matmul_4bit`` and ``nf4_matmul``: products with 4-bit weights."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,13 @@ FIELDS = 5  # tensors of a Weight4bit, each field of which is a list below
 
 
 def lora_matmul_4bit(
-    x: list[Tensor],
-    weights: list[Weight4bit],
-    xa: list[Tensor],
-    b: list[Tensor],
+    x: Sequence[Tensor],
+    weights: Sequence[Weight4bit],
+    xa: Sequence[Tensor],
+    b: Sequence[Tensor],
     bias: Tensor | None,
-    p: list[float],
-    seed: list[Tensor | None],
+    p: Sequence[float],
+    seed: Sequence[Tensor | None],
     transposed: bool,
 ) -> Tensor:
     """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...) + bias`` for 4-bit w_i, their transposes if

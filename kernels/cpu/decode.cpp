@@ -19,8 +19,7 @@ Tensor decode_4bit(
   Tensor w = at::empty({N, K}, packed.options().dtype(dtype));
   std::vector<Adapter> adapters;
   if (a.has_value() && b.has_value()) adapters.push_back({*b, s, *a, Dropout()});
-  FASTLORA_DISPATCH_FLOAT(
-      dtype, [&] { expand<scalar_t>(decode, adapters, w.mutable_data_ptr<scalar_t>(), N, K); });
+  FASTLORA_DISPATCH_FLOAT(dtype, [&] { expand<scalar_t>(decode, adapters, w.mutable_data_ptr<scalar_t>(), N, K); });
   return w;
 }
 

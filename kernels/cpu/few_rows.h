@@ -7,8 +7,8 @@
 
 namespace fastlora::vector {
 
-constexpr int64_t CHUNK = 64;                           // weights that are looked up together
-constexpr int64_t FEW = sizeof(__m256) == 32 ? 4 : 8;   // rows for which a weight is looked up once
+constexpr int64_t CHUNK = 64;                          // weights that are looked up together
+constexpr int64_t FEW = sizeof(__m256) == 32 ? 4 : 8;  // rows for which a weight is looked up once
 
 // Half of the codes of 64 weights
 inline void look_up(const uint8_t* bytes, int half, const Table& table, at::vec::Vectorized<float>* to) {
@@ -43,8 +43,8 @@ inline bool in_chunks(const Weight4bit& w) {
 template <int I>
 void dot(const Weight4bit& w, int64_t n, const float* x, float* out, int64_t ld_out) {
   using Vec = at::vec::Vectorized<float>;
-  const uint8_t* bytes = w.bytes() + n * w.K / 2;
-  const float* scales = w.scales() + n * (w.K / w.blocksize);
+  const uint8_t* bytes = w.bytes + n * w.K / 2;
+  const float* scales = w.scales + n * (w.K / w.blocksize);
   Vec total[I];
   for (int i = 0; i < I; ++i) total[i] = Vec(0.0f);
   for (int64_t k = 0; k < w.K; ++scales) {
@@ -75,8 +75,7 @@ void dots(const Weight4bit& w, int64_t n, const float* x, int64_t rows, float* o
 
 // y[M, N] = x w^T + init + the adapters' parts
 template <typename T, typename Init>
-void multiply_few(
-    const Tensor& x, const Weight4bit& w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
+void multiply_few(const Tensor& x, const Weight4bit& w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
   constexpr int64_t STRIP = 32;
   const int64_t M = x.size(0), N = w.N, K = w.K;
   const Buffer<float> ordered(M, K);

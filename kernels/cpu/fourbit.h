@@ -73,8 +73,7 @@ inline void decode_32(const uint8_t* bytes, const Table& table, float scale, flo
 }
 
 // A weight w[N, K], quantised in blocks of its flat elements.
-class Weight4bit {
- public:
+struct Weight4bit {
   Weight4bit(
       const Tensor& packed, const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2,
       const OptionalTensor& offset, int64_t blocksize, int64_t blocksize2, std::string_view quant_type, int64_t N,
@@ -83,18 +82,12 @@ class Weight4bit {
         K(K),
         blocksize(blocksize),
         table(quant_type == "nf4" ? NF4 : FP4),
-        packed_(packed.contiguous()),
-        scales_(decode_absmax(absmax, code2, absmax2, offset, blocksize2)) {
-    TORCH_CHECK(scales_.numel() * blocksize >= N * K, "fastlora: a 4-bit weight has fewer blocks than its shape needs");
-    TORCH_CHECK(2 * packed_.numel() >= N * K, "fastlora: a 4-bit weight has fewer bytes than its shape needs");
-  }
-
-  const uint8_t* bytes() const {
-    return packed_.const_data_ptr<uint8_t>();
-  }
-
-  const float* scales() const {
-    return scales_.const_data_ptr<float>();
+        packed(packed.contiguous()),
+        absmax(decode_absmax(absmax, code2, absmax2, offset, blocksize2)),
+        bytes(this->packed.const_data_ptr<uint8_t>()),
+        scales(this->absmax.const_data_ptr<float>()) {
+    const bool enough = this->absmax.numel() * blocksize >= N * K && 2 * this->packed.numel() >= N * K;
+    TORCH_CHECK(enough, "fastlora: a 4-bit weight has fewer blocks or bytes than its shape needs");
   }
 
   // Elements k0 to k0 + cols of row n
@@ -103,24 +96,27 @@ class Weight4bit {
     int64_t first = n * K + k0, block = first / blocksize;
     for (; first < end; ++block) {
       const int64_t run = std::min(end, (block + 1) * blocksize) - first;
-      decode_run(scales()[block], first, run, to);
+      decode_run(scales[block], first, run, to);
       first += run;
       to += run;
     }
   }
 
-  const int64_t N, K, blocksize;
-  const Table table;
+  // Loads what `read` will need. Rows are too far apart for the processor to see by itself what comes next.
+  void prefetch(int64_t n, int64_t k0, int64_t cols) const {
+    const int64_t first = n * K + k0;
+    const auto load = [](const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); };
+    for (int64_t i = 0; i < cols / 2; i += 64) load(bytes + first / 2 + i);
+    load(scales + first / blocksize);
+  }
 
- private:
   // `n` weights from flat index `first` on, all of one block
   void decode_run(float scale, int64_t first, int64_t n, float* to) const {
-    const uint8_t* from = bytes();
     const Code& code = table.code;
     const int64_t end = first + n;
-    if (first % 2 == 1 && n > 0) *to++ = code[from[first++ / 2] & 15] * scale;
-    for (; first + 32 <= end; first += 32, to += 32) decode_32(from + first / 2, table, scale, to);
-    for (; first < end; ++first) *to++ = code[first % 2 == 0 ? from[first / 2] >> 4 : from[first / 2] & 15] * scale;
+    if (first % 2 == 1 && n > 0) *to++ = code[bytes[first++ / 2] & 15] * scale;
+    for (; first + 32 <= end; first += 32, to += 32) decode_32(bytes + first / 2, table, scale, to);
+    for (; first < end; ++first) *to++ = code[first % 2 == 0 ? bytes[first / 2] >> 4 : bytes[first / 2] & 15] * scale;
   }
 
   // The scale of every block in fp32, nested statistics decoded
@@ -145,7 +141,25 @@ class Weight4bit {
     return out;
   }
 
-  Tensor packed_, scales_;
+  const int64_t N, K, blocksize;
+  const Table table;
+  const Tensor packed, absmax;
+  const uint8_t* const bytes;  // of packed
+  const float* const scales;   // of absmax
+};
+
+// A right operand of a product: w[N, K]^T, whose columns are read from rows of w, or w itself.
+struct FourBitOperand {
+  // Elements first to first + n of row `line` of w
+  void read(int64_t line, int64_t first, int64_t n, float* to) const {
+    w->prefetch(std::min(line + 8, w->N - 1), first, n);
+    w->read(line, first, n, to);
+  }
+  int64_t depth() const {
+    return by_columns ? w->K : w->N;
+  }
+  const Weight4bit* w;
+  bool by_columns;
 };
 
 }  // namespace fastlora

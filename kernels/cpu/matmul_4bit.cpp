@@ -7,7 +7,7 @@
 namespace fastlora {
 namespace {
 
-// y += the products with 4-bit weights, with the adapters' parts and a bias
+// The sum of the products with 4-bit weights, with the adapters' parts and a bias
 Tensor lora_matmul_4bit(
     at::TensorList x, const c10::List<OptionalTensor>& weights, at::IntArrayRef sizes,
     const c10::List<std::string>& quant_types, at::TensorList xa, at::TensorList b, const OptionalTensor& bias,
@@ -16,7 +16,6 @@ Tensor lora_matmul_4bit(
   const bool lists = weights.size() == 5 * count && sizes.size() == 4 * count && quant_types.size() == count &&
                      xa.size() == count && b.size() == count && p.size() == count && seed.size() == count;
   TORCH_CHECK(count > 0 && lists, "fastlora: lora_matmul_4bit needs lists of one length");
-  std::vector<Tensor> rows;
   std::vector<Weight4bit> read;
   std::vector<FourBitOperand> operands;
   std::vector<Adapter> adapters;
@@ -33,11 +32,11 @@ Tensor lora_matmul_4bit(
     const bool adapter = xa[i].size(0) == M && b[i].size(0) == N && xa[i].size(1) == b[i].size(1);
     TORCH_CHECK(base && adapter, "fastlora: the shapes of the operands of lora_matmul_4bit do not fit together");
     TORCH_CHECK(x[i].scalar_type() == x[0].scalar_type(), "fastlora: x must have one dtype");
-    rows.push_back(with_rows(x[i]));
     const Dropout dropout = dropout_of(p[i], seed[i]);
     adapters.push_back({xa[i], dropout.scale(), b[i].t(), dropout});
   }
   TORCH_CHECK(!bias.has_value() || bias->numel() == N, "fastlora: bias must have an element for each output");
+  const std::vector<Tensor> rows = with_rows(x);
   Tensor y = at::empty({M, N}, x[0].options());
   FASTLORA_DISPATCH_FLOAT(y.scalar_type(), [&] {
     scalar_t* to = y.mutable_data_ptr<scalar_t>();

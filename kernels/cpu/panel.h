@@ -7,23 +7,9 @@
 
 namespace fastlora {
 
-// A right operand [depth, N] whose lines become fp32 one run at a time: its columns if `by_columns`, else its rows.
-
-// w[N, K] for x w^T, whose columns are rows of w, or for dy w.
-struct FourBitOperand {
-  void read(int64_t line, int64_t first, int64_t n, float* to) const {
-    w->read(line, first, n, to);
-  }
-  int64_t depth() const {
-    return by_columns ? w->K : w->N;
-  }
-  const Weight4bit* w;
-  bool by_columns;
-};
-
+// A dense right operand w[N, K]^T, one of whose strides is 1; see FourBitOperand.
 template <typename T>
 struct DenseOperand {
-  // w[N, K]^T, one of whose strides is 1
   explicit DenseOperand(const Tensor& w)
       : from(w.const_data_ptr<T>()), K(w.size(1)), by_columns(w.stride(1) == 1), ld(w.stride(by_columns ? 0 : 1)) {
   }
@@ -44,11 +30,11 @@ namespace vector {
 constexpr int64_t LANES = at::vec::Vectorized<float>::size();
 constexpr int64_t MICRO_M = LANES == 8 ? 6 : 12;  // rows and columns that are summed up in registers
 constexpr int64_t MICRO_N = 2 * LANES;
-constexpr int64_t PANEL_K = 256;          // terms of a sum until it joins the rest
-constexpr int64_t PANEL_N = 256;          // columns of a panel: 256 KB in all
-constexpr int64_t LEAST_N = 64;           // columns for which converting x is still cheap beside the product
-constexpr int64_t BLOCK_M = 96;           // rows of x that are in fp32 at a time
-constexpr int64_t PASS_M = 1024;          // rows that a panel is made for; for more it is made again
+constexpr int64_t PANEL_K = 256;         // terms of a sum until it joins the rest
+constexpr int64_t PANEL_N = 256;         // columns of a panel: 256 KB in all
+constexpr int64_t LEAST_N = 64;          // columns for which converting x is still cheap beside the product
+constexpr int64_t BLOCK_M = 96;          // rows of x that are in fp32 at a time
+constexpr int64_t PASS_M = 1024;         // rows that a panel is made for; for more it is made again
 constexpr int64_t LD_X = PANEL_K + PAD;  // so that rows do not fall on the same lines of the cache
 
 // c[I, MICRO_N] += a[I, depth] @ b[depth, MICRO_N]
@@ -89,8 +75,7 @@ void pack(const Operand& w, int64_t n0, int64_t cols, int64_t k0, int64_t depth,
       std::fill(lines + width * PANEL_K, lines + MICRO_N * PANEL_K, 0.0f);
       for (int64_t k = 0; k < depth; k += LANES)
         for (int64_t i = 0; i < MICRO_N; i += LANES)
-          at::vec::transpose_mxn<float, LANES, LANES>(
-              lines + i * PANEL_K + k, PANEL_K, to + k * MICRO_N + i, MICRO_N);
+          at::vec::transpose_mxn<float, LANES, LANES>(lines + i * PANEL_K + k, PANEL_K, to + k * MICRO_N + i, MICRO_N);
     }
   } else {
     std::fill(lines + cols, lines + round_up(cols, MICRO_N), 0.0f);

@@ -22,12 +22,11 @@
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, DTYPE, "fastlora", __VA_ARGS__)
 
 // The dtypes that are computed in fp32
-#define FASTLORA_DISPATCH_FLOAT(DTYPE, ...)                           \
-  AT_DISPATCH_SWITCH(                                                 \
-      DTYPE, "fastlora",                                              \
-      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                       \
-          AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__)                \
-              AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))
+#define FASTLORA_DISPATCH_FLOAT(DTYPE, ...)                                                  \
+  AT_DISPATCH_SWITCH(                                                                        \
+      DTYPE, "fastlora",                                                                     \
+      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) \
+          AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))
 
 namespace fastlora {
 
@@ -73,6 +72,12 @@ struct Tile : Buffer<A> {
 // A tensor whose rows have unit stride: only a transposed or expanded one is copied.
 inline Tensor with_rows(const Tensor& t) {
   return t.stride(1) == 1 || t.numel() == 0 ? t : t.contiguous();
+}
+
+inline std::vector<Tensor> with_rows(at::ArrayRef<Tensor> all) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : all) out.push_back(with_rows(t));
+  return out;
 }
 
 // ---- from tensors to tiles and back
