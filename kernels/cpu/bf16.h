@@ -281,6 +281,7 @@ void tail(
     const std::vector<Tensor>& x, const std::vector<Operand>& w, const Init& init, const std::vector<Adapter>& adapters,
     BFloat16* y, int64_t M, int64_t N) {
   const int64_t threads = at::get_num_threads();
+  if (M == 0 || N == 0) return;
   const int64_t across = (N + TAIL_N - 1) / TAIL_N, blocks = (M + TAIL_M - 1) / TAIL_M;
   const int64_t groups = std::min(blocks, (threads + across - 1) / across);  // few panels: threads share a panel's rows
   const std::vector<std::vector<Piece>> panels = panels_of(w);
