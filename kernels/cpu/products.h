@@ -64,7 +64,7 @@ bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vecto
   // Without AVX-512 torch multiplies 16-bit numbers one by one.
   const auto by_lines = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
   if constexpr (sizeof(T) == 2 && vector::LANES == 8) {
-    if (!std::all_of(w.begin(), w.end(), by_lines)) return false;
+    if (M == 1 || !std::all_of(w.begin(), w.end(), by_lines)) return false;  // its product with a vector is fast
     vector::multiply(with_rows(x), operands_of<DenseOperand<T>>(w), init, adapters, y, M, N);
     return true;
   }
