@@ -20,8 +20,9 @@ from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from fastlora import ops_4bit as _ops  # noqa: F401  (defines torch.ops.fastlora)
+from fastlora import kernel_ops
 from fastlora.fourbit import Weight4bit
+from fastlora.ops_4bit import lora_matmul_4bit
 from fastlora.siblings import SharedInput
 
 shrink = torch.ops.fastlora.shrink.default
@@ -128,21 +129,23 @@ def is_merged(weight: Weight, p: float) -> bool:
     """Whether the adapter is added to the weight while that is decoded: forward and dx are then one product each.
 
     4-bit weights do not lie on the grid of the compute dtype, so the one rounding after the merge dithers and small
-    updates survive; on a dense bf16 weight they would not.
+    updates survive; on a dense bf16 weight they would not. A CPU decodes inside its products: there the adapter's own
+    product costs less than merging.
     """
-    return p == 0.0 and not isinstance(weight, Tensor)
+    return p == 0.0 and not isinstance(weight, Tensor) and kernel_ops.decodes_whole_weights(weight.packed.device)
 
 
 def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any, s: float, p: float) -> Tensor:
     """``x wᵀ + bias + xa bᵀ``, like x but for N; xa is not used if the adapter `is_merged`: that is
-    ``nf4_matmul``, whose plan for few tokens on a GPU multiplies the 4-bit weight without decoding it to memory."""
+    ``nf4_matmul``, whose plan for few tokens on a GPU multiplies the 4-bit weight without decoding it to memory. On a
+    CPU `lora_matmul_4bit` does so for any number."""
     rows = rows_of(x)
     if isinstance(weight, Tensor):
         y = lora_matmul(rows, weight, xa, b, bias)
-    elif p != 0.0:
-        y = lora_matmul(rows, weight.decode(x.dtype), xa, b, bias)
-    else:
+    elif is_merged(weight, p):
         y = nf4_matmul(rows, *weight, a, b, s, bias)
+    else:
+        y = lora_matmul_4bit([rows], [weight], [xa], [b], bias, [0.0], [None], False)
     return like_rows_of(x.shape, y)
 
 
@@ -161,11 +164,11 @@ class Part(NamedTuple):
     def alone(self) -> Tensor:
         """``dy w + D ∘ (dxa a)``"""
         dy, weight, a, b, dxa, s, p, seed = self
-        if not isinstance(weight, Tensor):
-            if p == 0.0:
-                return torch.mm(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[arg-type]
-            weight = weight.decode(dy.dtype)
-        return lora_matmul(dy, weight.t(), dxa, a.t(), None, p, seed)
+        if is_merged(weight, p):
+            return torch.mm(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[union-attr, arg-type]
+        if isinstance(weight, Tensor):
+            return lora_matmul(dy, weight.t(), dxa, a.t(), None, p, seed)
+        return lora_matmul_4bit([dy], [weight], [dxa], [a.t()], None, [p], [seed], True)  # type: ignore[list-item]
 
 
 def input_gradient(parts: list[Part]) -> Tensor:
@@ -174,15 +177,20 @@ def input_gradient(parts: list[Part]) -> Tensor:
         return parts[0].alone()
     merged = [part for part in parts if is_merged(part.weight, part.p)]
     plain = [part for part in parts if not is_merged(part.weight, part.p)]
-    if len(plain) > 1:
-        dys, weights, As, _, dxas, _, ps, seeds = zip(*plain, strict=True)
-        ws = [(w if isinstance(w, Tensor) else w.decode(dys[0].dtype)).t() for w in weights]
-        dx = lora_matmul_group(dys, ws, dxas, [a.t() for a in As], ps, seeds)
-    else:
-        dx = (plain or merged).pop(0).alone()
+    dx = _sum_of_plain(plain) if len(plain) > 1 else (plain or merged).pop(0).alone()
     for dy, weight, a, b, _, s, _, _ in merged:
         dx.addmm_(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[union-attr, arg-type]
     return dx
+
+
+def _sum_of_plain(parts: list[Part]) -> Tensor:
+    """`input_gradient` of parts whose adapters are not merged."""
+    dys, weights, As, _, dxas, _, ps, seeds = zip(*parts, strict=True)
+    at = [a.t() for a in As]
+    if not any(isinstance(w, Tensor) for w in weights):
+        return lora_matmul_4bit(dys, weights, dxas, at, None, ps, seeds, True)
+    ws = [(w if isinstance(w, Tensor) else w.decode(dys[0].dtype)).t() for w in weights]
+    return lora_matmul_group(dys, ws, dxas, at, ps, seeds)
 
 
 def fields_of(weight: Weight) -> tuple:
@@ -274,7 +282,8 @@ class LoRALinear(Function):
             seed,
             *(weight if need_dx else ()),
         )
-        ctx.static, ctx.first, ctx.merged = static, token is None, len(weight) > 1 and static.p == 0.0
+        ctx.static, ctx.first = static, token is None
+        ctx.merged = is_merged(weight_of((*weight, *static.numbers)), static.p)
         ctx.x_shape, ctx.dtypes = x.shape, (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.unused = len(inputs) - 4
         ctx.set_materialize_grads(False)

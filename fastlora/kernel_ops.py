@@ -198,6 +198,11 @@ def _current(device: torch.device) -> AbstractContextManager:
 _interpreted = False
 
 
+def decodes_whole_weights(device: torch.device) -> bool:
+    """Whether products with many tokens decode a 4-bit weight to memory first: GPUs do, a CPU decodes in cache."""
+    return device.type != "cpu" or _interpreted
+
+
 @contextmanager
 def in_interpreter() -> Iterator[None]:
     """For tests: within this context the ops on CPU tensors run the kernels in Triton's interpreter.

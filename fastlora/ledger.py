@@ -21,7 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.fourbit import quantisation_tensors
 
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "fastlora::lora_matmul", "fastlora::nf4_matmul")
+_PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
+    *("fastlora::lora_matmul", "fastlora::lora_matmul_4bit", "fastlora::nf4_matmul"),
+)
 _PARTS = re.compile(r"\.(base_layer|lora_A|lora_B|lora_dropout|lora_magnitude_vector)(\..*)?$")
 
 

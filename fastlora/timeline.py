@@ -34,6 +34,7 @@ PHASES = ("forward", "backward", "optimizer")
 _OPS = {
     "fastlora::lora_matmul": BASE,
     "fastlora::lora_matmul_group": BASE,
+    "fastlora::lora_matmul_4bit": BASE,
     "fastlora::nf4_matmul": BASE,
     "fastlora::shrink": ADAPTER,
     "fastlora::shrink_group": ADAPTER,
@@ -47,7 +48,11 @@ _OPS = {
     "bitsandbytes::dequantize_4bit": DECODE,
     "bitsandbytes::dequantize_blockwise": DECODE,
 }
-_WRAPPERS = ("bitsandbytes::gemm_4bit", "fastlora::nf4_matmul")  # may decode and multiply by calling other ops
+_WRAPPERS = (
+    "bitsandbytes::gemm_4bit",
+    "fastlora::lora_matmul_4bit",
+    "fastlora::nf4_matmul",
+)  # may decode and multiply by calling other ops
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_scaled_mm", "aten::_int_mm")
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "aten::bmm", "aten::baddbmm")
 _NO_WORK = ("aten::empty", "aten::new_empty", "aten::resize", "aten::_unsafe_view")  # names that begin so

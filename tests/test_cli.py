@@ -199,7 +199,9 @@ def test_info(capsys):
     on_cpu = found["implementations"]["cpu"]
     assert on_cpu.pop("nf4_matmul") == "torch composition", "of decode_4bit and a product"
     assert set(on_cpu.values()) == {implementation}
-    assert set(found["implementations"]["cuda"].values()) == {"torch composition" if why_not() else "kernel"}
+    on_gpu = found["implementations"]["cuda"]
+    assert on_gpu.pop("lora_matmul_4bit") == "torch composition", "of decode_4bit and lora_matmul"
+    assert set(on_gpu.values()) == {"torch composition" if why_not() else "kernel"}
     assert found["gpu_kernels"] == (why_not() or "on")
     assert found["cpu_kernels"] == (ops.NO_CPU_KERNELS or "loaded")
     assert main(["info"]) == 0

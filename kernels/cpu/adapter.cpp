@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 
 #include "checks.h"
@@ -17,10 +16,6 @@ namespace fastlora {
 namespace {
 
 using Seeds = c10::List<OptionalTensor>;
-
-Dropout dropout_of(double p, const OptionalTensor& seed) {
-  return p == 0.0 ? Dropout() : Dropout(p, seed->item<int64_t>());
-}
 
 std::vector<Tensor> shrink_group_op(
     const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, const Seeds& seed) {

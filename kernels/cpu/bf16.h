@@ -6,17 +6,24 @@
 
 #include <ATen/native/CPUBlas.h>
 
+#include "fourbit.h"
 #include "pack.h"
+#ifdef FASTLORA_REFERENCE_BRGEMM  // to test what is here where there are no matrix instructions
+#include "reference_brgemm.h"
+#endif
 
 namespace fastlora::bf16 {
 
+#ifndef FASTLORA_REFERENCE_BRGEMM
 namespace cpublas = at::native::cpublas;
+#endif
 
-constexpr int64_t BLOCK_M = 32;   // rows of a product: two AMX tiles
-constexpr int64_t BLOCK_N = 256;  // columns of an expanded tile
-constexpr int64_t TAIL_M = 128;   // rows of a tile that the base product is in too,
-constexpr int64_t TAIL_N = 96;    // and its columns,
-constexpr int64_t TAIL_K = 512;   // summed up over about so much of the depth at a time
+constexpr int64_t BLOCK_M = 32;     // rows of a product: two AMX tiles
+constexpr int64_t BLOCK_N = 256;    // columns of an expanded tile
+constexpr int64_t TAIL_M = 128;     // rows of a tile that the base product is in too,
+constexpr int64_t TAIL_N = 96;      // and its columns,
+constexpr int64_t TAIL_K = 512;     // summed up over about so much of the depth at a time
+constexpr int64_t TAIL_BLOCKS = 8;  // blocks of TAIL_M rows for which a panel of part of the depth is made
 
 inline bool available() {
   return cpublas::could_pack(at::kBFloat16);
@@ -181,56 +188,142 @@ inline bool prefers_tail(at::TensorList x, at::TensorList w) {
   return work <= int64_t{1} << 33;
 }
 
-// y[M, N] = sum of x[M, K] @ w[N, K]^T + init + the adapters' parts: all accumulate in one fp32 tile, which is rounded
-// once. A panel of the weights is packed and kept in the second-level cache for all rows.
-template <typename Init>
-void tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter>& adapters, BFloat16* y) {
-  const int64_t M = x[0].size(0), N = w[0].size(0), threads = at::get_num_threads();
-  const int64_t panels = (N + TAIL_N - 1) / TAIL_N, blocks = (M + TAIL_M - 1) / TAIL_M;
-  const int64_t groups = std::min(blocks, (threads + panels - 1) / panels);  // few panels: threads share a panel's rows
-  int64_t depth = 0, deepest = 0;
-  for (const Tensor& part : x) {
-    depth += part.size(1);
-    deepest = std::max(deepest, part.size(1));
+// sum[TAIL_M, cols] += rows m0 on and columns k0 to k0 + depth of x, times a packed panel
+inline void multiply_block(
+    const Tensor& x, int64_t m0, int64_t rows, int64_t k0, int64_t depth, int64_t cols, const uint32_t* packed,
+    float* sum, BFloat16* copy) {
+  const int64_t ldx = x.stride(0), steps = std::max<int64_t>(1, depth / TAIL_K);
+  const int64_t step = round_up((depth + steps - 1) / steps, 32);
+  const bool direct = rows == TAIL_M && ldx >= x.size(1);
+  for (int64_t k = 0; k < depth; k += step) {
+    const int64_t terms = std::min(step, depth - k);
+    const BFloat16* block = x.const_data_ptr<BFloat16>() + m0 * ldx + k0 + k;
+    if (!direct) {
+      for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * ldx, terms, copy + i * terms);
+      std::fill_n(copy + rows * terms, (TAIL_M - rows) * terms, BFloat16(0));
+      block = copy;
+    }
+    cpublas::brgemm(
+        TAIL_M, cols, terms, direct ? ldx : terms, TAIL_N, TAIL_N, true, block, as_bf16(packed + k / 2 * TAIL_N), sum);
   }
+}
+
+// Right operands of `tail`: both write rows k0 to k0 + depth of columns n0 to n0 + cols in pairs, `TAIL_N` a row.
+
+struct DenseOperand {
+  static constexpr int64_t DEEPEST = std::numeric_limits<int64_t>::max();  // of a panel
+
+  explicit DenseOperand(const Tensor& w) : w(w) {
+  }
+  int64_t depth() const {
+    return w.size(1);
+  }
+  void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, uint32_t* to) const {
+    const BFloat16* from = w.const_data_ptr<BFloat16>() + k0 * w.stride(1);
+    pack_panel(from, w.stride(0), w.stride(1), n0, cols, depth, to, TAIL_N);
+  }
+  Tensor w;
+};
+
+struct DecodedOperand : FourBitOperand {
+  static constexpr int64_t DEEPEST = 4096;
+
+  explicit DecodedOperand(const FourBitOperand& w) : FourBitOperand(w) {
+  }
+  // A few hundred rows at a time are decoded and rounded, and packed as a dense weight is.
+  void pack(int64_t n0, int64_t cols, int64_t k0, int64_t depth, uint32_t* to) const {
+    alignas(64) float line[TAIL_K];
+    alignas(64) BFloat16 rounded[TAIL_N * TAIL_K];
+    for (int64_t k = 0; k < depth; k += TAIL_K) {
+      const int64_t rows = std::min(TAIL_K, depth - k);
+      const int64_t lines = by_columns ? cols : rows, length = by_columns ? rows : cols;
+      for (int64_t i = 0; i < lines; ++i) {
+        by_columns ? read(n0 + i, k0 + k, length, line) : read(k0 + k + i, n0, length, line);
+        round_to(line, length, rounded + i * length);
+      }
+      const int64_t stride_n = by_columns ? length : 1, stride_k = by_columns ? 1 : length;
+      pack_panel(rounded, stride_n, stride_k, 0, cols, rows, to + k / 2 * TAIL_N, TAIL_N);
+    }
+  }
+};
+
+// Rows of the right operand of one of several products
+struct Piece {
+  size_t part;
+  int64_t k0, depth;
+};
+
+// All rows, in panels that are made one after the other
+template <typename Operand>
+std::vector<std::vector<Piece>> panels_of(const std::vector<Operand>& w) {
+  std::vector<std::vector<Piece>> panels(1);
+  int64_t room = Operand::DEEPEST;
+  for (size_t part = 0; part < w.size(); ++part) {
+    for (int64_t k0 = 0; k0 < w[part].depth();) {
+      const int64_t depth = std::min(room, w[part].depth() - k0);
+      if (depth == 0) {
+        panels.emplace_back();
+        room = Operand::DEEPEST;
+        continue;
+      }
+      panels.back().push_back({part, k0, depth});
+      k0 += depth;
+      room -= depth;
+    }
+  }
+  return panels;
+}
+
+// y[M, N] = sum of x[i] @ w[i] + init + the adapters' parts: all accumulate in one fp32 tile, which is rounded once. A
+// panel of the weights is packed and kept in the second-level cache for all rows. Depths are even.
+template <typename Operand, typename Init>
+void tail(
+    const std::vector<Tensor>& x, const std::vector<Operand>& w, const Init& init, const std::vector<Adapter>& adapters,
+    BFloat16* y, int64_t M, int64_t N) {
+  const int64_t threads = at::get_num_threads();
+  if (M == 0 || N == 0) return;
+  const int64_t across = (N + TAIL_N - 1) / TAIL_N, blocks = (M + TAIL_M - 1) / TAIL_M;
+  const int64_t groups = std::min(blocks, (threads + across - 1) / across);  // few panels: threads share a panel's rows
+  const std::vector<std::vector<Piece>> panels = panels_of(w);
+  int64_t deepest = 0;
+  for (const auto& pieces : panels) {
+    int64_t depth = 0;
+    for (const Piece& piece : pieces) depth += piece.depth;
+    deepest = std::max(deepest, depth);
+  }
+  const bool once = panels.size() == 1;
+  const int64_t height = once ? 1 : TAIL_BLOCKS;  // blocks of rows that are summed up side by side
   const std::vector<AdapterProduct> products = products_of(adapters);
-  at::parallel_for(0, panels * groups, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<uint32_t> panel(depth / 2, TAIL_N);
-    const Buffer<float> tile(TAIL_M, TAIL_N), scratch(need_scratch<Init>(adapters) ? TAIL_M : 0, TAIL_N);
-    const Buffer<BFloat16> copy(M % TAIL_M != 0 ? TAIL_M : 0, deepest);
+  at::parallel_for(0, across * groups, 1, [&](int64_t begin, int64_t end) {
+    const Buffer<uint32_t> panel(deepest / 2, TAIL_N);
+    const Buffer<float> tile(height * TAIL_M, TAIL_N), scratch(need_scratch<Init>(adapters) ? TAIL_M : 0, TAIL_N);
+    const Buffer<BFloat16> copy(TAIL_M, std::min(deepest, 2 * TAIL_K));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n0 = task / groups * TAIL_N, cols = std::min(TAIL_N, N - n0), padded = round_up(cols, PAD);
       const int64_t group = task % groups, first = blocks * group / groups, last = blocks * (group + 1) / groups;
-      uint32_t* packed = panel.row(0);
-      for (const Tensor& weight : w) {
-        const int64_t K = weight.size(1);
-        pack_panel(weight.const_data_ptr<BFloat16>(), weight.stride(0), weight.stride(1), n0, cols, K, packed, TAIL_N);
-        packed += K / 2 * TAIL_N;
-      }
-      for (int64_t m0 = first * TAIL_M; m0 < std::min(M, last * TAIL_M); m0 += TAIL_M) {
-        const int64_t rows = std::min(TAIL_M, M - m0);
-        const auto product = [&](size_t n, float* to, bool add) {
-          products[n].onto(to, TAIL_N, add, m0, TAIL_M, n0, padded);
-        };
-        sum_adapters(init, adapters, m0, rows, n0, cols, tile.row(0), scratch.row(0), TAIL_N, product);
-        packed = panel.row(0);
-        for (const Tensor& part : x) {
-          const int64_t K = part.size(1), ldx = part.stride(0);
-          const BFloat16* block = part.const_data_ptr<BFloat16>() + m0 * ldx;
-          if (rows < TAIL_M) {
-            for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * ldx, K, copy.row(0) + i * K);
-            std::fill_n(copy.row(0) + rows * K, (TAIL_M - rows) * K, BFloat16(0));
-            block = copy.row(0);
+      for (int64_t pass = first; pass < last; pass += height) {
+        for (size_t n = 0; n < panels.size(); ++n) {
+          uint32_t* packed = panel.row(0);
+          for (const auto& [part, k0, depth] : panels[n]) {
+            if (!once || pass == first) w[part].pack(n0, cols, k0, depth, packed);
+            packed += depth / 2 * TAIL_N;
           }
-          const int64_t steps = std::max<int64_t>(1, K / TAIL_K), step = round_up((K + steps - 1) / steps, 32);
-          for (int64_t k0 = 0; k0 < K; k0 += step) {
-            cpublas::brgemm(
-                TAIL_M, padded, std::min(step, K - k0), rows < TAIL_M ? K : ldx, TAIL_N, TAIL_N, true, block + k0,
-                as_bf16(packed + k0 / 2 * TAIL_N), tile.row(0));
+          for (int64_t block = pass; block < std::min(last, pass + height); ++block) {
+            const int64_t m0 = block * TAIL_M, rows = std::min(TAIL_M, M - m0);
+            float* sum = tile.row((block - pass) * TAIL_M);
+            const auto product = [&](size_t i, float* to, bool add) {
+              products[i].onto(to, TAIL_N, add, m0, TAIL_M, n0, padded);
+            };
+            if (n == 0) sum_adapters(init, adapters, m0, rows, n0, cols, sum, scratch.row(0), TAIL_N, product);
+            packed = panel.row(0);
+            for (const auto& [part, k0, depth] : panels[n]) {
+              multiply_block(x[part], m0, rows, k0, depth, padded, packed, sum, copy.row(0));
+              packed += depth / 2 * TAIL_N;
+            }
+            for (int64_t i = 0; n + 1 == panels.size() && i < rows; ++i)
+              round_to(sum + i * TAIL_N, cols, y + (m0 + i) * N + n0);
           }
-          packed += K / 2 * TAIL_N;
         }
-        for (int64_t i = 0; i < rows; ++i) round_to(tile.row(i), cols, y + (m0 + i) * N + n0);
       }
     }
     cpublas::brgemm_release();

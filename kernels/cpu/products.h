@@ -1,9 +1,19 @@
 // The adapter products for elements of type T, by matrix instructions where there are any.
 #pragma once
 
+#include <c10/util/Exception.h>
+
+#include "few_rows.h"
 #include "outer.h"
+#include "panel.h"
 
 namespace fastlora {
+
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  if (p == 0.0) return Dropout();
+  TORCH_CHECK(seed.has_value(), "fastlora: dropout needs a seed");
+  return Dropout(p, seed->item<int64_t>());
+}
 
 constexpr int64_t FEW_ROWS = 16;  // fewer do not fill a matrix instruction
 
@@ -34,16 +44,50 @@ void expand(const Init& init, const std::vector<Adapter>& adapters, T* y, int64_
   vector::expand<T>(init, adapters, y, M, N);
 }
 
+template <typename Operand>
+std::vector<Operand> operands_of(at::TensorList w) {
+  return std::vector<Operand>(w.begin(), w.end());
+}
+
 // y[M, N] = sum of x[M, K] @ w[N, K]^T + init + sum of the adapters' parts, if there is a faster way to it than
 // `expand` and torch's GEMMs; otherwise does nothing and returns false.
 template <typename T, typename Init>
 bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
-  if constexpr (std::is_same_v<T, at::BFloat16>)
-    if (by_matrix_instructions<T>(x[0].size(0)) && bf16::prefers_tail(x, w)) {
-      bf16::tail(x, w, init, adapters, y);
+  const int64_t M = x[0].size(0), N = w[0].size(0);
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (by_matrix_instructions<T>(M) && bf16::prefers_tail(x, w)) {
+      bf16::tail(x.vec(), operands_of<bf16::DenseOperand>(w), init, adapters, y, M, N);
       return true;
     }
+    if (bf16::available()) return false;
+  }
+  // Without AVX-512 torch multiplies 16-bit numbers one by one.
+  const auto by_lines = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
+  if constexpr (sizeof(T) == 2 && vector::LANES == 8) {
+    if (M == 1 || !std::all_of(w.begin(), w.end(), by_lines)) return false;  // its product with a vector is fast
+    vector::multiply(with_rows(x), operands_of<DenseOperand<T>>(w), init, adapters, y, M, N);
+    return true;
+  }
   return false;
+}
+
+constexpr int64_t FEW_TOKENS = vector::LANES == 8 ? 8 : 15;  // so many or fewer are multiplied without making a panel
+
+// The same for 4-bit weights, of which every way decodes a part at a time. Rows of x have unit stride.
+template <typename T, typename Init>
+void multiply_4bit(
+    const std::vector<Tensor>& x, const std::vector<FourBitOperand>& w, const Init& init,
+    const std::vector<Adapter>& adapters, T* y, int64_t M, int64_t N) {
+  if (x.size() == 1 && M <= FEW_TOKENS && w[0].by_columns && vector::in_chunks(*w[0].w))
+    return vector::multiply_few(x[0], *w[0].w, init, adapters, y);
+  const auto in_pairs = [](const FourBitOperand& each) { return each.depth() % 2 == 0; };
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (by_matrix_instructions<T>(M) && std::all_of(w.begin(), w.end(), in_pairs)) {
+      const std::vector<bf16::DecodedOperand> decoded(w.begin(), w.end());
+      return bf16::tail(x, decoded, init, adapters, y, M, N);
+    }
+  }
+  vector::multiply(x, w, init, adapters, y, M, N);
 }
 
 // dxa = s * dy @ b, da = dxa^T @ drop(x) and db = dy^T @ xa; none without its operands, which are then undefined

@@ -21,6 +21,13 @@
 #define FASTLORA_DISPATCH(DTYPE, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, DTYPE, "fastlora", __VA_ARGS__)
 
+// The dtypes that are computed in fp32
+#define FASTLORA_DISPATCH_FLOAT(DTYPE, ...)                                                  \
+  AT_DISPATCH_SWITCH(                                                                        \
+      DTYPE, "fastlora",                                                                     \
+      AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__) \
+          AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__))
+
 namespace fastlora {
 
 using at::Tensor;
@@ -65,6 +72,12 @@ struct Tile : Buffer<A> {
 // A tensor whose rows have unit stride: only a transposed or expanded one is copied.
 inline Tensor with_rows(const Tensor& t) {
   return t.stride(1) == 1 || t.numel() == 0 ? t : t.contiguous();
+}
+
+inline std::vector<Tensor> with_rows(at::ArrayRef<Tensor> all) {
+  std::vector<Tensor> out;
+  for (const Tensor& t : all) out.push_back(with_rows(t));
+  return out;
 }
 
 // ---- from tensors to tiles and back
@@ -265,15 +278,26 @@ Tile<Wide<T>> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& 
   return out;
 }
 
+// The adapter's product s p[M, r] @ b[r, N]
+template <typename A>
+struct AdapterProduct {
+  explicit AdapterProduct(const Adapter& adapter) : left(to_tile<A>(adapter.p)), right(to_tile<A>(adapter.b)) {
+    scale(left, adapter.s);
+  }
+
+  // tile[rows, cols] (+)= rows m0 and columns n0 on, for a multiple of PAD columns
+  void onto(A* tile, int64_t ld, bool add, int64_t m0, int64_t rows, int64_t n0, int64_t cols) const {
+    for (int64_t i = 0; !add && i < rows; ++i) std::fill_n(tile + i * ld, cols, A(0));
+    accumulate(tile, ld, left.row(m0), left.stride, 1, right.row(0) + n0, right.stride, rows, left.cols, cols);
+  }
+
+  Tile<A> left, right;
+};
+
 template <typename T, typename Init>
 void expand(const Init& init, const std::vector<Adapter>& adapters, T* y, int64_t M, int64_t N) {
   using A = Wide<T>;
-  std::vector<Tile<A>> left, right;
-  for (const auto& adapter : adapters) {
-    left.push_back(to_tile<A>(adapter.p));
-    scale(left.back(), adapter.s);
-    right.push_back(to_tile<A>(adapter.b));
-  }
+  const std::vector<AdapterProduct<A>> products(adapters.begin(), adapters.end());
   at::parallel_for(0, (M + ROWS - 1) / ROWS, 4, [&](int64_t begin, int64_t end) {
     const Tile<A> tile(ROWS, COLUMNS), scratch(need_scratch<Init>(adapters) ? ROWS : 0, COLUMNS);
     for (int64_t m0 = begin * ROWS; m0 < std::min(M, end * ROWS); m0 += ROWS) {
@@ -281,9 +305,7 @@ void expand(const Init& init, const std::vector<Adapter>& adapters, T* y, int64_
       for (int64_t n0 = 0; n0 < N; n0 += COLUMNS) {
         const int64_t cols = std::min(COLUMNS, N - n0), padded = round_up(cols, PAD);
         const auto product = [&](size_t n, A* to, bool add) {
-          const Tile<A>&p = left[n], &b = right[n];
-          for (int64_t i = 0; !add && i < rows; ++i) std::fill_n(to + i * COLUMNS, padded, A(0));
-          accumulate(to, COLUMNS, p.row(m0), p.stride, 1, b.row(0) + n0, b.stride, rows, p.cols, padded);
+          products[n].onto(to, COLUMNS, add, m0, rows, n0, padded);
         };
         sum_adapters(init, adapters, m0, rows, n0, cols, tile.row(0), scratch.row(0), COLUMNS, product);
         for (int64_t i = 0; i < rows; ++i) at::vec::convert(tile.row(i), y + (m0 + i) * N + n0, cols);

@@ -1,0 +1,165 @@
+// bitsandbytes' 4-bit weights, NF4 and FP4, decoded to fp32 a run at a time. Formats: QLoRA, arXiv:2305.14314.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+
+#include "tile.h"
+
+namespace fastlora {
+
+using OptionalTensor = std::optional<Tensor>;
+using Code = std::array<float, 16>;
+
+alignas(64) constexpr Code NF4 = {
+    -1.0f,         -0.696192801f, -0.525073051f, -0.394917488f, -0.284441382f, -0.18477343f, -0.0910500363f, 0.0f,
+    0.0795802996f, 0.160930201f,  0.246112302f,  0.337915242f,  0.440709829f,  0.562617004f, 0.722956836f,   1.0f};
+alignas(64) constexpr Code FP4 = {
+    0.0f,  0.00520833349f,  0.666666687f,  1.0f,  0.333333343f,  0.5f,  0.166666672f,  0.25f,
+    -0.0f, -0.00520833349f, -0.666666687f, -1.0f, -0.333333343f, -0.5f, -0.166666672f, -0.25f};
+
+// A code book for vector look-ups. AVX2 looks up bytes: plane i holds byte i of every code.
+struct Table {
+  explicit Table(const Code& code) : code(code) {
+    for (int plane = 0; plane < 4; ++plane) {
+      for (int i = 0; i < 32; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &code[i % 16], 4);
+        planes[plane][i] = static_cast<uint8_t>(bits >> 8 * plane);
+      }
+    }
+  }
+  const Code& code;
+  alignas(32) uint8_t planes[4][32];
+};
+
+#ifndef CPU_CAPABILITY_AVX512
+// The codes of 32 numbers under 16. Within a vector v they are numbers 4v to 4v + 3 of each half.
+inline void look_up_32(__m256i numbers, const Table& table, __m256 (&to)[4]) {
+  __m256i plane[4];
+  for (int i = 0; i < 4; ++i)
+    plane[i] = _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(table.planes[i])), numbers);
+  const __m256i low[2] = {_mm256_unpacklo_epi8(plane[0], plane[1]), _mm256_unpackhi_epi8(plane[0], plane[1])};
+  const __m256i high[2] = {_mm256_unpacklo_epi8(plane[2], plane[3]), _mm256_unpackhi_epi8(plane[2], plane[3])};
+  for (int i = 0; i < 2; ++i) {
+    to[2 * i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[i], high[i]));
+    to[2 * i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[i], high[i]));
+  }
+}
+#endif
+
+// 32 weights from 16 bytes, the high half of a byte first.
+inline void decode_32(const uint8_t* bytes, const Table& table, float scale, float* to) {
+#ifdef CPU_CAPABILITY_AVX512
+  const __m512 codes = _mm512_loadu_ps(table.code.data()), by = _mm512_set1_ps(scale);
+  const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  const __m512 even = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), codes), by);
+  const __m512 odd = _mm512_mul_ps(_mm512_permutexvar_ps(pairs, codes), by);  // looks at the low four bits only
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_ps(to, _mm512_permutex2var_ps(even, first, odd));
+  _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(even, second, odd));
+#else
+  const __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), half = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(_mm_srli_epi16(pairs, 4), half), odd = _mm_and_si128(pairs, half);
+  const __m256i numbers = _mm256_set_m128i(_mm_unpackhi_epi8(even, odd), _mm_unpacklo_epi8(even, odd));
+  __m256 codes[4];  // of eight successive numbers each, as fours of them alternate between the halves
+  look_up_32(_mm256_permutevar8x32_epi32(numbers, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7)), table, codes);
+  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(to + 8 * i, _mm256_mul_ps(codes[i], _mm256_set1_ps(scale)));
+#endif
+}
+
+// A weight w[N, K], quantised in blocks of its flat elements.
+struct Weight4bit {
+  Weight4bit(
+      const Tensor& packed, const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2,
+      const OptionalTensor& offset, int64_t blocksize, int64_t blocksize2, std::string_view quant_type, int64_t N,
+      int64_t K)
+      : N(N),
+        K(K),
+        blocksize(blocksize),
+        table(quant_type == "nf4" ? NF4 : FP4),
+        packed(packed.contiguous()),
+        absmax(decode_absmax(absmax, code2, absmax2, offset, blocksize2)),
+        bytes(this->packed.const_data_ptr<uint8_t>()),
+        scales(this->absmax.const_data_ptr<float>()) {
+    const bool enough = this->absmax.numel() * blocksize >= N * K && 2 * this->packed.numel() >= N * K;
+    TORCH_CHECK(enough, "fastlora: a 4-bit weight has fewer blocks or bytes than its shape needs");
+  }
+
+  // Elements k0 to k0 + cols of row n
+  void read(int64_t n, int64_t k0, int64_t cols, float* to) const {
+    const int64_t end = n * K + k0 + cols;
+    int64_t first = n * K + k0, block = first / blocksize;
+    for (; first < end; ++block) {
+      const int64_t run = std::min(end, (block + 1) * blocksize) - first;
+      decode_run(scales[block], first, run, to);
+      first += run;
+      to += run;
+    }
+  }
+
+  // Loads what `read` will need. Rows are too far apart for the processor to see by itself what comes next.
+  void prefetch(int64_t n, int64_t k0, int64_t cols) const {
+    const int64_t first = n * K + k0;
+    const auto load = [](const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); };
+    for (int64_t i = 0; i < cols / 2; i += 64) load(bytes + first / 2 + i);
+    load(scales + first / blocksize);
+  }
+
+  // `n` weights from flat index `first` on, all of one block
+  void decode_run(float scale, int64_t first, int64_t n, float* to) const {
+    const Code& code = table.code;
+    const int64_t end = first + n;
+    if (first % 2 == 1 && n > 0) *to++ = code[bytes[first++ / 2] & 15] * scale;
+    for (; first + 32 <= end; first += 32, to += 32) decode_32(bytes + first / 2, table, scale, to);
+    for (; first < end; ++first) *to++ = code[first % 2 == 0 ? bytes[first / 2] >> 4 : bytes[first / 2] & 15] * scale;
+  }
+
+  // The scale of every block in fp32, nested statistics decoded
+  static Tensor decode_absmax(
+      const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2, const OptionalTensor& offset,
+      int64_t blocksize2) {
+    if (!code2.has_value()) return absmax.to(at::kFloat).contiguous();
+    const Tensor flat = absmax.contiguous(), out = at::empty({flat.numel()}, flat.options().dtype(at::kFloat));
+    const Tensor codes = code2->to(at::kFloat).contiguous(), scales = absmax2->to(at::kFloat).contiguous();
+    const float *code = codes.const_data_ptr<float>(), *scale = scales.const_data_ptr<float>();
+    const float plus = offset->item<float>();
+    const uint8_t* from = flat.const_data_ptr<uint8_t>();
+    float* to = out.mutable_data_ptr<float>();
+    const int64_t n = flat.numel();
+    at::parallel_for(0, (n + blocksize2 - 1) / blocksize2, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const float by = scale[block];
+        for (int64_t i = block * blocksize2; i < std::min(n, (block + 1) * blocksize2); ++i)
+          to[i] = code[from[i]] * by + plus;
+      }
+    });
+    return out;
+  }
+
+  const int64_t N, K, blocksize;
+  const Table table;
+  const Tensor packed, absmax;
+  const uint8_t* const bytes;  // of packed
+  const float* const scales;   // of absmax
+};
+
+// A right operand of a product: w[N, K]^T, whose columns are read from rows of w, or w itself.
+struct FourBitOperand {
+  // Elements first to first + n of row `line` of w
+  void read(int64_t line, int64_t first, int64_t n, float* to) const {
+    w->prefetch(std::min(line + 8, w->N - 1), first, n);
+    w->read(line, first, n, to);
+  }
+  int64_t depth() const {
+    return by_columns ? w->K : w->N;
+  }
+  const Weight4bit* w;
+  bool by_columns;
+};
+
+}  // namespace fastlora
