@@ -139,6 +139,39 @@ def nf4_matmul(x: Tensor, *args: Any) -> None:
             _vector(op, packed, N, bias)
 
 
+def lora_matmul_4bit(
+    x: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    quant_types: Sequence[str],
+    xa: Sequence[Tensor],
+    b: Sequence[Tensor],
+    bias: Tensor | None,
+    p: Sequence[float],
+    seed: Sequence,
+    transposed: bool,
+) -> None:
+    op, count = "lora_matmul_4bit", len(x)
+    _require(count > 0, lambda: f"{op}: x must have at least one entry")
+    _lengths(op, count, quant_types=quant_types, xa=xa, b=b, p=p, seed=seed)
+    _lengths(op, 5 * count, weights=weights)
+    _lengths(op, 4 * count, sizes=sizes)
+    _matrix(op, x[0], x=x[0])
+    _decoded(op, "the dtype of x", x[0].dtype)
+    M, outputs = x[0].shape[0], sizes[3 if transposed else 2]
+    for i in range(count):
+        blocksize, blocksize2, N, K = sizes[4 * i : 4 * i + 4]
+        fields: Any = weights[5 * i : 5 * i + 5]
+        _weight_4bit(op, *fields, blocksize, blocksize2, quant_types[i], N, K, None, None, 1.0)
+        _require((K if transposed else N) == outputs, lambda: f"{op}: the weights must have the same outputs")
+        _matrix(op, x[0], (M, N if transposed else K), dtype=x[0].dtype, x=x[i])
+        _matrix(op, x[0], (M, None), xa=xa[i])
+        _matrix(op, x[0], (outputs, xa[i].shape[1]), b=b[i])
+        _dropout(op, x[0], p[i], seed[i])
+    if bias is not None:
+        _vector(op, x[0], outputs, bias)
+
+
 def _decoded(op: str, name: str, dtype: torch.dtype) -> None:
     _require(dtype in DECODED, lambda: f"{op}: {name} must be float32, bfloat16 or float16, got {dtype}")
 

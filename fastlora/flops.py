@@ -47,6 +47,10 @@ def decode_4bit(*args: Any, **__: Any) -> int:
     return 0 if a is None else 2 * N * K * a[0]
 
 
+def lora_matmul_4bit(x, weights, sizes, quant_types, xa, b, *_: Any, **__: Any) -> int:
+    return sum(2 * M * each[0] * (K + each[1]) for (M, K), each in zip(x, b, strict=True))
+
+
 def nf4_matmul(x, *args: Any, **__: Any) -> int:
     N, K, a = args[8], args[9], args[10]
     return 2 * x[0] * N * K + (0 if a is None else 2 * N * K * a[0])
@@ -62,6 +66,7 @@ FORMULAS: dict[str, Callable[..., int]] = {
         lora_grad,
         lora_grad_a,
         decode_4bit,
+        lora_matmul_4bit,
         nf4_matmul,
     )
 }

@@ -170,7 +170,7 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
     """The block as one function inside a graph: what it is is found out while tracing, and the children are touched
     so that the graph is guarded on them."""
     block = _block_while_tracing(module)
-    for child in module._modules.values():
+    for child in module.children():
         child.training  # noqa: B018
     if isinstance(block, str):
         return None
