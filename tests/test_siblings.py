@@ -96,9 +96,10 @@ def test_4bit_layers_share_too():
         model.set_submodule(name, layer)
     model = randomise(fastlora.add_lora(model, r=4, target_modules="all-linear"))
     x = an_input(torch.float32)
+    step(model, an_input(torch.float32))  # q learns who follows it
     with CountOps() as count:
         ours = step(model, x)
-    assert count.names["fastlora::shrink_group"] == 2, "for o, and for q, k and v, in backward: nothing wants it before"
+    assert count.names["fastlora::shrink_group"] == 2, "for o, and for q, k and v"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(siblings.Siblings, "share", lambda *_: None)
         assert_close(ours, step(model, x.detach().requires_grad_()))
