@@ -162,7 +162,7 @@ def lora_matmul_4bit(
     for i in range(count):
         blocksize, blocksize2, N, K = sizes[4 * i : 4 * i + 4]
         fields: Any = weights[5 * i : 5 * i + 5]
-        _weight_4bit(op, *fields, blocksize, blocksize2, quant_types[i], N, K, None, None, 1.0)
+        _weight_4bit(op, *fields, blocksize, blocksize2, quant_types[i], N, K, None, None, 1.0)  # type: ignore[call-arg]
         _require((K if transposed else N) == outputs, lambda: f"{op}: the weights must have the same outputs")
         _matrix(op, x[0], (M, N if transposed else K), dtype=x[0].dtype, x=x[i])
         _matrix(op, x[0], (M, None), xa=xa[i])

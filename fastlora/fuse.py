@@ -167,11 +167,15 @@ def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwar
 
 
 def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The block as one function inside a graph: what it is is found out while tracing, and the children are touched
-    so that the graph is guarded on them."""
-    block = _block_while_tracing(module)
-    for child in module.children():
-        child.training  # noqa: B018
+    """The block as one function inside a graph. What it is is found out while tracing; the attributes that this depends
+    on are read, so that the graph is guarded on them."""
+    block, guarded = _block_while_tracing(module)
+    for path, names in guarded:
+        child = module
+        for step in path:
+            child = getattr(child, step)
+        for name in names:
+            getattr(child, name, None)
     if isinstance(block, str):
         return None
     operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
@@ -179,14 +183,33 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 @torch.compiler.assume_constant_result
-def _block_while_tracing(module: nn.Module) -> Block | str:
+def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
+    """The block, and the paths of its submodules with the names of what a graph can be guarded on. A block that depends
+    on more than that, such as a buffer's numbers, is not computed as one in a graph."""
     fusion = fusion_of(module)
-    return "it is not fused" if fusion is None else fusion.block_now(module)
+    block: Block | str = "it is not fused" if fusion is None else fusion.block_now(module)
+    if isinstance(block, str):
+        return block, ()
+    guarded = []
+    for name, each in module.named_modules():
+        if name.partition(".")[0] in block.layers:
+            continue
+        mentioned = _names_in(type(each).forward)
+        own = {key: value for key, value in each.__dict__.items() if key not in _MODULE_ATTRIBUTES and key != ATTRIBUTE}
+        plain = [key for key, value in own.items() if isinstance(value, bool | int | float | str) or callable(value)]
+        if each._buffers or any(key in mentioned and key not in plain for key in own):
+            return "it depends on what a graph is not guarded on", ()
+        guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training")))
+    return block, tuple(guarded)
 
 
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     """The block as one function; None if it cannot be now, which is counted with the reason."""
-    calls, block = calls_of(module), fusion.block_now(module)
+    calls = calls_of(module)
+    if torch._C._are_functorch_transforms_active():  # whose backward may be batched, where nothing works in place
+        calls.falls_back("it was called under a transform of torch.func", asked_for=True)
+        return None
+    block = fusion.block_now(module)
     if isinstance(block, str):
         if any(map(is_adapted, module._modules.values())):
             calls.falls_back(block)

@@ -247,7 +247,7 @@ def _adapter_without_dropout(layer: LoraLayer) -> tuple[Tensor, float] | None:
 
 def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
     """Why x is nothing that fastlora's ops take on this base: PEFT's forward decides then, or complains."""
-    if type(x) is not Tensor:
+    if type(x) is not Tensor and not torch.compiler.is_compiling():  # torch.export traces with tensors of its own
         return f"x is a {type(x).__name__}, not a plain tensor"
     if not x.is_floating_point():
         return f"x is {x.dtype}"

@@ -1,0 +1,192 @@
+"""What counts as an MLP: `fastlora.proof`, and how a fused block notices that it has changed."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import HIDDEN, MLP, SwiGLU, randomise
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+
+import fastlora
+from fastlora import fuse
+from fastlora.proof import ACTIVATIONS, Block, prove
+from fastlora.reference import activate
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class Variant(SwiGLU):
+    """A gated MLP of any activation and forward."""
+
+    def __init__(self, h=lambda self, gate, up: F.silu(gate) * up, finish=lambda self, x, y: y):
+        super().__init__()
+        self.h, self.finish, self.limit = h, finish, 10.0
+
+    def forward(self, x):
+        h = self.h(self, self.gate_proj(x), self.up_proj(x))
+        return self.finish(self, x, self.down_proj(h))
+
+
+def layers_of(module):
+    return {name: module.get_submodule(name) for name in NAMES}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_activation_is_identified(activation):
+    module = Variant(lambda self, gate, up: activate(gate, activation) * up)
+    assert prove(module, layers_of(module)) == Block(NAMES, activation)
+    swapped = Variant(lambda self, gate, up: activate(up, activation) * gate)
+    assert prove(swapped, layers_of(swapped)) == Block(("up_proj", "gate_proj", "down_proj"), activation)
+
+
+def clamped(limit):
+    return lambda self, gate, up: F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+ALMOST = {  # functions that a probe in half precision, or of small numbers, takes for SwiGLU
+    "clamped at 7": clamped(7.0),
+    "clamped at 10": clamped(10.0),
+    "clamped at 100": clamped(100.0),
+    "up clamped alone": lambda self, gate, up: F.silu(gate) * up.clamp(-16, 16),
+    "2% more": lambda self, gate, up: 1.02 * F.silu(gate) * up,
+    "a little of the gate": lambda self, gate, up: (F.silu(gate) + 1e-5 * gate) * up,
+    "steeper": lambda self, gate, up: gate * torch.sigmoid(1.00001 * gate) * up,
+    "quick gelu": lambda self, gate, up: gate * torch.sigmoid(1.702 * gate) * up,
+    "one more": lambda self, gate, up: F.silu(gate) * (up + 1),
+}
+
+
+@pytest.mark.parametrize("h", ALMOST.values(), ids=ALMOST)
+def test_almost_is_not_enough(h):
+    module = Variant(h)
+    assert "not that of an MLP" in prove(module, layers_of(module))
+
+
+DEPENDS = {
+    "the length": (lambda self, x, y: y * 2 if x.shape[-2] > 600 else y, "for an x of"),
+    "the batch": (lambda self, x, y: y * 2 if x.dim() > 2 and x.shape[0] > 1 else y, "for an x of"),
+    "one token": (lambda self, x, y: y * 2 if x.shape[:-1].numel() == 1 else y, "(for an x of|not that of)"),
+    "the number of dimensions": (lambda self, x, y: y * 2 if x.dim() == 2 else y, "for an x of"),
+    "the mode": (lambda self, x, y: y * 2 if self.training else y, "in training"),
+    "gradients": (lambda self, x, y: y * 2 if torch.is_grad_enabled() else y, "with gradients"),
+    "a residual": (lambda self, x, y: x + y, "not that of an MLP"),
+}
+
+
+@pytest.mark.parametrize("finish, reason", DEPENDS.values(), ids=DEPENDS)
+def test_a_forward_that_depends_on(finish, reason):
+    module = Variant(finish=finish)
+    with pytest.MonkeyPatch.context():
+        found = prove(module, layers_of(module))
+    assert isinstance(found, str)
+    import re
+
+    assert re.search(reason, found), found
+
+
+def test_no_layer_and_no_hook_is_called():
+    """Layers of any size, on meta here, and of any quantisation: a proof asks only for their widths."""
+    with torch.device("meta"):
+        module = LlamaMLP(LlamaConfig(hidden_size=2048, intermediate_size=8192))
+    for layer in layers_of(module).values():
+        layer.register_forward_hook(lambda *_: pytest.fail("called"))
+    state = torch.get_rng_state()
+    assert prove(module, layers_of(module)) == Block(NAMES, "silu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def patched(module, dtype=torch.float64):
+    model = peft.get_peft_model(nn.Sequential(module.to(dtype)), peft.LoraConfig(r=3, target_modules=list(NAMES)))
+    randomise(model)
+    assert fastlora.patch(model).fused == ["base_model.model.0"]
+    return model, model.base_model.model[0]
+
+
+class Scaled(nn.Module):
+    """An activation with a buffer and a flag."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+        self.sharp = False
+
+    def forward(self, x):
+        return F.silu(x) * self.scale if not self.sharp else F.relu(x)
+
+
+class WithParts(SwiGLU):
+    def __init__(self):
+        super().__init__()
+        self.act, self.function, self.flag, self.options = Scaled(), F.silu, False, {"shift": 0.0}
+
+    def forward(self, x):
+        gate = self.gate_proj(x)
+        h = (self.function(gate) if self.flag else self.act(gate)) * self.up_proj(x)
+        return self.down_proj(h + self.options["shift"])
+
+
+CHANGES = {
+    "activation replaced": lambda m: setattr(m, "act", nn.Tanh()),
+    "flag of the activation": lambda m: setattr(m.act, "sharp", True),
+    "buffer of the activation in place": lambda m: m.act.scale.fill_(2.0),
+    "buffer of the activation replaced": lambda m: setattr(m.act, "scale", torch.full((), 3.0, dtype=torch.float64)),
+    "forward of the activation": lambda m: setattr(m.act, "forward", torch.tanh),
+    "hook on the activation": lambda m: m.act.register_forward_hook(lambda module, args, y: 2 * y),
+    "function and flag": lambda m: (setattr(m, "flag", True), setattr(m, "function", F.relu)),
+    "container that forward reads": lambda m: m.options.update(shift=1.0),
+    "a layer replaced": lambda m: setattr(m, "up_proj", nn.Linear(HIDDEN, MLP, dtype=torch.float64)),
+    "a dropout put in": lambda m: setattr(m, "act", nn.Sequential(nn.SiLU(), nn.Hardtanh(-0.1, 0.1))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_changed_block_runs_its_own_forward(change, compiled):
+    if compiled and change is CHANGES["hook on the activation"]:
+        pytest.skip("Dynamo does not see hooks that are put on later, whatever the layers are")
+    model, block = patched(WithParts())
+    call = model
+    if compiled:
+        torch._dynamo.reset()
+        call = torch.compile(model, backend="eager")
+    x = torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    before = type(block).forward(block, x)
+    torch.testing.assert_close(call(x), before)
+    change(block)
+    expected = type(block).forward(block, x)
+    assert not torch.allclose(expected, before)
+    if not compiled:
+        with pytest.warns(UserWarning, match="runs its own forward"):
+            torch.testing.assert_close(call(x), expected)
+        assert fastlora.report(model).mlps["base_model.model.0"].own == 1
+    else:
+        torch.testing.assert_close(call(x), expected)
+
+
+def test_a_block_is_fused_again_when_the_change_is_undone():
+    model, block = patched(WithParts())
+    x = torch.randn(2, HIDDEN, dtype=torch.float64)
+    calls = fastlora.report(model).mlps["base_model.model.0"]
+    handle = block.act.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="Scaled has hooks"):
+        model(x)
+    handle.remove()
+    block.act = nn.SiLU()  # another object, the same function
+    model(x)
+    assert (calls.fused, calls.own) == (1, 1)
+
+
+def test_a_block_whose_attributes_change_at_every_call_is_proven_only_so_often(monkeypatch):
+    model, block = patched(WithParts())
+    proofs = []
+    monkeypatch.setattr(fuse, "prove", lambda *args: proofs.append(1) or prove(*args))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(20):
+            block.step = step + 1000
+            model(torch.randn(2, HIDDEN, dtype=torch.float64))
+    assert len(proofs) == fuse.PROOFS
+    assert "change from call to call" in fastlora.report(model).mlps["base_model.model.0"].reason
