@@ -195,12 +195,35 @@ def losses_fragment(folder: Path) -> str:
 def overhead_fragment(folder: Path) -> str:
     modes = _read(folder / "host_overhead.json")["microseconds"]["bf16 base, dropout 0.0"]
     forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
-    below = "is below PEFT's too" if max(forward, both) < 1 else "is not below PEFT's everywhere"
     return _fill(
-        f"The layer's own overhead {below}: on tensors too small to matter, one thread, a forward without gradients "
-        f"takes {forward:.2f} of PEFT's time, forward and backward {both:.2f} "
-        f"([host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json))."
+        f"Where there is little to compute, little is gained or some is lost. On tensors too small to matter, one "
+        f"thread, a forward without gradients takes {forward:.2f} of PEFT's time ({_verdict(1 / forward)}), forward "
+        f"and backward {both:.2f} ({_verdict(1 / both)}; "
+        f"[host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json)). {few_tokens(folder)}"
     )
+
+
+TIE = 0.02  # ratios of interleaved medians repeat to about so much
+
+
+def _verdict(speedup: float) -> str:
+    return "a tie" if abs(speedup - 1) <= TIE else "a gain" if speedup > 1 else "a loss"
+
+
+def few_tokens(folder: Path) -> str:
+    """How a layer's training step compares with PEFT's at the fewest tokens that were measured."""
+    rows = [
+        row
+        for row in read_rows(folder / "bench" / "linear.csv")
+        if row["provider"] == "fastlora" and row["mode"] == "step" and row["speedup"] is not None
+    ]
+    fewest = min(row["M"] for row in rows)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["M"] == fewest:
+            found.setdefault(row["base"], []).append(row["speedup"])
+    each = [f"{median(ratios):.2f} on {base} ({_verdict(median(ratios))})" for base, ratios in found.items()]
+    return f"With {fewest} tokens a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
 
 
 def small_updates_fragment(folder: Path) -> str:
