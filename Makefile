@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	touch $@
 
 demo: setup
-	$(BIN)/fastlora compare --base bf16,nf4 --steps 8
+	$(BIN)/fastlora compare --steps 8
 
 # In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted. The last two
 # run beside the first, each process on one core.

@@ -90,10 +90,23 @@ def _smollm2_file() -> Path | None:
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
-def to_base(model: Any, base: str) -> nn.Module:
+def compute_dtype(device: torch.device | str) -> torch.dtype:
+    """bf16, or fp32 on a CPU without bf16 instructions: torch's bf16 products take up to 250 times as long there."""
+    if torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def default_bases(device: torch.device | str) -> list[str]:
+    """A dense base of `compute_dtype`, and NF4."""
+    return ["bf16" if compute_dtype(device) == torch.bfloat16 else "fp32", "nf4"]
+
+
+def to_base(model: Any, base: str, compute: torch.dtype = torch.bfloat16) -> nn.Module:
     """Freeze the model and put its weights, in place, in the form of ``base`` (one of BASES of arguments.py).
 
-    4-bit bases quantise every linear layer but the output head with bitsandbytes, nested statistics, bf16 compute.
+    4-bit bases quantise every linear layer but the output head with bitsandbytes, nested statistics, and compute in
+    ``compute``.
     """
     model.requires_grad_(False)
     if base in DENSE:
@@ -106,7 +119,7 @@ def to_base(model: Any, base: str) -> nn.Module:
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
-            compute_dtype=torch.bfloat16,
+            compute_dtype=compute,
             quant_type=base,
             device="meta",
         )

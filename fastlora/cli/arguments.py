@@ -130,7 +130,10 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     _add_model(parser)
     add(
-        "--base", type=_list(_one_of(BASES)), default=["bf16", "nf4"], help=f"of {', '.join(BASES)} (default: bf16,nf4)"
+        "--base",
+        type=_list(_one_of(BASES)),
+        help=f"of {', '.join(BASES)} (default: bf16,nf4; on a CPU without bf16 instructions fp32,nf4, and nf4 computes "
+        "in fp32)",
     )
     add("--dropout", type=_list(_probability), default=[0.0], help="probabilities in [0, 1) (default: 0)")
     add("--steps", type=_integer(2), default=20, help="steps; the first is not timed (default: 20)")

@@ -21,13 +21,14 @@ def load(
     args: Namespace, base: str, text: str | None, device: torch.device, steps: int
 ) -> tuple[nn.Module, list[Tensor], str]:
     """The model in the form of the base, the batches to train on, and the model's label."""
+    compute = models.compute_dtype(device)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bar
-            loaded = models.load_model(args.model, models.DENSE.get(base, torch.bfloat16))
+            loaded = models.load_model(args.model, models.DENSE.get(base, compute))
         data = models.batches(loaded, text, args.batch, args.tokens, steps)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return models.to_base(loaded.model.to(device), base), data, loaded.label
+    return models.to_base(loaded.model.to(device), base, compute), data, loaded.label
 
 
 def check_bases(bases: list[str]) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from fastlora.benchmarks import training
+from fastlora.benchmarks import models, training
 from fastlora.cli import INTERRUPTED, common
 from fastlora.cli.figure import draw
 from fastlora.cli.report import NAMES, VERSION, WARMUP, case_name, provider_records, table, to_json, write_report
@@ -19,6 +19,7 @@ from fastlora.environment import environment
 def run(args: Namespace) -> int:
     """Measure every case, keeping DIR/report.json up to date; then draw DIR/compare.png and print the tables."""
     device = common.device_of(args.device)
+    args.base = args.base or models.default_bases(device)
     text = common.read_text(args.text)
     common.check_bases(args.base)
     common.make_folder(args.out)
