@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -51,6 +50,8 @@ def transform_without_rule() -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode AD, for which fastlora has no rule"
     if torch._C._are_functorch_transforms_active():
+        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters  # which imports Triton
+
         transforms = {level.key().name for level in retrieve_all_functorch_interpreters()}
         if "Vmap" in transforms:
             return "torch.func.vmap, for which fastlora has no rule"

@@ -220,8 +220,8 @@ def in_interpreter() -> Iterator[None]:
     library = torch.library.Library("fastlora", "IMPL")
     _interpreted = True
     try:
-        for name in _LAUNCHERS:
-            library.impl(name, _implementation(name), "CPU")
+        for name, composition in compositions.items():
+            library.impl(name, _implementation(name) if name in _LAUNCHERS else composition, "CPU")
         yield
     finally:
         _interpreted = False

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from test_cli import save_model
 
 import fastlora
-from fastlora import timeline
+from fastlora import ops, timeline
 from fastlora.benchmarks import models, training
 from fastlora.cli import length, main
 from fastlora.cli.profile import PICTURES, time_record
@@ -60,7 +60,9 @@ def test_every_moment_is_in_one_category(base, dropout, checkpointing):
         spent = line.by_category()
         adapted = trainer.name != "frozen"
         assert (spent[ADAPTER] > 0) == (spent[OPTIMIZER] > 0) == adapted
-        assert (spent[DECODE] > 0) == (base == "nf4")
+        # a CPU's kernel of fastlora decodes inside its products, which are the base's
+        inside = trainer.name == "fastlora" and ops.NO_CPU_KERNELS is None
+        assert (spent[DECODE] > 0) == (base == "nf4" and not inside)
         assert all(spent[name] > 0 for name in (BASE, ATTENTION, ELEMENTWISE, LOSS, GAPS))
         for kind, ops in line.ops.items():
             assert sum(spent_on for _, spent_on in ops.values()) == spent[kind]
