@@ -182,7 +182,6 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
     return mlp_forward(x, operands, block.activation)
 
 
-@torch.compiler.assume_constant_result
 def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
     """The block, and the paths of its submodules with the names of what a graph can be guarded on. A block that depends
     on more than that, such as a buffer's numbers, is not computed as one in a graph."""
@@ -201,6 +200,10 @@ def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
             return "it depends on what a graph is not guarded on", ()
         guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training")))
     return block, tuple(guarded)
+
+
+# What torch.compiler.assume_constant_result does, which imports all of Dynamo (and Triton) for it.
+_block_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:

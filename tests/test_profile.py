@@ -64,8 +64,8 @@ def test_every_moment_is_in_one_category(base, dropout, checkpointing):
         inside = trainer.name == "fastlora" and ops.NO_CPU_KERNELS is None
         assert (spent[DECODE] > 0) == (base == "nf4" and not inside)
         assert all(spent[name] > 0 for name in (BASE, ATTENTION, ELEMENTWISE, LOSS, GAPS))
-        for kind, ops in line.ops.items():
-            assert sum(spent_on for _, spent_on in ops.values()) == spent[kind]
+        for kind, called in line.ops.items():
+            assert sum(spent_on for _, spent_on in called.values()) == spent[kind]
         assert line.spent["forward"][BASE] > 0 and line.spent["backward"][BASE] > 0
         assert (line.spent["backward"][ADAPTER] > 0) == adapted and line.spent["forward"][OPTIMIZER] == 0
 
