@@ -202,7 +202,9 @@ def test_an_exported_model_holds_the_ops(strict):
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without gradients"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("opt", "phi3"))]
+)
 def test_compiled_to_no_more_graphs_than_peft(family, grad):
     model = adapted(AutoModel.from_config(CONFIGS[family]), fan_in_fan_out=family == "gpt2").eval()
     ids = torch.arange(6).view(1, 6)
