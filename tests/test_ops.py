@@ -322,3 +322,13 @@ def test_autocast_changes_nothing_inside():
         weight.decode_merged(torch.float32, a, b, 0.3),
     )
     assert all(torch.equal(t, e) for t, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "view", [torch._neg_view, lambda t: torch.view_as_complex(torch.stack((t, t), -1)).conj().imag]
+)
+def test_the_op_in_place_refuses_views_that_negate_when_read(view):
+    """PyTorch's fallback for them would write to copies, and corrupt its stack for an op without results."""
+    dh, gate, up = (torch.randn(3, 4) for _ in range(3))
+    with pytest.raises(RuntimeError, match="operands must be resolved"):
+        torch.ops.fastlora.swiglu_backward_(view(dh), gate, up, "silu")
