@@ -44,6 +44,10 @@ def _op(schema: str, fake: Callable) -> Callable:
         op = getattr(torch.ops.fastlora, name).default
         for device in ("cpu", "cuda", "xpu"):
             _library.impl(name, partial(_without_autocast, op, device), f"Autocast{device.upper()}")
+        if schema.endswith("-> ()"):
+            # PyTorch would write to a copy and look for it among the results: without any, below its stack.
+            for key in ("Negative", "Conjugate"):
+                _library.impl(name, partial(_refuse_lazy, name), key)
         return composition
 
     return register
@@ -62,6 +66,10 @@ def _without_autocast(op: Callable, device: str, *args):
     """The caller decided every dtype; autocast must not change the products inside."""
     with torch.autocast(device, enabled=False):
         return op(*args)
+
+
+def _refuse_lazy(name: str, *args):
+    raise RuntimeError(f"fastlora: {name}: operands must be resolved, got a view that negates or conjugates when read")
 
 
 def _drop(x: Tensor, p: float, seed: Tensor | None, inplace: bool = False) -> Tensor:

@@ -23,10 +23,14 @@ def lora_matmul_4bit(
 ) -> Tensor:
     """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...) + bias`` for 4-bit w_i, their transposes if
     ``transposed``: y of a layer, or dx of several layers of one x."""
+    return _lora_matmul_4bit(x, *lists_of(weights), xa, b, bias, p, seed, transposed)
+
+
+def lists_of(weights: Sequence[Weight4bit]) -> tuple[list[Tensor | None], list[int], list[str]]:
+    """``weights``, ``sizes`` and ``quant_types`` of the op."""
     tensors = [t for w in weights for t in w[:FIELDS]]
     sizes = [n for w in weights for n in (w.blocksize, w.blocksize2, w.N, w.K)]
-    types = [w.quant_type for w in weights]
-    return _lora_matmul_4bit(x, tensors, sizes, types, xa, b, bias, p, seed, transposed)
+    return tensors, sizes, [w.quant_type for w in weights]
 
 
 @_op(

@@ -8,7 +8,9 @@ one of their own.
 """
 
 import argparse
+import math
 import random
+import sys
 import time
 from collections import Counter
 
@@ -21,13 +23,14 @@ from fastlora import fourbit, kernel_ops, ops, ops_4bit  # noqa: F401  (ops_4bit
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OTHERS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
 SIZES = [0, 1, 2, 3, 5, 8, 16, 17, 32, 33]
-REFUSED = ValueError, TypeError, RuntimeError, AttributeError
+REFUSED = ValueError, TypeError, RuntimeError
 
 
 class Calls:
     """Random calls."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, names: list[str]) -> None:
+        self.names = names
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -115,8 +118,9 @@ class Calls:
         dh = self.one_of([third, third, third, gate, up])
         return [dh, gate, self.maybe(up), self.one_of(["silu", "gelu", "gelu_tanh"])]
 
-    def weight(self):
-        N, K, blocksize = self.one_of(SIZES), self.one_of(SIZES), self.one_of([32, 64, 128, 4096])
+    def weight(self, N=None, K=None):
+        N, K = (self.one_of([*SIZES, 128]) if size is None else size for size in (N, K))
+        blocksize = self.one_of([32, 64, 128, 4096])
         blocks = -(-N * K // blocksize)
         packed = torch.randint(0, 256, (-(-N * K // 2),), generator=self.generator, dtype=torch.uint8)
         quant_type = self.one_of(["nf4", "fp4"])
@@ -143,6 +147,19 @@ class Calls:
         bias = self.maybe(self.values((weight.N,), self.one_of(FLOATS)))
         return [x, *weight, *self.adapter(weight), 0.3, bias]
 
+    def lora_matmul_4bit(self):
+        (M, N, *_), dtype, transposed = self.sizes(), self.one_of(FLOATS[:3]), self.one_of([True, False])
+        parts = []
+        for _ in range(self.random.randrange(1, 4)):
+            r, adapter = self.one_of(SIZES), self.one_of(FLOATS)
+            weight = self.weight(**{"K" if transposed else "N": N})
+            K = weight.N if transposed else weight.K
+            x, xa, b = self.matrix((M, K), dtype), self.matrix((M, r), adapter), self.matrix((N, r), adapter)
+            parts.append((x, weight, xa, b, *self.dropout()))
+        x, weights, xa, b, p, seed = map(list, zip(*parts, strict=True))
+        bias = self.maybe(self.values((N,), self.one_of(FLOATS)))
+        return [x, *ops_4bit.lists_of(weights), xa, b, bias, p, seed, transposed]
+
     def broken(self, args):
         """One operand, or one of a list, made another."""
         i = self.random.randrange(len(args))
@@ -156,7 +173,9 @@ class Calls:
     def other(self, value):
         if isinstance(value, list):
             return self.one_of([[], value[1:], value * 2, value + value[:1]])
-        if isinstance(value, bool) or value is None:
+        if isinstance(value, bool):
+            return not value  # types are for torch to check
+        if value is None:
             return self.one_of([None, self.values((2, 3), torch.float32), torch.tensor(3)])
         if isinstance(value, str):
             return self.one_of(["nf4", "fp4", "silu", "int4", ""])
@@ -169,6 +188,8 @@ class Calls:
         return self.other_tensor(value)
 
     def other_tensor(self, t):
+        if not is_small(t):  # many changes would go through 2^40 elements
+            return None
         changes = [
             lambda: None,
             lambda: t.to(self.one_of(FLOATS)),
@@ -186,7 +207,7 @@ class Calls:
             lambda: t.new_zeros(()),
             lambda: t.new_zeros(1).expand(t.shape),
             lambda: t.new_zeros(1).expand(1 << 40),
-            lambda: t.new_empty(1 << 40, 0),
+            lambda: t.new_empty(1 << 20, 0),  # rows that hold nothing take time too
         ]
         try:
             return self.one_of(changes)()
@@ -194,7 +215,7 @@ class Calls:
             return None
 
     def next(self):
-        name = self.one_of(list(kernel_ops.compositions))
+        name = self.one_of(self.names)
         args = list(getattr(self, name)())
         for _ in range(self.one_of([0, 1, 1, 2])):
             args = self.broken(args)
@@ -268,19 +289,21 @@ def check_close(ours, theirs, args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--calls", type=int, default=sys.maxsize)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ops", default=",".join(kernel_ops.compositions), help="names, separated by commas")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")  # bitsandbytes compiles its decoding anew for every shape
     print(f"CPU kernels: {ops.NO_CPU_KERNELS or 'loaded'}", flush=True)
-    calls, counts, stop = Calls(args.seed), Counter(), time.monotonic() + args.seconds
-    while time.monotonic() < stop:
+    calls, counts, stop = Calls(args.seed, args.ops.split(",")), Counter(), time.monotonic() + args.seconds
+    while time.monotonic() < stop and counts.total() < args.calls:
         name, operands = calls.next()
         try:
             counts[name, compare(name, operands)] += 1
         except Exception:
-            print(f"after {sum(counts.values())} calls: {name}", *map(described, operands), sep="\n  ", flush=True)
+            print(f"after {counts.total()} calls: {name}", *map(described, operands), sep="\n  ", flush=True)
             raise
     for name in kernel_ops.compositions:
         print(f"{name:20} {counts[name, True]:8} taken {counts[name, False]:8} refused")

@@ -1,10 +1,15 @@
 """What the ops refuse when called directly: whatever would read beyond an operand or compute something else."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_ops import tensors, weight_4bit
+
+from fastlora import kernel_ops
 
 op = torch.ops.fastlora
 SEED = torch.tensor(5)
@@ -50,3 +55,23 @@ def test_a_weight_that_cannot_be_decoded(case):
     call, message = weight_refusals()[case]
     with pytest.raises(RuntimeError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize("which", ["dh", "gate", "up"])
+def test_a_view_that_negates_when_read_is_not_written(which):
+    operands = {name: torch.randn(M, K) for name in ("dh", "gate", "up")}
+    before = {name: t.clone() for name, t in operands.items()}
+    views = {**operands, which: torch._neg_view(operands[which])}
+    with pytest.raises(RuntimeError, match="swiglu_backward_: operands must be resolved"):
+        op.swiglu_backward_(*views.values(), "silu")
+    assert all(torch.equal(operands[name], t) for name, t in before.items())
+
+
+def test_random_calls():
+    """In a process of its own, which a read beyond an operand may end."""
+    command = [sys.executable, "-X", "faulthandler", Path(__file__).with_name("fuzz_ops.py"), "--calls", "2000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    taken = dict(re.findall(r"^(\w+) +(\d+) taken", done.stdout, flags=re.MULTILINE))
+    assert set(taken) == set(kernel_ops.compositions)
+    assert all(int(n) > 0 for n in taken.values()), done.stdout
