@@ -1,6 +1,7 @@
 """``torch.ops.fastlora.lora_matmul_4bit`` and ``nf4_matmul``: products with 4-bit weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def lora_matmul_4bit(
 
 def lists_of(weights: Sequence[Weight4bit]) -> tuple[list[Tensor | None], list[int], list[str]]:
     """``weights``, ``sizes`` and ``quant_types`` of the op."""
-    tensors = [t for w in weights for t in w[:FIELDS]]
+    tensors: list[Any] = [t for w in weights for t in w[:FIELDS]]
     sizes = [n for w in weights for n in (w.blocksize, w.blocksize2, w.N, w.K)]
     return tensors, sizes, [w.quant_type for w in weights]
 

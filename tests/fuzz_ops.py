@@ -18,7 +18,7 @@ import bitsandbytes  # noqa: F401  (defines the decoding that compositions call)
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastlora import fourbit, kernel_ops, ops, ops_4bit  # noqa: F401  (ops_4bit defines nf4_matmul)
+from fastlora import fourbit, kernel_ops, ops, ops_4bit
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OTHERS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
