@@ -44,7 +44,7 @@ SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
 fuzz-asan: setup
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(BIN)/python setup.py -q build --build-base $(FUZZ) --build-lib $(FUZZ)/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(FUZZ)/lib \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(FUZZ)/lib \
 		$(BIN)/python tests/fuzz_ops.py --seconds 180 $(ARGS)
 
 lint: setup

@@ -29,7 +29,7 @@ def lora_matmul_4bit(
 
 def lists_of(weights: Sequence[Weight4bit]) -> tuple[list[Tensor | None], list[int], list[str]]:
     """``weights``, ``sizes`` and ``quant_types`` of the op."""
-    tensors: Any = [t for w in weights for t in w[:FIELDS]]
+    tensors: list[Any] = [t for w in weights for t in w[:FIELDS]]
     sizes = [n for w in weights for n in (w.blocksize, w.blocksize2, w.N, w.K)]
     return tensors, sizes, [w.quant_type for w in weights]
 

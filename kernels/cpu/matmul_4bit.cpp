@@ -28,6 +28,9 @@ Tensor lora_matmul_4bit(
   std::vector<Adapter> adapters;
   read.reserve(count);
   check.matrix("x", x[0]);
+  TORCH_CHECK(
+      x[0].scalar_type() != at::kDouble,
+      "fastlora: lora_matmul_4bit: the dtype of x must be float32, bfloat16 or float16, got ", x[0].scalar_type());
   const int64_t M = x[0].size(0), N = sizes[transposed ? 3 : 2];
   for (size_t i = 0; i < count; ++i) {
     const auto field = [&](size_t n) -> OptionalTensor { return weights[5 * i + n]; };
