@@ -4,7 +4,7 @@ A block is a module whose only layers with parameters are two or three adapted o
 its own forward is shown to be ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))`` for one of the known activations:
 see `prove`. The module keeps its class, parameters and children; only this instance's forward is replaced. Whenever
 its layers cannot be computed as one (adapters merged or disabled, hooks on a layer), or something that the proof
-depends on has changed (`Fusion.why_own_forward`), it runs its own forward.
+depends on has changed (`Fusion.block_now`), it runs its own forward.
 """
 
 import operator
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.autograd import transform_without_rule
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.functional import autocast_dtype, is_hooked, mlp_forward
 from fastlora.proof import Block, prove
@@ -209,8 +210,9 @@ _block_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     """The block as one function; None if it cannot be now, which is counted with the reason."""
     calls = calls_of(module)
-    if torch._C._are_functorch_transforms_active():  # whose backward may be batched, where nothing works in place
-        calls.falls_back("it was called under a transform of torch.func", asked_for=True)
+    # Even those transforms that layers have a rule for may batch a backward, where nothing works in place.
+    if torch._C._are_functorch_transforms_active() or transform_without_rule() is not None:
+        calls.falls_back("it was called under forward-mode AD or a transform of torch.func", asked_for=True)
         return None
     block = fusion.block_now(module)
     if isinstance(block, str):

@@ -183,6 +183,9 @@ def test_functions_of_their_own_refuse_transforms_without_a_rule(name):
     layer = fastlora.LoRALinear(8, 6, r=2)
     with pytest.raises(RuntimeError, match="no rule"):
         TRANSFORMS[name](layer, torch.randn(3, 8))
+    model = fastlora.add_lora(nn.Sequential(SwiGLU()), r=2)
+    with pytest.raises(RuntimeError, match="no rule"):
+        TRANSFORMS[name](model, torch.randn(3, HIDDEN))
     w, a, b = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
     with pytest.raises(RuntimeError, match="no rule"):
         TRANSFORMS[name](lambda x: fastlora.lora_linear(x, w, a, b, 1.0), torch.randn(3, 8))
