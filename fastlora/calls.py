@@ -25,6 +25,13 @@ class Calls:
     reason: str | None = None
     strict: bool = False
 
+    def ran(self, base_kind: str) -> None:
+        """Count a call that fastlora computed, on a base layer of this `fastlora.functional.base_kind`."""
+        if base_kind == "opaque":
+            self.added += 1
+        else:
+            self.fused += 1
+
     def falls_back(self, reason: str, asked_for: bool = False) -> None:
         """Count a call of the module's own forward. Says so once per reason, unless the user ``asked_for`` it.
 
@@ -36,7 +43,7 @@ class Calls:
             return
         self.reason = reason
         if self.strict:
-            raise RuntimeError(f"fastlora: a layer patched with strict=True cannot run fused: {reason}")
+            raise RuntimeError(f"fastlora: a module patched with strict=True cannot run fused: {reason}")
         warnings.warn(f"fastlora: a patched module runs its own forward: {reason}", stacklevel=3)
 
 

@@ -136,20 +136,15 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self._count()
+            calls = calls_of(self)
+            if self.merged:
+                calls.falls_back("its adapter is merged", asked_for=True)
+            else:
+                calls.ran(base_kind(self.base_layer))
         if self._unmerged_weight is not None:
             return self.base_layer(x)
         refuse_transforms()
         return adapted_forward(self.base_layer, x, self.adapter(), self._siblings, self)
-
-    def _count(self) -> None:
-        calls = calls_of(self)
-        if self.merged:
-            calls.falls_back("its adapter is merged", asked_for=True)
-        elif base_kind(self.base_layer) == "opaque":
-            calls.added += 1
-        else:
-            calls.fused += 1
 
     def adapter(self) -> Adapter:
         """What this layer adds to its base layer now."""
@@ -281,7 +276,7 @@ class LoRAMLP(nn.Module):
     def from_mlp(cls, mlp: nn.Module, **arguments: Any) -> "LoRAMLP":
         """Adapt the layers of an existing MLP, which are not copied; ``arguments`` as for `LoRALinear.from_linear`.
 
-        Which layer is which, and the activation, is found out by calling it. Raises ValueError if it is no such MLP.
+        Which layer is which, and the activation, is proven (`fastlora.proof`). Raises ValueError if it is no such MLP.
         """
         bases = mlp_layers(mlp, lambda child: hasattr(child, "in_features"))
         reason = "it has not two or three linear layers in the shape of an MLP"

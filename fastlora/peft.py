@@ -205,7 +205,7 @@ def _adapters(layer: LoraLayer) -> list[Adapter]:
 
 def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
     """The base layer and its one adapter, for a block that computes several layers as one; None if it must not now."""
-    if is_hooked(layer) or why_peft(layer) is not None or transform_without_rule() is not None:
+    if is_hooked(layer) or why_peft(layer) is not None:
         return None
     adapters = _adapters(layer)
     return (layer.__dict__["_modules"]["base_layer"], adapters[0]) if len(adapters) == 1 else None
@@ -264,10 +264,8 @@ def _forward_or_peft(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
         calls = calls_of(layer)
         if reason is not None:
             calls.falls_back(reason, reason in ASKED_FOR)
-        elif base_kind(layer.__dict__["_modules"]["base_layer"]) == "opaque":
-            calls.added += 1
         else:
-            calls.fused += 1
+            calls.ran(base_kind(layer.__dict__["_modules"]["base_layer"]))
     if reason is not None:
         return _THEIRS[type(layer)].forward(layer, x, *args, **kwargs)
     return _forward(layer, x)

@@ -173,7 +173,8 @@ def in_fp64(model: nn.Module) -> nn.Module:
     unpatch(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Linear4bit):
-            new = linear(decoded(layer), layer.bias)
+            new = linear(decoded(layer))
+            new.bias = layer.bias  # which may train
             new._forward_hooks.update(layer._forward_hooks)
             set_submodule(model, name, new)
     return model.double()

@@ -4,13 +4,12 @@ import re
 
 import pytest
 import torch
-from accuracy import check_model, decoded, linear, linear_4bit
-from bitsandbytes.nn import Linear4bit
+from accuracy import check_model, linear, linear_4bit
+from oracle import in_fp64, lora_layers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import Linear4bit as PeftLinear4bit
-from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
@@ -101,10 +100,6 @@ def patched(*args, **config) -> PeftModel:
     return model
 
 
-def lora_layers(model) -> list[LoraLayer]:
-    return [m for m in model.modules() if isinstance(m, LoraLayer)]
-
-
 def inputs(model=None, dtype=torch.float32):
     weight = None if model is None else next(p for n, p in model.named_parameters() if n.endswith("up.base_layer.bias"))
     generator = torch.Generator().manual_seed(5)
@@ -119,17 +114,6 @@ def results(model, x, **kwargs):
     dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     grads = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True)
     return {"y": y.detach()} | {name: g for name, g in zip(wanted, grads, strict=True) if g is not None}
-
-
-def in_fp64(model):
-    """A copy without fastlora, in fp64, its 4-bit layers decoded."""
-    model = copy.deepcopy(model)
-    unpatch(model)
-    for layer in lora_layers(model):
-        if isinstance(layer.base_layer, Linear4bit):
-            base = linear(decoded(layer.base_layer))
-            base.bias, layer.base_layer = layer.base_layer.bias, base
-    return model.double()
 
 
 def assert_like_peft(model, x=None, **kwargs):

@@ -72,7 +72,7 @@ inline void decode_32(const uint8_t* bytes, const Table& table, float scale, flo
 #endif
 }
 
-// A weight w[N, K], quantised in blocks of its flat elements.
+// A weight w[N, K], quantised in blocks of its flat elements. `Operands::weight_4bit` has seen what it is made of.
 struct Weight4bit {
   Weight4bit(
       const Tensor& packed, const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2,
@@ -86,8 +86,6 @@ struct Weight4bit {
         absmax(decode_absmax(absmax, code2, absmax2, offset, blocksize2)),
         bytes(this->packed.const_data_ptr<uint8_t>()),
         scales(this->absmax.const_data_ptr<float>()) {
-    const bool enough = this->absmax.numel() * blocksize >= N * K && 2 * this->packed.numel() >= N * K;
-    TORCH_CHECK(enough, "fastlora: a 4-bit weight has fewer blocks or bytes than its shape needs");
   }
 
   // Elements k0 to k0 + cols of row n

@@ -1,18 +1,15 @@
 // The adapter products for elements of type T, by matrix instructions where there are any.
 #pragma once
 
-#include <c10/util/Exception.h>
-
 #include "few_rows.h"
 #include "outer.h"
 #include "panel.h"
 
 namespace fastlora {
 
+// For a p and a seed that `Operands::dropout` has seen
 inline Dropout dropout_of(double p, const OptionalTensor& seed) {
-  if (p == 0.0) return Dropout();
-  TORCH_CHECK(seed.has_value(), "fastlora: dropout needs a seed");
-  return Dropout(p, seed->item<int64_t>());
+  return p == 0.0 ? Dropout() : Dropout(p, seed->item<int64_t>());
 }
 
 constexpr int64_t FEW_ROWS = 16;  // fewer do not fill a matrix instruction
