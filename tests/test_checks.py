@@ -217,6 +217,16 @@ def test_a_view_that_negates_when_read_is_not_written(which):
     assert all(torch.equal(operands[name], t) for name, t in before.items())
 
 
+def test_an_empty_result_of_very_many_rows_is_there_at_once():
+    """A loop over its rows would run for hours."""
+    rows, none = torch.empty(1 << 40, 0), torch.empty(0, 0)
+    op = torch.ops.fastlora
+    assert op.shrink(rows, none, 1.0).shape == rows.shape
+    assert op.lora_matmul(rows, none, rows, none).shape == rows.shape
+    assert op.lora_grad(rows, rows, none, rows, 1.0)[0].shape == rows.shape
+    assert op.lora_grad_a(rows, rows).shape == none.shape
+
+
 def test_random_calls():
     """In a process of its own, which a read beyond an operand may end."""
     command = [sys.executable, "-X", "faulthandler", Path(__file__).with_name("fuzz_ops.py"), "--calls", "1000"]

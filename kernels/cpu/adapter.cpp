@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
@@ -16,6 +17,11 @@ namespace fastlora {
 namespace {
 
 using Seeds = c10::List<OptionalTensor>;
+
+// Whether no element is to be written. An empty result may have 2^40 rows, so no loop should start to count them.
+bool is_empty(const Tensor& t) {
+  return t.numel() == 0;
+}
 
 std::vector<Tensor> shrink_group_op(
     const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, const Seeds& seed) {
@@ -35,7 +41,8 @@ std::vector<Tensor> shrink_group_op(
     adapters.push_back({a[i].t(), s[i] * dropout.scale(), dropout});
     out.push_back(at::empty({x.size(0), a[i].size(0)}, a[i].options()));
   }
-  FASTLORA_DISPATCH(x.scalar_type(), [&] { shrink<scalar_t>(with_rows(x), adapters, out); });
+  if (!std::all_of(out.begin(), out.end(), is_empty))
+    FASTLORA_DISPATCH(x.scalar_type(), [&] { shrink<scalar_t>(with_rows(x), adapters, out); });
   return out;
 }
 
@@ -71,6 +78,7 @@ Tensor matmul(
   }
   if (bias.has_value()) operands.vector("bias", *bias, N);
   Tensor y = at::empty({M, N}, x[0].options());
+  if (is_empty(y)) return y;
   bool complete = false;  // with the base products
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
     using A = Wide<scalar_t>;
@@ -107,6 +115,7 @@ Tensor lora_grad_a_op(const Tensor& dxa, const Tensor& x, double p, const Option
   operands.dropout(p, seed);
   const Tensor da = at::empty({dxa.size(1), x.size(1)}, dxa.options());
   const Dropout dropout = dropout_of(p, seed);
+  if (is_empty(da)) return da;
   FASTLORA_DISPATCH(x.scalar_type(), [&] { lora_grad_a<scalar_t>(with_rows(dxa), with_rows(x), dropout, da); });
   return da;
 }
@@ -135,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
   const Tensor dxa = at::empty({b.has_value() ? M : 0, r}, like.options());
   const Tensor da = need_da ? at::empty({r, x->size(1)}, like.options()) : at::empty({0}, like.options());
   const Tensor db = xa.has_value() ? at::empty({N, r}, xa->options()) : at::empty({0}, like.options());
+  if (is_empty(dxa) && is_empty(da) && is_empty(db)) return {dxa, da, db};
   const Dropout dropout = need_da ? dropout_of(p, seed) : Dropout();
   FASTLORA_DISPATCH(dy.scalar_type(), [&] {
     lora_grad<scalar_t>(

@@ -53,8 +53,9 @@ Tensor lora_matmul_4bit(
     adapters.push_back({xa[i], dropout.scale(), b[i].t(), dropout});
   }
   if (bias.has_value()) check.vector("bias", *bias, N);
-  const std::vector<Tensor> rows = with_rows(x);
   Tensor y = at::empty({M, N}, x[0].options());
+  if (y.numel() == 0) return y;
+  const std::vector<Tensor> rows = with_rows(x);
   FASTLORA_DISPATCH_FLOAT(y.scalar_type(), [&] {
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     if (!bias.has_value()) return multiply_4bit<scalar_t>(rows, operands, nullptr, adapters, to, M, N);
