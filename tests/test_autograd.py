@@ -48,6 +48,7 @@ def grads(f, *inputs):
 
 
 @pytest.mark.slow_in_interpreter
+@pytest.mark.one_case_in(2)
 @WITH_DROPOUT
 @WITH_BIAS
 @pytest.mark.parametrize("scaling", [1.0, -0.7])
@@ -62,6 +63,7 @@ def test_gradcheck_dense(p, with_bias, scaling):
 
 
 @pytest.mark.slow_in_interpreter
+@pytest.mark.one_case_in(2)
 @WITH_DROPOUT
 @pytest.mark.parametrize("train_base", [False, True], ids=["frozen base", "base gradient"])
 def test_gradcheck_opaque(p, train_base):

@@ -108,6 +108,7 @@ def test_the_command_names_what_the_harness_has():
 
 
 class TestAgainst:
+    @pytest.mark.slow
     @pytest.mark.skipif(against.git("rev-parse", "HEAD") is None, reason="needs a git checkout")
     def test_another_revision(self, tmp_path, capsys, monkeypatch):
         folder = tmp_path / "temporary"
@@ -129,6 +130,7 @@ class TestAgainst:
             worker.ask(device="cpu")
 
 
+@pytest.mark.slow
 class TestRegressions:
     """`pytest benchmarks`, in a process of its own."""
 

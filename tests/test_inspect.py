@@ -38,6 +38,7 @@ def test_an_elementwise_kernel_on_every_architecture():
         assert row["loads"][wide] == (2 if row["case"] == "forward" else 3)
 
 
+@pytest.mark.slow
 def test_hopper_multiplies_and_copies_with_its_own_instructions():
     rows = [row for row in compiled("--arch", "sm_90", "--kernel", "lora_matmul") if row["op"] == "lora_matmul"]
     tma = [row for row in rows if row["kernel"] == "_lora_matmul_tma_kernel"]
@@ -65,6 +66,7 @@ def test_decoding_loads_and_stores_whole_vectors_in_few_instructions():
     assert counts["nested"] <= 7
 
 
+@pytest.mark.slow
 def test_few_tokens_are_multiplied_in_few_instructions_a_weight():
     rows = compiled("--arch", "sm_90", "--kernel", "nf4_matmul")
     counts = {row["case"]: per_weight(row, "loop") for row in rows if row["kernel"] == "_nf4_matmul_kernel"}

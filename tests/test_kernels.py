@@ -190,6 +190,7 @@ GROUPS = {  # (r, dtype of the adapter, s, p) of each
 }
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("M", [3, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
@@ -249,6 +250,7 @@ def copies(request, monkeypatch):
 
 @pytest.mark.usefixtures("copies")
 class TestLoRAMatmul:
+    @pytest.mark.one_case_in(3)
     @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
     @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -341,6 +343,7 @@ def test_both_factors_of_the_adapter_keep_more_than_half_precision(which, dtype)
 
 
 class TestLoRAGrad:
+    @pytest.mark.one_case_in(3)
     @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
     @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -410,6 +413,7 @@ def test_other_amd_gpus_take_the_tiles_of_gfx942_but_no_tf32(monkeypatch):
 EAGER = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
+@pytest.mark.one_case_in(3)
 @pytest.mark.parametrize("gated", [True, False], ids=["", "no up"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -44,6 +44,7 @@ class TestDecode:
         N, K, _ = shape
         assert torch.equal(decode(weight, torch.float32, torch.zeros(3, K), torch.zeros(N, 3)), w)
 
+    @pytest.mark.one_case_in(2)
     @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
     def test_any_block_size(self, blocksize, quant_type, nested):
         weight, w = weight_4bit(20, 480, blocksize, quant_type, nested)
@@ -105,6 +106,7 @@ def lookup(request, monkeypatch):
 
 @pytest.mark.usefixtures("lookup")
 class TestNF4Matmul:
+    @pytest.mark.one_case_in(3)
     @pytest.mark.parametrize("splits", [1, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize(
@@ -124,6 +126,7 @@ class TestNF4Matmul:
         assert y.dtype == dtype
         check(y, eager, truth, K)
 
+    @pytest.mark.one_case_in(3)
     @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
     @pytest.mark.parametrize("blocksize", [64, 128, 512, 4096])
     @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

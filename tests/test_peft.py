@@ -528,6 +528,7 @@ def test_copies_of_a_patched_model(base, how):
     assert not torch.equal(twin(inputs()), model(inputs()))
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("base", [dense, fourbit, loaded_in_4bit], ids=lambda base: base.__name__)
 @pytest.mark.parametrize("adapters", [("default",), ("default", "second")], ids=["one adapter", "two adapters"])
 @pytest.mark.parametrize("p", [0.0, 0.2], ids=["p=0", "p=0.2"])

@@ -204,6 +204,7 @@ def test_an_exported_model_holds_the_ops(strict):
     assert fastlora.report(model).mlps["base_model.model.0.mlp"].fused == 1, "tracing leaves the block as it was"
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without gradients"])
 @pytest.mark.parametrize(
     "family", ["llama", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("opt", "phi3"))]
