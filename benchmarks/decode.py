@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastlora import roofline
+from fastlora.benchmarks.cases.modules import SCALING, Case
+from fastlora.benchmarks.cases.ops import decoded, poisoned, random_weight_4bit
 from fastlora.benchmarks.protocol import (
     COLUMNS,
     ROUNDS,
@@ -21,8 +23,6 @@ from fastlora.benchmarks.protocol import (
     ratio,
     relative_errors,
 )
-from fastlora.benchmarks.workloads import SCALING, Case
-from fastlora.cases import decoded, poisoned, random_weight_4bit
 from fastlora.fourbit import Weight4bit
 from fastlora.roofline import Problem, Rates
 

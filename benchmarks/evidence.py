@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import functional, plans, tuning
-from fastlora.benchmarks import protocol, steps
+from fastlora import functional, plans
+from fastlora.benchmarks import protocol, steps, tuning
+from fastlora.benchmarks.cases.modules import Case, make_subject
+from fastlora.benchmarks.cases.ops import MODELS, cases, groups, linears
+from fastlora.benchmarks.environment import environment
 from fastlora.benchmarks.providers import PROVIDERS, NotApplicable
 from fastlora.benchmarks.training import synchronize
-from fastlora.benchmarks.workloads import Case, make_subject
-from fastlora.cases import MODELS, cases, groups, linears
-from fastlora.environment import environment
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
 
@@ -140,7 +140,8 @@ def kernel_rows(events: Any, on_gpu: bool, most: int = 25) -> list[dict[str, Any
 
 def step_compare(run: Any) -> Found:
     """Training steps of whole models with random weights: frozen, PEFT, PEFT + fastlora, in turn."""
-    from fastlora.benchmarks import models, training
+    from fastlora.benchmarks import training
+    from fastlora.benchmarks.cases import models
 
     tokens, rounds, r = (8, 1, 4) if run.tiny else (2048, 20, 16)
     quantise = ("nf4",) if importlib.util.find_spec("bitsandbytes") else ()
@@ -180,7 +181,7 @@ def llama(hidden: int, intermediate: int, kv: int, heads: int, device: torch.dev
     """A model of two blocks of this size and hardly a vocabulary: its time is that of the blocks."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fastlora.benchmarks.models import LoadedModel
+    from fastlora.benchmarks.cases.models import LoadedModel
 
     config = LlamaConfig(
         vocab_size=256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2,

@@ -109,8 +109,8 @@ def _run_step(
 ) -> bool:
     """Go on with a step until it is complete or its time is spent. Whether it is complete."""
     from fastlora.benchmarks import evidence, steps
+    from fastlora.benchmarks.cases.ops import kernels
     from fastlora.benchmarks.records import read_rows, write_rows
-    from fastlora.cases import kernels
 
     state, environment = read_state(folder), _environment(device, args)
     before = state.get(step)
@@ -196,8 +196,8 @@ def _broken(device: Any) -> bool:
 
 
 def _environment(device: Any, args: argparse.Namespace) -> dict:
+    from fastlora.benchmarks.environment import environment
     from fastlora.benchmarks.records import clocks
-    from fastlora.environment import environment
 
     found = environment(device)
     return {**found, "commit": found["commit"] or args.commit, "clocks": clocks(device), "tiny": args.tiny}

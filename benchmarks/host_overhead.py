@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.environment import environment
+from fastlora.benchmarks.environment import environment
 
 TOKENS, FEATURES, RANK = 4, 8, 4
 WARMUP = 300

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark.utils.timer import timer
 
-from fastlora import roofline, tuning
+from fastlora import roofline
+from fastlora.benchmarks import tuning
+from fastlora.benchmarks.cases.modules import Case, Subject, make_subject, truth
+from fastlora.benchmarks.cases.ops import poisoned
 from fastlora.benchmarks.providers import NotApplicable, Provider
 from fastlora.benchmarks.training import peak_bytes, saved_bytes
-from fastlora.benchmarks.workloads import Case, Subject, make_subject, truth
-from fastlora.cases import poisoned
 from fastlora.roofline import Problem, Rates
 
 MODES = ("forward", "backward", "step")

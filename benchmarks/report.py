@@ -17,12 +17,12 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from fastlora.benchmarks import pictures, plots
+from fastlora.benchmarks.commands import figure, profile
+from fastlora.benchmarks.commands.profile_report import MEMORY, TIME
+from fastlora.benchmarks.commands.report import NAMES, case_name, megabytes, setting_line
 from fastlora.benchmarks.providers import PROVIDERS
 from fastlora.benchmarks.records import Rows, read_rows, write_json
 from fastlora.benchmarks.studies import common
-from fastlora.cli import figure, profile
-from fastlora.cli.profile_report import MEMORY, TIME
-from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
 from fastlora.files import replace_file
 
 BENCH = ("linear", "block", "model", "decode")

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import kernel_ops, plans, roofline, tuning
-from fastlora.benchmarks import decode, protocol, resume
+from fastlora import kernel_ops, plans, roofline
+from fastlora.benchmarks import decode, protocol, resume, tuning
+from fastlora.benchmarks.cases.modules import Case, linear_cases
+from fastlora.benchmarks.environment import versions
 from fastlora.benchmarks.providers import PROVIDERS, Provider, forcing
 from fastlora.benchmarks.records import clocks
-from fastlora.benchmarks.workloads import Case, linear_cases
-from fastlora.environment import versions
 from fastlora.roofline import Problem, Rates
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]

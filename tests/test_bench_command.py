@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.benchmarks import against, pictures, plots, protocol, providers, records, workloads
-from fastlora.cli import arguments, main
+from fastlora.benchmarks import against, arguments, pictures, plots, protocol, providers, records
+from fastlora.benchmarks.cases import modules as workloads
+from fastlora.cli import main
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bitsandbytes_eager")]
 ROOT = Path(__file__).parents[1]

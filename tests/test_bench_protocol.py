@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.benchmarks import decode, plots, protocol, providers, records, workloads
+from fastlora.benchmarks import decode, plots, protocol, providers, records
+from fastlora.benchmarks.cases import modules as workloads
+from fastlora.benchmarks.cases.modules import Case
 from fastlora.benchmarks.protocol import Way
-from fastlora.benchmarks.workloads import Case
 from fastlora.roofline import H100
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bitsandbytes_eager")]

@@ -9,9 +9,9 @@ from matplotlib.image import imread
 
 from fastlora import ops
 from fastlora.benchmarks import training
+from fastlora.benchmarks.commands.report import provider_records, to_json, write_report
 from fastlora.benchmarks.training import Measurements
 from fastlora.cli import main
-from fastlora.cli.report import provider_records, to_json, write_report
 from fastlora.kernel_ops import why_not
 
 pytestmark = pytest.mark.usefixtures("one_thread")

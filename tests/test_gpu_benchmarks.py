@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlora import tuning
-from fastlora.benchmarks import evidence, gpu, records, resume, steps, workloads
+from fastlora.benchmarks import evidence, gpu, records, resume, steps, tuning
+from fastlora.benchmarks.cases import modules as workloads
+from fastlora.benchmarks.cases.ops import MODELS, linears
 from fastlora.benchmarks.goals import goals, lines
-from fastlora.cases import MODELS, linears
 
 pytest.importorskip("triton")
 

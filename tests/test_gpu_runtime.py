@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastlora
 from fastlora import functional, kernel_ops, plans
-from fastlora.cases import decoded, random_weight_4bit
+from fastlora.benchmarks.cases.ops import decoded, random_weight_4bit
 
 pytest.importorskip("triton")
 

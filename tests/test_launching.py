@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.cli.inspect import cases
+from fastlora.benchmarks.commands.inspect import cases
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launchers do")

@@ -8,9 +8,11 @@ import interpreter
 import pytest
 import torch
 
-from fastlora import kernel_ops, ops, plans, tuning
-from fastlora.cases import MODELS, cases, kernels, linears, wrong
-from fastlora.cli import main, tune
+from fastlora import kernel_ops, ops, plans
+from fastlora.benchmarks import tuning
+from fastlora.benchmarks.cases.ops import MODELS, cases, kernels, linears, wrong
+from fastlora.benchmarks.commands import tune
+from fastlora.cli import main
 from fastlora.plans import Table
 from fastlora.roofline import Problem
 

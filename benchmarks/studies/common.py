@@ -18,13 +18,14 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastlora.benchmarks import models, pictures, training
+from fastlora.benchmarks import pictures, training
+from fastlora.benchmarks.arguments import INTERRUPTED, UsageError, _integer, _Parser, quieten
+from fastlora.benchmarks.cases import models
+from fastlora.benchmarks.commands import common
+from fastlora.benchmarks.commands.report import NAMES, quantiles
+from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.ledger import state_bytes
 from fastlora.benchmarks.records import default_folder, read_rows, to_json, write_json, write_rows
-from fastlora.cli import INTERRUPTED, common, quieten
-from fastlora.cli.arguments import UsageError, _integer, _Parser
-from fastlora.cli.report import NAMES, quantiles
-from fastlora.environment import environment
-from fastlora.ledger import state_bytes
 
 STUDIES = ("position", "rank", "many_adapters", "targets", "bases", "optimizers", "small_updates")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # a Llama block's linear layers

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fastlora.benchmarks import training
-from fastlora.benchmarks.models import LLAMA_2_7B_SHAPE
+from fastlora.benchmarks.cases.models import LLAMA_2_7B_SHAPE
+from fastlora.benchmarks.ledger import state_bytes
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, column, pick
-from fastlora.ledger import state_bytes
 
 R = 16
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {

@@ -8,11 +8,11 @@ import sys
 import torch
 from matplotlib.figure import Figure
 
-from fastlora.benchmarks.models import LLAMA_2_7B_SHAPE
+from fastlora.benchmarks.cases.models import LLAMA_2_7B_SHAPE
+from fastlora.benchmarks.commands.report import NAMES
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import MODULES, Row, Setup, Study, column, megabytes, pick
-from fastlora.cli.report import NAMES
 
 R = 16
 TARGETS = {

@@ -6,10 +6,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from fastlora import ledger, timeline
-from fastlora.benchmarks import pictures
+from fastlora.benchmarks import ledger, pictures, timeline
+from fastlora.benchmarks.commands.report import NAMES, case_name, megabytes, setting_line
 from fastlora.benchmarks.records import to_json
-from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
 
 # Okabe and Ito's palette: told apart by the colour-blind
 MEMORY = {

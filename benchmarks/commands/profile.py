@@ -13,14 +13,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastlora import ledger, timeline
-from fastlora.benchmarks import training
+from fastlora.benchmarks import ledger, timeline, training
+from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
+from fastlora.benchmarks.commands import common, length
+from fastlora.benchmarks.commands.profile_report import draw_memory, draw_time, memory_table, modules_table, time_table
+from fastlora.benchmarks.commands.report import NAMES, write_report
+from fastlora.benchmarks.environment import environment
 from fastlora.benchmarks.records import to_json, write_rows
-from fastlora.cli import INTERRUPTED, common, length
-from fastlora.cli.arguments import UsageError
-from fastlora.cli.profile_report import draw_memory, draw_time, memory_table, modules_table, time_table
-from fastlora.cli.report import NAMES, write_report
-from fastlora.environment import environment
 from fastlora.files import replace_file
 
 PICTURES = {  # of the parts of a report

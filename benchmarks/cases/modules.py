@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.benchmarks import models
+from fastlora.benchmarks.cases import models
+from fastlora.benchmarks.cases.ops import MODELS, decoded, linears
 from fastlora.benchmarks.training import copy_sharing_frozen
-from fastlora.cases import MODELS, decoded, linears
 from fastlora.fourbit import is_4bit, weight_4bit
 
 HEADS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32), "mistral-7b": (32, 8), "qwen2.5-7b": (28, 4)}

@@ -11,9 +11,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fastlora.benchmarks import pictures
+from fastlora.benchmarks.commands.report import NAMES, case_name, megabytes, setting_line
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.records import to_json
-from fastlora.cli.report import NAMES, case_name, megabytes, setting_line
 
 _STYLE: dict[str, Any] = {"fontsize": 10.5, "va": "center"}
 

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlora.benchmarks import against, decode, plots, protocol, records
+from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
+from fastlora.benchmarks.cases.modules import Case, linear_cases
+from fastlora.benchmarks.commands import common
+from fastlora.benchmarks.commands.report import megabytes
+from fastlora.benchmarks.environment import environment
 from fastlora.benchmarks.providers import PROVIDERS, Provider
 from fastlora.benchmarks.training import keep_freed_memory
-from fastlora.benchmarks.workloads import Case, linear_cases
-from fastlora.cli import INTERRUPTED, common
-from fastlora.cli.arguments import UsageError
-from fastlora.cli.report import megabytes
-from fastlora.environment import environment
 
 # What is measured unless the arguments say otherwise: on a CPU in minutes, quickly in two, on a GPU at real sizes.
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fastlora.benchmarks import models
-from fastlora.cli.arguments import UsageError
+from fastlora.benchmarks.arguments import UsageError
+from fastlora.benchmarks.cases import models
 
 
 def load(

@@ -16,11 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from fastlora.benchmarks import pictures
+from fastlora.benchmarks.commands import common
+from fastlora.benchmarks.commands.report import NAMES, case_name, megabytes
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.records import to_json
 from fastlora.benchmarks.training import Measurements, Trainer, rotated
-from fastlora.cli import common
-from fastlora.cli.report import NAMES, case_name, megabytes
 
 ROUNDS = 3  # timed steps of each length
 STRAIGHT = 0.01  # of the memory: how far a point may be from a straight line that is called one

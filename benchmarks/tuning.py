@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlora import kernel_ops, plans, roofline
-from fastlora.cases import Case, Results, kernels, poisoned, wrong
+from fastlora.benchmarks.cases.ops import Case, Results, kernels, poisoned, wrong
 from fastlora.plans import Table
 from fastlora.roofline import Problem, Rates
 

@@ -9,11 +9,22 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
-from fastlora.benchmarks import models, training
-from fastlora.cli import INTERRUPTED, common
-from fastlora.cli.figure import draw
-from fastlora.cli.report import NAMES, VERSION, WARMUP, case_name, provider_records, table, to_json, write_report
-from fastlora.environment import environment
+from fastlora.benchmarks import training
+from fastlora.benchmarks.arguments import INTERRUPTED
+from fastlora.benchmarks.cases import models
+from fastlora.benchmarks.commands import common
+from fastlora.benchmarks.commands.figure import draw
+from fastlora.benchmarks.commands.report import (
+    NAMES,
+    VERSION,
+    WARMUP,
+    case_name,
+    provider_records,
+    table,
+    to_json,
+    write_report,
+)
+from fastlora.benchmarks.environment import environment
 
 
 def run(args: Namespace) -> int:

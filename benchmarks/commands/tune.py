@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastlora import plans, roofline, tuning
-from fastlora.cases import MODELS, Case, cases, groups, linears
-from fastlora.cli import INTERRUPTED, common
-from fastlora.cli.arguments import UsageError
-from fastlora.environment import environment
+from fastlora import plans, roofline
+from fastlora.benchmarks import tuning
+from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
+from fastlora.benchmarks.cases.ops import MODELS, Case, cases, groups, linears
+from fastlora.benchmarks.commands import common
+from fastlora.benchmarks.environment import environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 

@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlora.benchmarks.arguments import UsageError
 from fastlora.benchmarks.records import write_rows
-from fastlora.cli.arguments import UsageError
 
 BF16, FP32 = torch.bfloat16, torch.float32
 _COLUMNS = (
@@ -26,7 +26,7 @@ def run(args: Namespace) -> int:
     """Print what was compiled; 1 if something spills, does not fit or lost its tensor-core instructions."""
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set: kernels are interpreted here, not compiled")
-    from fastlora.aot import PARTS, compile_for
+    from fastlora.benchmarks.aot import PARTS, compile_for
 
     rows: dict[tuple[str, str], dict] = {}  # a kernel that several cases share is listed with the first
     for arch in args.arch:
