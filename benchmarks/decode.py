@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import roofline
+from fastlora import costs
 from fastlora.benchmarks.cases.modules import SCALING, Case
 from fastlora.benchmarks.cases.ops import decoded, poisoned, random_weight_4bit
 from fastlora.benchmarks.protocol import (
@@ -23,8 +23,8 @@ from fastlora.benchmarks.protocol import (
     ratio,
     relative_errors,
 )
+from fastlora.costs import Problem, Rates
 from fastlora.fourbit import Weight4bit
-from fastlora.roofline import Problem, Rates
 
 MODES = ("decode", "merge")  # the weight; the weight and s·b·a
 
@@ -65,7 +65,7 @@ def operands(case: Case, device: torch.device) -> Operands:
 def candidates(case: Case, t: Operands) -> Iterator[Candidate]:
     """fastlora's ways and bitsandbytes', which has to add the adapter to the decoded weight."""
     c = Problem(0, case.N, case.K, case.r)
-    moved = int(roofline.packed_bytes(c)) + 2 * case.N * case.K
+    moved = int(costs.packed_bytes(c)) + 2 * case.N * case.K
     whole = moved + 4 * case.r * (case.N + case.K)
     dtype = torch.bfloat16
     theirs = _bitsandbytes(t.w)

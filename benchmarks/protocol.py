@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark.utils.timer import timer
 
-from fastlora import roofline
-from fastlora.benchmarks import tuning
+from fastlora import costs
+from fastlora.benchmarks import roofline, tuning
 from fastlora.benchmarks.cases.modules import Case, Subject, make_subject, truth
 from fastlora.benchmarks.cases.ops import poisoned
 from fastlora.benchmarks.providers import NotApplicable, Provider
 from fastlora.benchmarks.training import peak_bytes, saved_bytes
-from fastlora.roofline import Problem, Rates
+from fastlora.costs import Rates
 
 MODES = ("forward", "backward", "step")
 TURN = 0.02  # seconds; one call at least
@@ -263,28 +263,10 @@ def derived(
         "of_limit": ratio(own, frozen) if frozen else None,
     }
     if case.verb != "model":
-        flops, moved, floor = least(case, mode, name != "frozen", rates)
+        flops, moved, floor = roofline.least(case, mode, name != "frozen", rates)
         seconds = found["p50"]
         found |= {"tflops": flops / seconds / 1e12, "gbytes": moved / seconds / 1e9, "roofline": floor / seconds}
     return found
-
-
-def least(case: Case, mode: str, adapted: bool, rates: Rates) -> tuple[float, float, float]:
-    """FLOPs, bytes and seconds that no implementation of the case's linear layers can spare.
-
-    A checkpointed step's second forward is not among them, nor is what stands between a block's layers.
-    """
-    total = [0.0, 0.0, 0.0]
-    packed = case.base in ("nf4", "fp4")
-    for N, K in case.sizes:
-        c = Problem(case.M, N, K, case.r if adapted else 0, itemsize=case.dtype.itemsize)
-        passes = roofline.passes(c, packed)
-        chosen = {"forward": passes[:1], "backward": passes[1:], "step": passes}[mode]
-        for moved, flops in chosen:
-            total[0] += flops
-            total[1] += moved
-            total[2] += roofline.seconds(moved, flops, c, rates)
-    return total[0], total[1], total[2]
 
 
 def memory(subject: Subject, module: nn.Module, step: Way) -> dict[str, Any]:
@@ -344,7 +326,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype, size: int = 2048) ->
     ways = {"copy": Way.of(lambda: target.copy_(source)), "gemm": Way.of(lambda: x @ w.t())}
     times = {name: quantiles(turns)["p50"] for name, turns in interleave(ways, clock_of(device), 5).items()}
     copy, gemm = 2 * source.nbytes / times["copy"], 2 * size**3 / times["gemm"]
-    known = roofline.modelled(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+    known = costs.modelled(torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
     return Rates.from_json(
         known.to_json() | {"copy": copy, "gemm": gemm, "kernel_gemm": gemm, "gemm_fp32": gemm, "kernel_gemm_fp32": gemm}
         | {"measured": True}

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import kernel_ops, plans, roofline
+from fastlora import costs, kernel_ops, plans
 from fastlora.benchmarks import decode, protocol, resume, tuning
 from fastlora.benchmarks.cases.modules import Case, linear_cases
 from fastlora.benchmarks.environment import versions
 from fastlora.benchmarks.providers import PROVIDERS, Provider, forcing
 from fastlora.benchmarks.records import clocks
-from fastlora.roofline import Problem, Rates
+from fastlora.costs import Problem, Rates
 
 Found = Iterator[tuple[str, list[dict[str, Any]]]]
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def _pytest(run: Any, arguments: list[str], shards: int, shard: int, notes: Path
 def step_rates(run: Any) -> Found:
     if run.tiny:
         tuning.SIZE = 64
-    found = tuning.measure_rates(run.device, clock(run), roofline.modelled(run.name))
+    found = tuning.measure_rates(run.device, clock(run), costs.modelled(run.name))
     yield "all", [{"name": name, "value": value} for name, value in asdict(found).items() if name != "measured"]
 
 
@@ -134,7 +134,7 @@ def clock(run: Any) -> tuning.Clock:
 def rates(run: Any) -> Rates:
     """Those that the step `rates` measured, or the modelled ones."""
     found = {row["name"]: row["value"] for row in run.results.get("rates", [])}
-    return Rates.from_json({**found, "measured": True}) if found else roofline.modelled(run.name)
+    return Rates.from_json({**found, "measured": True}) if found else costs.modelled(run.name)
 
 
 def layers_of(run: Any, **fields: Any) -> list[Case]:
@@ -200,7 +200,7 @@ def predicted(c: Problem, base: str, rates: Rates, device: str, backward: bool) 
         calls += [("shrink", "", c), ("linear_4bit", "merged", c)]  # the same bytes and FLOPs for dx as for y
     if backward:
         calls += [("lora_grad", grad, dy), ("lora_grad_a", "", c)]
-    return sum(roofline.predict(op, plan, problem, rates).seconds for op, plan, problem in calls)
+    return sum(costs.predict(op, plan, problem, rates).seconds for op, plan, problem in calls)
 
 
 def step_decode(run: Any) -> Found:
@@ -232,7 +232,7 @@ def _products(case: Case, given: decode.Operands, tokens: tuple[int, ...]) -> It
     for M in tokens:
         x = torch.randn(M, case.K, device=a.device).bfloat16()
         c = Problem(M, case.N, case.K, case.r)
-        moved = int(roofline.packed_bytes(c)) + 2 * M * (c.N + c.K) + 4 * c.r * (c.N + c.K)
+        moved = int(costs.packed_bytes(c)) + 2 * M * (c.N + c.K) + 4 * c.r * (c.N + c.K)
         yield decode.Candidate(
             "fastlora", f"nf4_matmul M={M}", moved,
             partial(nf4_matmul, x, *w, a, b, s), partial(eager, x), partial(truth, x),

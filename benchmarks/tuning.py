@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastlora import kernel_ops, plans, roofline
+from fastlora import costs, kernel_ops, plans
 from fastlora.benchmarks.cases.ops import Case, Results, kernels, poisoned, wrong
+from fastlora.costs import Problem, Rates
 from fastlora.plans import Table
-from fastlora.roofline import Problem, Rates
 
 Name = TypeVar("Name")
 Way = TypeVar("Way")
@@ -88,7 +88,7 @@ class Tuner:
         yield 0, 1, (text := "rates of the device")
         with kernels(self.device):
             if text not in done:
-                self.found.table.rates = measure_rates(self.device, self.clock, roofline.modelled(self.name))
+                self.found.table.rates = measure_rates(self.device, self.clock, costs.modelled(self.name))
             used = self._tiles_used(problems)
             by_plan = defaultdict(list)
             for case in problems:
@@ -268,7 +268,7 @@ def _gemm_rates(
 
     times = measure({vendor: lambda: torch.mm(x, w.t()), ours: tail}, clock)
     c = Problem(M, N, K, r, itemsize=dtype.itemsize)
-    flops = {vendor: 2 * M * N * K, ours: roofline.predict("lora_matmul", "tail", c, roofline.H100).flops}
+    flops = {vendor: 2 * M * N * K, ours: costs.predict("lora_matmul", "tail", c, costs.H100).flops}
     return {name: flops[name] / median(found) for name, found in times.items()}
 
 

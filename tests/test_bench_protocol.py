@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.benchmarks import decode, plots, protocol, providers, records
+from fastlora.benchmarks import decode, plots, protocol, providers, records, roofline
 from fastlora.benchmarks.cases import modules as workloads
 from fastlora.benchmarks.cases.modules import Case
 from fastlora.benchmarks.protocol import Way
-from fastlora.roofline import H100
+from fastlora.costs import H100
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bitsandbytes_eager")]
 CPU = torch.device("cpu")
@@ -287,27 +287,27 @@ class TestWrong:
 class TestNumbers:
     def test_least_is_that_of_the_layer(self):
         case = Case("linear", "tiny", "q", M=64, r=8, base="bf16", N=128, K=32)
-        flops, moved, seconds = protocol.least(case, "step", True, H100)
+        flops, moved, seconds = roofline.least(case, "step", True, H100)
         assert flops == 2 * 64 * (2 * 128 * 32 + 3 * 8 * (128 + 32))
         assert moved == 2 * (64 * (32 + 128) + 64 * (2 * 32 + 128) + 2 * 128 * 32)
         assert seconds == pytest.approx(moved / H100.copy, rel=1e-6)
-        modes = [protocol.least(case, mode, True, H100)[0] for mode in ("forward", "backward")]
+        modes = [roofline.least(case, mode, True, H100)[0] for mode in ("forward", "backward")]
         assert flops == sum(modes)
-        assert protocol.least(case, "step", False, H100)[0] == 2 * 64 * 2 * 128 * 32, "frozen: no adapter"
-        packed = protocol.least(replace(case, base="nf4"), "forward", False, H100)[1]
-        assert packed < protocol.least(case, "forward", False, H100)[1]
+        assert roofline.least(case, "step", False, H100)[0] == 2 * 64 * 2 * 128 * 32, "frozen: no adapter"
+        packed = roofline.least(replace(case, base="nf4"), "forward", False, H100)[1]
+        assert packed < roofline.least(case, "forward", False, H100)[1]
 
     def test_a_block_is_its_seven_layers(self):
         layers = workloads.linear_cases("tiny", M=16, r=4, base="bf16")
-        parts = sum(case.count * protocol.least(case, "step", True, H100)[0] for case in layers)
-        assert protocol.least(BLOCK, "step", True, H100)[0] == parts
+        parts = sum(case.count * roofline.least(case, "step", True, H100)[0] for case in layers)
+        assert roofline.least(BLOCK, "step", True, H100)[0] == parts
         assert sum(case.count for case in layers) == 7
 
     def test_a_row_follows_from_its_turns(self):
         turns = {("peft", "step"): [[4.0], [6.0]], ("frozen", "step"): [[1.0], [2.0]], ("x", "step"): [[2.0], [2.0]]}
         found = protocol.derived(LINEAR, "step", "x", turns, H100)
         assert found["speedup"] == median([2.0, 3.0]) and found["of_limit"] == median([2.0, 1.0])
-        flops, moved, floor = protocol.least(LINEAR, "step", True, H100)
+        flops, moved, floor = roofline.least(LINEAR, "step", True, H100)
         assert (found["p50"], found["calls"]) == (2.0, 2)
         assert found["tflops"] == flops / 2 / 1e12 and found["gbytes"] == moved / 2 / 1e9
         assert found["roofline"] == floor / 2

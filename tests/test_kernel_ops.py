@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastlora
 from fastlora import kernel_ops, ops, plans
-from fastlora.roofline import Problem
+from fastlora.costs import Problem
 
 ROOT = Path(__file__).parents[1]
 

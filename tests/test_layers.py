@@ -12,7 +12,7 @@ LAYERS = [  # each may import what stands before it
     {"version", "files", "extension", "calls", "checks", "flops"},
     {"kernels"},
     {"reference"},
-    {"roofline"},
+    {"costs"},
     {"plans"},
     {"kernel_ops"},
     {"ops"},

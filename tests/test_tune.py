@@ -13,8 +13,8 @@ from fastlora.benchmarks import tuning
 from fastlora.benchmarks.cases.ops import MODELS, cases, kernels, linears, wrong
 from fastlora.benchmarks.commands import tune
 from fastlora.cli import main
+from fastlora.costs import Problem
 from fastlora.plans import Table
-from fastlora.roofline import Problem
 
 pytest.importorskip("triton")
 

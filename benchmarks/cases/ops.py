@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastlora import kernel_ops, ops, plans, reference
+from fastlora.costs import Problem
 from fastlora.fourbit import Weight4bit
-from fastlora.roofline import Problem
 
 # hidden size, intermediate size, width of k and v
 MODELS = {

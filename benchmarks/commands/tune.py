@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastlora import plans, roofline
+from fastlora import costs, plans
 from fastlora.benchmarks import tuning
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
 from fastlora.benchmarks.cases.ops import MODELS, Case, cases, groups, linears
@@ -108,11 +108,11 @@ def _tables(path: Path, notes: Console) -> dict[str, plans.Table]:
 def _list(args: Namespace, problems: list[Case]) -> int:
     """What would be measured, and what the model predicts for it."""
     name = gpu()[1] if torch.cuda.is_available() else "H100"
-    rates = plans.table(name).rates or roofline.modelled(name)
+    rates = plans.table(name).rates or costs.modelled(name)
     rows = []
     for case in problems:
         for plan in case.plans:
-            cost = roofline.predict(case.op, plan, case.problem, rates)
+            cost = costs.predict(case.op, plan, case.problem, rates)
             chosen = len(case.plans) == 1 or plan == plans.choose(case.op, case.problem, name)
             rows.append({"op": case.op, "problem": case.name, "plan": plan, "chosen": chosen, **asdict(cost)})
     if args.json:
