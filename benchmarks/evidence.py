@@ -12,7 +12,8 @@ from torch import Tensor
 from fastlora import functional, plans
 from fastlora.benchmarks import protocol, steps, tuning
 from fastlora.benchmarks.cases.modules import Case, make_subject
-from fastlora.benchmarks.cases.ops import MODELS, cases, groups, linears
+from fastlora.benchmarks.cases.ops import op_cases
+from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.environment import environment
 from fastlora.benchmarks.providers import PROVIDERS, NotApplicable
 from fastlora.benchmarks.training import synchronize
@@ -147,10 +148,10 @@ def step_compare(run: Any) -> Found:
     quantise = ("nf4",) if importlib.util.find_spec("bitsandbytes") else ()
     makers: dict[str, tuple[int, Callable[[], Any]]] = {
         "smollm2": (4, lambda: models.load_model("smollm2-random")),
-        "two blocks of llama-3-8b": (4, partial(llama, *MODELS["llama-3-8b"], heads=32, device=run.device)),
+        "two blocks of llama-3-8b": (4, partial(two_blocks, "llama-3-8b", run.device)),
     }
     if run.tiny:
-        makers = {"tiny": (1, partial(llama, 64, 128, 64, heads=2, device=run.device))}
+        makers = {"tiny": (1, partial(two_blocks, "tiny", run.device))}
     for base in ("bf16", *quantise):
         for dropout in (0.0, 0.05):
             for name, (batch, make) in makers.items():
@@ -177,28 +178,20 @@ def _training_row(trainer: Any) -> dict[str, Any]:
     return {"provider": trainer.name, **quantiles, **memory, "final_loss": found.losses[-1]}
 
 
-def llama(hidden: int, intermediate: int, kv: int, heads: int, device: torch.device) -> Any:
-    """A model of two blocks of this size and hardly a vocabulary: its time is that of the blocks."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def two_blocks(shape: str, device: torch.device) -> Any:
+    """A model of two blocks of this shape and hardly a vocabulary: its time is that of the blocks."""
+    from fastlora.benchmarks.cases.models import LoadedModel, random_model
 
-    from fastlora.benchmarks.cases.models import LoadedModel
-
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2,
-        num_attention_heads=heads, num_key_value_heads=kv * heads // hidden,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with device:
-        model = LlamaForCausalLM(config)
-    return LoadedModel(model.bfloat16(), "two blocks, RANDOM weights", None)
+    model = random_model(shape, torch.bfloat16, device, num_hidden_layers=2, vocab_size=256)
+    return LoadedModel(model, "two blocks, RANDOM weights", None)
 
 
 def step_tune(run: Any) -> Found:
     """`fastlora tune` for Llama-3-8B at 8192 and 16 tokens; the table goes beside the results, not to the user's."""
     sizes = [(case.N, case.K) for case in steps.layers_of(run, M=0, r=0, base="bf16")]
     shapes = [(M, N, K) for M in ((8,) if run.tiny else (8192, 16)) for N, K in sizes]
-    siblings = [(M, Ns, K) for M, *_ in shapes[::4] for Ns, K in groups(linears(*MODELS["llama-3-8b"]))]
-    problems = cases(shapes, [4 if run.tiny else 16], torch.bfloat16, True, siblings)
+    siblings = [(M, Ns, K) for M, *_ in shapes[::4] for Ns, K in SHAPES["llama-3-8b"].groups()]
+    problems = op_cases(shapes, [4 if run.tiny else 16], torch.bfloat16, True, siblings)
     if run.tiny:
         tuning.SIZE, problems = 64, problems[:1]
     tuner = tuning.Tuner(run.device, steps.clock(run), run.name)

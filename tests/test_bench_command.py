@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastlora.benchmarks import against, arguments, pictures, plots, protocol, providers, records
-from fastlora.benchmarks.cases import modules as workloads
+from fastlora.benchmarks.cases import modules
 from fastlora.cli import main
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bitsandbytes_eager")]
@@ -104,7 +104,7 @@ def test_the_command_names_what_the_harness_has():
     assert tuple(providers.PROVIDERS) == arguments.PROVIDERS and set(providers.PROVIDERS) == set(plots.MARKERS) == set(
         pictures.COLOURS
     )
-    assert set(arguments.MODEL_SHAPES) == set(workloads.SHAPES)
+    assert set(arguments.MODEL_SHAPES) == set(modules.SHAPES)
     assert arguments.MODES == protocol.MODES
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastlora.benchmarks import evidence, gpu, records, resume, steps, tuning
-from fastlora.benchmarks.cases import modules as workloads
-from fastlora.benchmarks.cases.ops import MODELS, linears
+from fastlora.benchmarks.cases import modules
+from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.goals import goals, lines
 
 pytest.importorskip("triton")
@@ -59,7 +59,7 @@ def test_step(step, tmp_path, capsys):
 @pytest.fixture
 def one_layer(monkeypatch):
     """Of the block's linears only one, which takes a fraction of the time."""
-    one = workloads.Case("linear", "tiny", "q,k,v,o,gate,up,down", 0, 0, "", N=32, K=64, count=7)
+    one = modules.Case("linear", "tiny", "q,k,v,o,gate,up,down", 0, 0, "", N=32, K=64, count=7)
     monkeypatch.setattr(steps, "layers_of", lambda run, **fields: [replace(one, **fields)])
 
 
@@ -127,7 +127,7 @@ class TestOnlyOnAGPU:
             monkeypatch.setattr(
                 evidence.torch, name, lambda *a, make=make, device, **k: make(*a, device=torch_device, **k)
             )
-        monkeypatch.setattr(evidence, "make_subject", lambda case, device: workloads.make_subject(case, torch_device))
+        monkeypatch.setattr(evidence, "make_subject", lambda case, device: modules.make_subject(case, torch_device))
         found = dict(evidence.step_graph(given))
         assert list(found) == ["masks", "bf16 M=4", "nf4 M=4"]
         outcomes = [row["outcome"] for rows in found.values() for row in rows if "outcome" in row]
@@ -369,7 +369,7 @@ class TestGoals:
     def results(self, **seconds):
         """A sweep in which every layer takes these seconds, by base and provider."""
         found = {}
-        for name, (N, K) in linears(*MODELS["llama-3-8b"]).items():
+        for name, (N, K) in SHAPES["llama-3-8b"].linears().items():
             found.setdefault((N, K), []).append(name)
         sweep = [
             {"base": base, "provider": provider, "M": 8192, "r": 16, "mode": "step", "count": len(names), "p50": each}

@@ -90,7 +90,7 @@ def test_layer_is_as_accurate_as_peft(in_interpreter, dtype, adapter_dtype, quan
     w, bias = t["w"].detach(), t["bias"].detach()
     base = accuracy.linear(w, bias) if quant_type == "dense" else accuracy.linear_4bit(w, bias, quant_type)
     a, b = t["a"].detach(), t["b"].detach()
-    accuracy.check(accuracy.Problem(t["x"].detach(), base, a, b, 0.7, t["dy"], train_bias=quant_type == "dense"))
+    accuracy.check(accuracy.LayerCase(t["x"].detach(), base, a, b, 0.7, t["dy"], train_bias=quant_type == "dense"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

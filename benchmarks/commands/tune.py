@@ -16,7 +16,8 @@ from rich.table import Table
 from fastlora import costs, plans
 from fastlora.benchmarks import tuning
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
-from fastlora.benchmarks.cases.ops import MODELS, Case, cases, groups, linears
+from fastlora.benchmarks.cases.ops import OpCase, op_cases
+from fastlora.benchmarks.cases.shapes import SHAPES, Shape
 from fastlora.benchmarks.commands import common
 from fastlora.benchmarks.environment import environment
 
@@ -65,33 +66,35 @@ def gpu() -> tuple[torch.device, str]:
     return device, torch.cuda.get_device_name(device)
 
 
-def _problems(args: Namespace) -> list[Case]:
+def _problems(args: Namespace) -> list[OpCase]:
     if not args.model and not args.shape:
         raise UsageError("one of --model and --shape must say what to tune for")
     shapes, siblings = list(args.shape), []
     for name in args.model:
-        layers = linears(*_sizes(name))
-        shapes += [(M, N, K) for M in args.tokens for N, K in dict.fromkeys(layers.values())]
-        siblings += [(M, Ns, K) for M in args.tokens for Ns, K in groups(layers)]
-    found: list[Case] = []
+        shape = _shape(name)
+        shapes += [(M, N, K) for M in args.tokens for N, K in dict.fromkeys(shape.linears().values())]
+        siblings += [(M, Ns, K) for M in args.tokens for Ns, K in shape.groups()]
+    found: list[OpCase] = []
     for dtype in dict.fromkeys(DTYPES[base] for base in args.base):
         four_bit = dtype == torch.bfloat16 and "nf4" in args.base
-        found += cases(shapes, args.r, dtype, four_bit, siblings)
+        found += op_cases(shapes, args.r, dtype, four_bit, siblings)
     return found
 
 
-def _sizes(name: str) -> tuple[int, ...]:
-    """hidden size, intermediate size, width of k and v, width of q of a model, or of the config.json in a folder."""
-    if name in MODELS:
-        return MODELS[name]
-    known = f"--model must be of {', '.join(MODELS)}, or a folder with a config.json"
+def _shape(name: str) -> Shape:
+    """Of a model of this name, or of the config.json in this folder."""
+    if name in SHAPES:
+        return SHAPES[name]
     try:
         config = json.loads((Path(name) / "config.json").read_bytes())
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        return hidden, config["intermediate_size"], head * (config.get("num_key_value_heads") or heads), head * heads
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        shape = Shape(config["hidden_size"], config["intermediate_size"], heads, kv_heads, config.get("head_dim") or 0)
+        shape.linears()  # fails unless all of them are numbers
+        return shape
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{known} of a Llama-style model, got {name!r}") from error
+        known = f"--model must be of {', '.join(SHAPES)}, or a folder with a config.json of a Llama-style model"
+        raise UsageError(f"{known}, got {name!r}") from error
 
 
 def _tables(path: Path, notes: Console) -> dict[str, plans.Table]:
@@ -105,7 +108,7 @@ def _tables(path: Path, notes: Console) -> dict[str, plans.Table]:
         return {}
 
 
-def _list(args: Namespace, problems: list[Case]) -> int:
+def _list(args: Namespace, problems: list[OpCase]) -> int:
     """What would be measured, and what the model predicts for it."""
     name = gpu()[1] if torch.cuda.is_available() else "H100"
     rates = plans.table(name).rates or costs.modelled(name)
