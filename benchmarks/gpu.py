@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         interpreter.repair()
     import torch
 
+    from fastlora.benchmarks.arguments import UsageError
+    from fastlora.benchmarks.environment import refuse_changed_code
     from fastlora.benchmarks.records import folder_name
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -77,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.out / folder_name(name)
     if args.summary:
         return _summary(folder)
+    try:
+        refuse_changed_code(folder)
+    except UsageError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
     steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
     try:
         complete = [_run_step(step, args, device, name, folder, argv) for step in steps]

@@ -101,10 +101,10 @@ def interleave(ways: Mapping[Any, Way], clock: Clock, rounds: int = ROUNDS) -> d
     return tuning.measure(dict(ways), clock, rounds)
 
 
-def quantiles(turns: Turns) -> dict[str, float]:
-    """p20, p50 and p80 of the calls of all turns."""
+def quantiles(turns: Turns) -> dict[str, Any]:
+    """p20, p50 and p80 of the calls of all turns, None if there were none."""
     pooled = torch.tensor([seconds for turn in turns for seconds in turn], dtype=torch.float64)
-    return {f"p{q}": torch.quantile(pooled, q / 100).item() for q in QUANTILES}
+    return {f"p{q}": torch.quantile(pooled, q / 100).item() if pooled.numel() else None for q in QUANTILES}
 
 
 def ratio(one: Turns, other: Turns) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.benchmarks import against, arguments, pictures, plots, protocol, providers, records
+from fastlora.benchmarks import against, arguments, pictures, protocol, providers, records
 from fastlora.benchmarks.cases import modules
 from fastlora.cli import main
 
@@ -101,9 +101,9 @@ def test_unusable_arguments(chosen, message, tmp_path, capsys):
 
 
 def test_the_command_names_what_the_harness_has():
-    assert tuple(providers.PROVIDERS) == arguments.PROVIDERS and set(providers.PROVIDERS) == set(plots.MARKERS) == set(
-        pictures.COLOURS
-    )
+    assert tuple(providers.PROVIDERS) == arguments.PROVIDERS and set(providers.PROVIDERS) == set(
+        pictures.MARKERS
+    ) == set(pictures.COLOURS)
     assert set(arguments.MODEL_SHAPES) == set(modules.SHAPES)
     assert arguments.MODES == protocol.MODES
 

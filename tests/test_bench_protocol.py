@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora.benchmarks import accuracy, decode, plots, protocol, providers, records, roofline
+from fastlora.benchmarks import accuracy, decode, pictures, protocol, providers, records, roofline
 from fastlora.benchmarks.cases import modules
 from fastlora.benchmarks.cases.modules import Case
 from fastlora.benchmarks.protocol import Way
@@ -326,7 +326,7 @@ class TestNumbers:
             return LINEAR.row() | {"provider": provider, "count": count, "mode": "step"} | measured
 
         rows = [row("peft", 2, 1.0), row("peft", 5, 2.0), row("fastlora", 2, 1.0)]
-        (found,) = plots.totals(rows, "step").values()
+        (found,) = pictures.totals(rows, "step").values()
         assert found == {"peft": {"layers": 7, "p50": 12.0, "saved_bytes": 70, "peak_bytes": 140, "floor": 6.0}}
 
 

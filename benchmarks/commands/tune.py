@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fastlora import costs, plans
 from fastlora.benchmarks import tuning
@@ -20,6 +19,7 @@ from fastlora.benchmarks.cases.ops import OpCase, op_cases
 from fastlora.benchmarks.cases.shapes import SHAPES, Shape
 from fastlora.benchmarks.commands import common
 from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.tables import terminal
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
@@ -122,9 +122,7 @@ def _list(args: Namespace, problems: list[OpCase]) -> int:
         print(json.dumps({"device": name, "rates": rates.to_json(), "plans": rows}, indent=1))
         return 0
     kind = "measured" if rates.measured else "modelled"
-    table = _table(
-        f"{name}, by {kind} rates: nothing was run", ("op", "problem", "plan"), ("GFLOP", "MB", "µs", "bound")
-    )
+    heads, cells = ("op", "problem", "plan", "GFLOP", "MB", "µs", "bound"), []
     for row in rows:
         plan = f"{row['plan']} (chosen)" if row["chosen"] and row["plan"] else row["plan"]
         numbers = (
@@ -133,8 +131,9 @@ def _list(args: Namespace, problems: list[OpCase]) -> int:
             f"{row['seconds'] * 1e6:.1f}",
             row["bound"],
         )
-        table.add_row(row["op"], row["problem"], plan, *numbers)
-    common.console(150).print(table)
+        cells.append((row["op"], row["problem"], plan, *numbers))
+    title = f"{name}, by {kind} rates: nothing was run"
+    common.console(150).print(terminal(title, heads, cells, words=3))
     return 0
 
 
@@ -145,15 +144,14 @@ def _print(name: str, found: tuning.Tuning) -> None:
             f"{name}: copy {rates.copy / 1e12:.2f} TB/s, GEMM {rates.gemm / 1e12:.0f} TFLOP/s, "
             f"ours {rates.kernel_gemm / 1e12:.0f} TFLOP/s, a launch {rates.launch * 1e6:.1f} µs"
         )
-    table = _table("What changed", ("op", "problems", "before", "after"), ("µs before", "µs after", "faster"))
+    heads, cells = ("op", "problems", "before", "after", "µs before", "µs after", "faster"), []
     for change in found.changes:
         seconds = change.seconds_before, change.seconds_after
         times = (f"{s * 1e6:.1f}" if s < math.inf else "wrong" for s in seconds)
-        table.add_row(
-            change.op, change.problems, change.before, change.after, *times, f"{seconds[0] / seconds[1]:.2f}x"
-        )
+        faster = f"{seconds[0] / seconds[1]:.2f}x"
+        cells.append((change.op, change.problems, change.before, change.after, *times, faster))
     if found.changes:
-        common.console(150).print(table)
+        common.console(150).print(terminal("What changed", heads, cells, words=4))
     else:
         print("Nothing changed: what is in use is fastest, or as fast.")
     wrong = [line for line in found.rejected if "error" in line.partition(": ")[2]]
@@ -175,15 +173,6 @@ def _report(name: str, found: tuning.Tuning) -> dict[str, Any]:
         "changes": [finite(change) for change in found.changes],
         "rejected": found.rejected,
     }
-
-
-def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for word in words:
-        table.add_column(word)
-    for number in numbers:
-        table.add_column(number, justify="right")
-    return table
 
 
 def _progress(console: Console) -> Progress:

@@ -9,10 +9,10 @@ import torch
 from matplotlib.figure import Figure
 
 from fastlora.benchmarks.cases.shapes import SHAPES
-from fastlora.benchmarks.commands.report import NAMES
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import MODULES, Row, Setup, Study, column, megabytes, pick
+from fastlora.benchmarks.tables import NAMES
 
 R = 16
 TARGETS = {
