@@ -128,11 +128,20 @@ def speedups(rows: Rows) -> str:
             case = f"{row['shape']}, {row['base']}, M={row['M']}" + f", dropout {row['dropout']}" * bool(row["dropout"])
             found.setdefault(case, {}).setdefault(row["provider"], []).append(row["speedup"])
     names = [name for name in PROVIDERS if any(name in each for each in found.values())]
-    body = [
-        [case, *(f"{median(each[name]):.2f}" if name in each else "-" for name in names)]
-        for case, each in found.items()
-    ]
+
+    def cell(name: str, ratios: list[float] | None) -> str:
+        if ratios is None:
+            return "-"
+        return ours(median(ratios)) if name.startswith("fastlora") else f"{median(ratios):.2f}"
+
+    body = [[case, *(cell(name, each.get(name)) for name in names)] for case, each in found.items()]
     return markdown(["case", *(PROVIDERS[name].label for name in names)], body)
+
+
+def ours(speedup: float, unit: str = "") -> str:
+    """fastlora's, with the word for it where it is no gain."""
+    word = verdict(speedup)
+    return f"{speedup:.2f}{unit}" + ("" if word == "a gain" else f" ({word})")
 
 
 def studies_section(folder: Path, results: Path) -> Iterator[str]:
@@ -264,14 +273,14 @@ def compare_table(reports: list[dict]) -> str:
     head += ["saved for backward: PEFT", "PEFT + fastlora", "ratio"]
     rows = []
     for case in (case for report in reports for case in report["cases"]):
-        frozen, peft, ours = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
+        frozen, peft, fast = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
         rows.append(
             [
                 f"{_base(case)}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
-                *(f"{p['p50']:.3f}" for p in (frozen, peft, ours)),
-                f"{ours['speedup']:.2f}×",
-                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, ours)),
-                f"{ours['saved_ratio']:.2f}",
+                *(f"{p['p50']:.3f}" for p in (frozen, peft, fast)),
+                ours(fast["speedup"], "×"),
+                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, fast)),
+                f"{fast['saved_ratio']:.2f}",
             ]
         )
     return markdown(head, rows)
