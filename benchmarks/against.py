@@ -132,7 +132,7 @@ def run(
 
 
 def _turns(workers: Mapping[str, Worker], modes: list[str], rounds: int) -> dict[tuple[str, str], list[list[float]]]:
-    from fastlora import tuning
+    from fastlora.benchmarks import tuning
 
     ways = {(name, mode): (worker, mode) for name, worker in workers.items() for mode in modes}
     return tuning.measure(ways, lambda way: way[0].ask(mode=way[1]), rounds)
@@ -156,7 +156,8 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
     """Answer one JSON line with another: a device, a case to get ready, or a mode to take a turn of."""
     import torch
 
-    from fastlora.benchmarks import protocol, workloads
+    from fastlora.benchmarks import protocol
+    from fastlora.benchmarks.cases import modules
     from fastlora.benchmarks.providers import PROVIDERS
     from fastlora.benchmarks.training import keep_freed_memory
 
@@ -170,7 +171,7 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
             device = torch.device(question["device"])
         elif "case" in question:
             ways.clear()
-            subject = workloads.make_subject(workloads.Case(**question["case"]), device)
+            subject = modules.make_subject(modules.Case(**question["case"]), device)
             module = provider.build(subject)
             _, reason = protocol.Gate(subject).judge(provider, module)
             ways |= protocol.ways_of(subject, provider, module)

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import roofline
+from fastlora import costs
+from fastlora.benchmarks import accuracy
+from fastlora.benchmarks.cases.modules import SCALING, Case
+from fastlora.benchmarks.cases.ops import decoded, random_weight_4bit
 from fastlora.benchmarks.protocol import (
     COLUMNS,
     ROUNDS,
@@ -15,16 +18,12 @@ from fastlora.benchmarks.protocol import (
     Way,
     clock_of,
     free,
-    inexact,
     interleave,
     quantiles,
     ratio,
-    relative_errors,
 )
-from fastlora.benchmarks.workloads import SCALING, Case
-from fastlora.cases import decoded, poisoned, random_weight_4bit
+from fastlora.costs import Problem, Rates
 from fastlora.fourbit import Weight4bit
-from fastlora.roofline import Problem, Rates
 
 MODES = ("decode", "merge")  # the weight; the weight and s·b·a
 
@@ -65,7 +64,7 @@ def operands(case: Case, device: torch.device) -> Operands:
 def candidates(case: Case, t: Operands) -> Iterator[Candidate]:
     """fastlora's ways and bitsandbytes', which has to add the adapter to the decoded weight."""
     c = Problem(0, case.N, case.K, case.r)
-    moved = int(roofline.packed_bytes(c)) + 2 * case.N * case.K
+    moved = int(costs.packed_bytes(c)) + 2 * case.N * case.K
     whole = moved + 4 * case.r * (case.N + case.K)
     dtype = torch.bfloat16
     theirs = _bitsandbytes(t.w)
@@ -121,16 +120,17 @@ def run(
         row = case.row() | dict.fromkeys(COLUMNS) | {"provider": each.provider, "mode": each.mode, "bytes": each.bytes}
         rows.append(row)
         try:
-            with poisoned():
+            with accuracy.poisoned():
                 result = each.call()
         except ImportError as missing:
             row["error"] = f"missing: {missing.name or missing} is not installed"
             continue
-        (error,), (bar,) = (relative_errors((t,), (each.truth(),)) for t in (result, each.baseline()))
-        row |= {"relative_error": error, "error": inexact(("the result",), [error], [bar], torch.bfloat16)}
+        truth = each.truth()
+        reason = accuracy.inexact([result], [each.baseline()], [truth], case.K)
+        row |= {"relative_error": accuracy.relative_error(result, truth), "error": reason and f"wrong: {reason}"}
         if row["error"] is None:
             right[each.provider, each.mode] = each, row
-        del result
+        del result, truth
     moved = next((each.bytes for each, _ in right.values()), 2)
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

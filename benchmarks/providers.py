@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastlora import plans
+from fastlora.benchmarks.cases.modules import Case, Subject, blocks
 from fastlora.benchmarks.training import copy_sharing_frozen
-from fastlora.benchmarks.workloads import Case, Subject, blocks
 from fastlora.fourbit import is_4bit
 
 

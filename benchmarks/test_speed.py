@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fastlora.benchmarks import protocol
+from fastlora.benchmarks.cases.modules import Case, linear_cases, make_subject
 from fastlora.benchmarks.providers import PROVIDERS
 from fastlora.benchmarks.training import keep_freed_memory
-from fastlora.benchmarks.workloads import Case, linear_cases, make_subject
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 15

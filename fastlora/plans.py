@@ -16,8 +16,8 @@ each of them.
 ``use(kernels="off")`` is no plan: every op is then what it is on a device without kernels, a composition of torch's.
 
 A plan is, in this order: forced by `use`, measured by ``fastlora tune`` (`TABLE_FILE` in the user's cache directory),
-or the one that `roofline` predicts to be fastest. Nothing is measured behind a caller's back, and the file is read when
-the first plan is chosen, not at import.
+or the one that the cost model predicts to be fastest. Nothing is measured behind a caller's back, and the file is read
+when the first plan is chosen, not at import.
 """
 
 import json
@@ -31,9 +31,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastlora import roofline
+from fastlora import costs
+from fastlora.costs import Problem, Rates
 from fastlora.files import replace_file
-from fastlora.roofline import Problem, Rates
+from fastlora.kernels.limits import MAX_GROUP, next_power_of_2, takes_fused
 from fastlora.version import __version__
 
 PLANS = {
@@ -42,35 +43,26 @@ PLANS = {
     "linear_4bit": ("merged", "decoded", "fused"),
 }
 SWITCH = {"kernels": ("on", "off")}
-MAX_FUSED_TOKENS, MAX_FUSED_XA, FUSED_STEP = 64, 2048, 64  # what nf4_matmul takes: tokens, elements of xa, steps of K
-MAX_TAIL_PARTS = 3  # of a group: every part is unrolled into the kernel
 
 Key = tuple[str, int, int, int, int, int, int, bool]
 
 _forced: dict[str, str] = {}  # of all threads: autograd runs the backward of a GPU in threads of its own
 
 
-def bucket(size: int) -> int:
-    """A size rounded up to a power of two: sizes that share a measurement."""
-    return 1 << max(0, size - 1).bit_length()
-
-
 def key(op: str, c: Problem) -> Key:
     """What problems that share a measured plan have in common."""
-    return op, bucket(c.M), c.N, c.K, c.r, c.parts, c.itemsize, c.p > 0
+    return op, next_power_of_2(c.M), c.N, c.K, c.r, c.parts, c.itemsize, c.p > 0
 
 
 def possible(op: str, c: Problem) -> tuple[str, ...]:
     """The plans that can carry out this problem."""
-    if op == "lora_matmul" and c.parts > MAX_TAIL_PARTS:
+    if op == "lora_matmul" and c.parts > MAX_GROUP:
         return ("base_last",)
     if op != "linear_4bit":
         return PLANS[op]
     if c.p > 0:
         return ("decoded",)
-    fits = 0 < c.M <= MAX_FUSED_TOKENS and roofline.padded(c.M) * roofline.padded(c.r) <= MAX_FUSED_XA
-    steps = c.K > 0 and c.K % FUSED_STEP == 0 and c.blocksize % FUSED_STEP == 0
-    return PLANS[op] if fits and steps else ("merged", "decoded")
+    return PLANS[op] if takes_fused(c.M, c.K, c.r, c.blocksize) else ("merged", "decoded")
 
 
 @contextmanager
@@ -111,13 +103,13 @@ def choose(op: str, problem: Problem, device: str = "") -> str:
 
 @lru_cache(maxsize=4096)
 def by_rule(op: str, problem: Problem, device: str = "") -> str:
-    """The plan that the roofline predicts to be fastest, with the device's measured rates where there are any."""
+    """The plan that the cost model predicts to be fastest, with the device's measured rates where there are any."""
     fit, c = possible(op, problem), problem
     nothing = c.M == 0 or c.K == 0 or (c.N == 0 and op != "lora_grad") or (c.r == 0 and op != "linear_4bit")
     if len(fit) == 1 or nothing:
         return fit[0]
-    rates = table(device).rates or roofline.modelled(device)
-    return min(fit, key=lambda plan: roofline.predict(op, plan, problem, rates).seconds)
+    rates = table(device).rates or costs.modelled(device)
+    return min(fit, key=lambda plan: costs.predict(op, plan, problem, rates).seconds)
 
 
 # What ``fastlora tune`` measured.
@@ -132,7 +124,7 @@ class Table:
 
     rates: Rates | None = None
     plans: dict[Key, str] = field(default_factory=dict)
-    tiles: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)  # (kernel, bucket of its size) -> Tile
+    tiles: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)  # by kernel and power of two of its size
     versions: dict[str, str] = field(default_factory=dict)  # of what compiled the tiles
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -237,7 +229,7 @@ def _table_from_json(entry: dict) -> Table:
             what = "a tile has powers of two as BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M and num_warps, and num_stages"
             raise ValueError(f"{what} of 1 to 16, got {row['tile']!r}")
         size = _typed(row, "size", int)
-        if size != bucket(size):
+        if size != next_power_of_2(size):
             raise ValueError(f"tiles are measured for powers of two, got the size {size}")
         measured.tiles[_typed(row, "kernel", str), size] = sizes
     return measured

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.limits import cdiv, cut, padded_rank, parts_for
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.shrink import shrink
-from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import Tile, multiprocessors, tile
 
 
 # fmt: off
@@ -158,9 +159,7 @@ def _launch(
     (M, N), r = g.shape, z.shape[1]
     slabs, r_blocks = cdiv(N, t.BLOCK_N), cdiv(r, R)
     # A range of rows has at least four steps of the loop; two programs a multiprocessor hide each other's latency.
-    wanted = max(1, min(2 * multiprocessors(g.device) // (slabs * r_blocks), M // (4 * t.BLOCK_M)))
-    SPLIT_M = cdiv(cdiv(M, wanted), t.BLOCK_M) * t.BLOCK_M
-    splits = cdiv(M, SPLIT_M)
+    SPLIT_M, splits = cut(M, t.BLOCK_M, parts_for(2 * multiprocessors(g.device), slabs * r_blocks, M, t.BLOCK_M))
     stride_dn, stride_dr = (1, N) if transposed else (r, 1)
     stride_bn, stride_br = (0, 0) if b is None else b.stride
     return splits, slabs, Launch(

@@ -20,11 +20,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.limits import MAX_GROUP, cdiv, padded_rank
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, padded_rank, tile
+from fastlora.kernels.tiles import Tile, multiprocessors, tile
 
-MAX_PARTS = 3  # of a group, whose tiles the hardware copies
 TMA = "lora_matmul tma"  # how the rows of tiles begin that are copied so
 
 Layouts = tuple[Layout, ...]
@@ -213,7 +213,7 @@ def _lora_matmul(
 
 
 def _descriptors(xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor, t: Tile) -> dict[str, Any]:
-    found = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_PARTS))
+    found = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_GROUP))
     for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
         found[f"x{i}"] = _descriptor(x, [t.BLOCK_M, t.BLOCK_K])
         turned = w.stride(1) != 1
@@ -249,7 +249,7 @@ def _fits_tma(xs: Layouts, ws: Layouts) -> bool:
         return columns == 1 and rows % 8 == 0 and rows > 0 and t.offset == 0
 
     halves = all(t.dtype == xs[0].dtype and t.dtype in (torch.bfloat16, torch.float16) for t in (*xs, *ws))
-    few = len(xs) <= MAX_PARTS and all(x.shape[1] > 0 for x in xs) and ws[0].shape[0] % 8 == 0
+    few = len(xs) <= MAX_GROUP and all(x.shape[1] > 0 for x in xs) and ws[0].shape[0] % 8 == 0
     return halves and few and all(map(fits, xs)) and all(fits(w) or fits(_turned(w)) for w in ws)
 
 

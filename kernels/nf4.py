@@ -18,9 +18,10 @@ from torch import Tensor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.limits import cdiv, padded_rank
 from fastlora.kernels.operands import Packed, expect, expect_4bit
 from fastlora.kernels.precision import wide_dot
-from fastlora.kernels.tiles import Tile, cdiv, padded_rank, tile
+from fastlora.kernels.tiles import Tile, tile
 
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

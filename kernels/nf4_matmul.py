@@ -16,14 +16,13 @@ from torch import Tensor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.limits import cdiv, cut, padded_rank, parts_for, takes_fused
 from fastlora.kernels.nf4 import CODES, code_book, load_scales, packed_weight
 from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
 from fastlora.kernels.operands import Packed, expect, expect_4bit
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, next_power_of_2, padded_rank, tile
-
-STEP = 64  # weights of a row that are multiplied at once: of one block, in eight words
+from fastlora.kernels.tiles import Tile, multiprocessors, tile
 
 
 @triton.jit
@@ -102,17 +101,9 @@ def _nf4_matmul_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
 
 
-MAX_TOKENS, MAX_XA = 64, 2048  # tokens, and elements of xa: what the registers of one program hold
-
-
 def has_kernel(M: int, packed: Tensor, K: int, blocksize: int, r: int = 0) -> bool:
-    """Whether `nf4_matmul` takes this: rows and blocks of whole steps, few tokens, the fewer the larger the rank."""
-    aligned = K > 0 and K % STEP == 0 and blocksize % STEP == 0 and packed.data_ptr() % 4 == 0
-    return aligned and 0 < M <= MAX_TOKENS and (r == 0 or _padded(M) * padded_rank(r) <= MAX_XA)
-
-
-def _padded(M: int) -> int:
-    return max(16, next_power_of_2(M))
+    """Whether `nf4_matmul` takes this: what `takes_fused` says, and bytes that can be read as whole words."""
+    return takes_fused(M, K, r, blocksize) and packed.data_ptr() % 4 == 0
 
 
 def nf4_matmul(
@@ -167,10 +158,9 @@ def _launch(
     expect_4bit(weight)
     expect(weight.packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
     blocks = cdiv(N, t.BLOCK_N)
-    if splits is None:  # a split has at least four steps of the loop
-        splits = max(1, min(4 * multiprocessors(x.device) // max(1, blocks), K // (4 * t.BLOCK_K)))
-    SPLIT_K = cdiv(cdiv(K, splits), t.BLOCK_K) * t.BLOCK_K
-    splits = cdiv(K, SPLIT_K)
+    if splits is None:
+        splits = parts_for(4 * multiprocessors(x.device), max(1, blocks), K, t.BLOCK_K)
+    SPLIT_K, splits = cut(K, t.BLOCK_K, splits)
     (stride_ar, stride_ak), (stride_bn, stride_br) = ((0, 0) if each is None else each.stride for each in (a, b))
     return splits, Launch(
         _nf4_matmul_kernel, (blocks, splits), stride_xm=x.stride[0], stride_xk=x.stride[1],
@@ -179,5 +169,5 @@ def _launch(
         BLOCKSIZE=weight.blocksize, BLOCKSIZE2=weight.blocksize2, NESTED=weight.code2 is not None,
         ASM=lookup_asm(CODES[weight.quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
         HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=PRECISION,
-        BLOCK_M=_padded(M), BLOCK_R=padded_rank(r), **t.kwargs(),
+        BLOCK_M=padded_rank(M), BLOCK_R=padded_rank(r), **t.kwargs(),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
-from fastlora.kernels.tiles import cdiv
+from fastlora.kernels.limits import cdiv
 
 
 # fmt: off

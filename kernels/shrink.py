@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
 from fastlora.kernels.launch import Launch, Layout, layout, layouts, prepared
+from fastlora.kernels.limits import cdiv, cut, next_power_of_2, padded_rank, parts_for
 from fastlora.kernels.operands import expect
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import Tile, cdiv, multiprocessors, next_power_of_2, padded_rank, tile
+from fastlora.kernels.tiles import Tile, multiprocessors, tile
 
 
 # fmt: off
@@ -105,10 +106,8 @@ def _launch(
         return 1, None
     rank_blocks = cdiv(max(ranks), BLOCK_R)
     blocks = cdiv(M, t.BLOCK_M) * rank_blocks  # on one axis: the others end at 65535
-    # A split has at least four steps of the loop; two programs a multiprocessor hide the latency of each other's loads.
-    wanted = max(1, min(2 * multiprocessors(x.device) // blocks, K // (4 * t.BLOCK_K)))
-    SPLIT_K = cdiv(cdiv(K, wanted), t.BLOCK_K) * t.BLOCK_K
-    splits = cdiv(K, SPLIT_K)
+    # Two programs a multiprocessor hide the latency of each other's loads.
+    SPLIT_K, splits = cut(K, t.BLOCK_K, parts_for(2 * multiprocessors(x.device), blocks, K, t.BLOCK_K))
     return splits, Launch(
         _shrink_kernel, (blocks, splits), stride_xm=x.stride[0], stride_xk=x.stride[1],
         a_strides=tuple(each.stride for each in a), ranks=ranks, out_strides=tuple((M * r, r, 1) for r in ranks),

@@ -6,8 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.limits import cdiv
 from fastlora.kernels.operands import expect
-from fastlora.kernels.tiles import Tile, cdiv, tile
+from fastlora.kernels.tiles import Tile, tile
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # as F.silu, F.gelu, F.gelu(approximate="tanh")
 

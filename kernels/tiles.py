@@ -14,6 +14,8 @@ import torch
 import triton
 from triton.runtime import driver
 
+from fastlora.kernels.limits import next_power_of_2
+
 INTERPRETED = triton.knobs.runtime.interpret  # kernels ask when they are defined
 
 
@@ -162,21 +164,6 @@ def multiprocessors(device: torch.device) -> int:
     if device.type in ("cpu", "meta"):
         return 4 if INTERPRETED else 132
     return driver.active.utils.get_device_properties(device.index)["multiprocessor_count"]
-
-
-def cdiv(size: int, block: int) -> int:
-    """``ceil(size / block)``. Triton's own, called from a launcher, takes microseconds."""
-    return -(-size // block)
-
-
-def next_power_of_2(size: int) -> int:
-    """Sizes that share it share a measured tile."""
-    return 1 << max(0, size - 1).bit_length()
-
-
-def padded_rank(r: int) -> int:
-    """The rank as the tensor core takes it: a power of two, at least 16. Padding is zeros in registers, not memory."""
-    return max(16, next_power_of_2(r))
 
 
 ANY = 1 << 30  # a bound that every size is under

@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.cli.inspect import cases
+from fastlora.benchmarks.commands.inspect import cases
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
 

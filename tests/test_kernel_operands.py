@@ -144,7 +144,7 @@ def test_ops_on_nothing_are_those_of_torch(sizes):
 @pytest.mark.parametrize("sizes", [(0, 64), (5, 0)], ids=["no outputs", "no tokens"])
 @pytest.mark.parametrize("plan", ["fused", "merged"])
 def test_a_4bit_product_of_nothing(plan, sizes):
-    from fastlora.cases import random_weight_4bit
+    from fastlora.benchmarks.cases.ops import random_weight_4bit
 
     N, M = (0, 3) if not sizes[0] else (32, 0)
     w = random_weight_4bit(N, 64, torch.device("cpu"))

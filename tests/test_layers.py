@@ -1,4 +1,4 @@
-"""The layers of the program import in one direction only: extension, reference, ops, autograd, nn, model, peft, cli."""
+"""Imports point one way: kernels, then the layers of fastlora, then benchmarks, then the command line."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ LAYERS = [  # each may import what stands before it
     {"version", "files", "extension", "calls", "checks", "flops"},
     {"kernels"},
     {"reference"},
-    {"roofline"},
+    {"costs"},
     {"plans"},
     {"kernel_ops"},
     {"ops"},
@@ -31,27 +31,22 @@ LAYERS = [  # each may import what stands before it
     {"trainer"},
     {"peft"},
     {""},  # fastlora/__init__.py itself
-    {"aot", "cases", "ledger", "timeline"},
-    {"tuning", "environment"},
     {"benchmarks"},
     {"cli"},
-    {"benchmarks.studies"},  # programs of their own
-    {"benchmarks.report"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 
 def layer_of(file: Path) -> str:
-    first, *rest = file.relative_to(PACKAGE).with_suffix("").parts
-    program = ".".join([first, *rest[:1]])
-    return program if program in RANK else "" if first == "__init__" else first
+    first = file.relative_to(PACKAGE).with_suffix("").parts[0]
+    return "" if first == "__init__" else first
 
 
 def layer_named(name: str) -> str:
     """The layer of ``fastlora.*``, whatever it names there; ``""`` for what fastlora itself exports."""
-    parts = name.split(".")[1:]
-    return next((layer for layer in (".".join(parts[:2]), *parts[:1]) if layer in RANK), "")
+    layer = name.split(".")[1]
+    return layer if layer in RANK else ""
 
 
 def imported_layers(file: Path) -> set[str]:
@@ -59,7 +54,7 @@ def imported_layers(file: Path) -> set[str]:
     layers = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [f"{alias.name}." for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:

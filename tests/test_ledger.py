@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import ledger
+from fastlora.benchmarks import ledger
 from fastlora.benchmarks.training import saved_bytes
 from fastlora.cli import main
 

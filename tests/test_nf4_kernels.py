@@ -9,9 +9,10 @@ from test_ops import SHAPES, weight_4bit
 
 from fastlora import reference
 from fastlora.kernels import tiles
+from fastlora.kernels.limits import FUSED_TOKENS
 from fastlora.kernels.nf4 import CODES, decode_4bit
 from fastlora.kernels.nf4_lookup import lookup_asm
-from fastlora.kernels.nf4_matmul import MAX_TOKENS, nf4_matmul
+from fastlora.kernels.nf4_matmul import nf4_matmul
 
 interpreter.repair()
 
@@ -137,7 +138,7 @@ class TestNF4Matmul:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             rows = [
                 nf4_matmul(*on_device(x, *weight, None, None, 1.0)).cpu()
-                for x in torch.eye(K, dtype=dtype).split(MAX_TOKENS)
+                for x in torch.eye(K, dtype=dtype).split(FUSED_TOKENS)
             ]
             y = torch.cat(rows).t()
             assert (y.double() - w).abs().max() <= 1.01 * torch.finfo(dtype).eps * w.abs().max()

@@ -9,9 +9,10 @@ import interpreter
 import pytest
 import torch
 
-from fastlora import plans, roofline
+from fastlora import costs, plans
+from fastlora.benchmarks.accuracy import same
+from fastlora.costs import H100, Problem
 from fastlora.plans import Table, choose
-from fastlora.roofline import H100, Problem
 
 pytest.importorskip("triton")
 
@@ -50,9 +51,6 @@ def test_fused_is_possible_where_its_kernel_is():
 
 
 def test_a_group_of_many_is_left_to_the_vendor():
-    from fastlora.kernels import lora_matmul
-
-    assert plans.MAX_TAIL_PARTS == lora_matmul.MAX_PARTS
     assert plans.possible("lora_matmul", Problem(64, 64, 256, 64, parts=3)) == ("tail", "base_last")
     assert choose("lora_matmul", Problem(64, 64, 256, 64, parts=4)) == "base_last"
     with plans.use(lora_matmul="tail"), pytest.raises(ValueError, match="use base_last"):
@@ -67,13 +65,13 @@ def test_a_measured_plan_that_cannot_carry_out_a_problem_is_not_chosen(cache):
 
 
 def test_the_rule_is_the_fastest_prediction():
-    for rates in (roofline.H100, roofline.A100):
-        device = GPU if rates is roofline.H100 else "another"
+    for rates in (costs.H100, costs.A100):
+        device = GPU if rates is costs.H100 else "another"
         for op, names in plans.PLANS.items():
             for M in (16, 1024):
                 problem = Problem(M, 4096, 4096, 64)
                 seconds = {
-                    name: roofline.predict(op, name, problem, rates).seconds
+                    name: costs.predict(op, name, problem, rates).seconds
                     for name in names
                     if name in plans.possible(op, problem)
                 }
@@ -84,7 +82,7 @@ def test_rules_follow_from_what_moves():
     def lora_matmul(gap=0.05, **sizes):
         rates = replace(H100, kernel_gemm=H100.gemm * (1 - gap), kernel_gemm_fp32=H100.gemm_fp32 * (1 - gap))
         c = Problem(**{"M": 8192, "N": 4096, "K": 4096, "r": 16} | sizes)
-        return min(plans.PLANS["lora_matmul"], key=lambda p: roofline.predict("lora_matmul", p, c, rates).seconds)
+        return min(plans.PLANS["lora_matmul"], key=lambda p: costs.predict("lora_matmul", p, c, rates).seconds)
 
     assert lora_matmul(gap=0.02) == "tail"
     assert lora_matmul(gap=0.10) == "base_last", "a pass over y is less than a tenth of the base product"
@@ -279,5 +277,5 @@ class TestTiles:
         truth = 2 * x.double() @ a.double().t()
         with tiles.watch() as used:
             xa = kernel_ops.launcher("shrink", "shrink")(x, a, 2.0)
-        assert (xa - truth).norm() < 0.01 * truth.norm()
+        assert same(xa, truth, torch.bfloat16)  # the kernel keeps 16 bits of a
         assert used == {("shrink", 16): tiles.Tile(**measured)}

@@ -12,11 +12,24 @@ from matplotlib.image import imread
 from test_cli import save_model
 
 import fastlora
-from fastlora import ops, timeline
-from fastlora.benchmarks import models, training
-from fastlora.cli import length, main
-from fastlora.cli.profile import PICTURES, time_record
-from fastlora.timeline import ADAPTER, ATTENTION, BASE, CATEGORIES, DECODE, ELEMENTWISE, GAPS, LOSS, OPTIMIZER, Timeline
+from fastlora import ops
+from fastlora.benchmarks import timeline, training
+from fastlora.benchmarks.cases import models
+from fastlora.benchmarks.commands import length
+from fastlora.benchmarks.commands.profile import PICTURES, time_record
+from fastlora.benchmarks.timeline import (
+    ADAPTER,
+    ATTENTION,
+    BASE,
+    CATEGORIES,
+    DECODE,
+    ELEMENTWISE,
+    GAPS,
+    LOSS,
+    OPTIMIZER,
+    Timeline,
+)
+from fastlora.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = ("--tokens", "32", "--r", "4", "--device", "cpu")
@@ -381,7 +394,7 @@ def test_unusable_arguments(tiny, arguments, message, tmp_path, monkeypatch, cap
     [("24GB", 24 * 10**9), ("512 MB", 512 * 10**6), ("16GiB", 16 * 2**30), ("1.5kb", 1500), ("7B", 7), ("2TiB", 2**41)],
 )
 def test_budgets(text, count):
-    from fastlora.cli.arguments import build_parser
+    from fastlora.benchmarks.arguments import build_parser
 
     assert build_parser().parse_args(["profile", "--budget", text]).budget == count
 

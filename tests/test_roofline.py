@@ -9,8 +9,10 @@ import torch
 from test_ops import weight_4bit
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from fastlora import kernel_ops, plans, roofline
-from fastlora.roofline import A100, COSTS, H100, Launch, Problem, Rates, floor, predict
+from fastlora import costs, kernel_ops, plans
+from fastlora.benchmarks import roofline
+from fastlora.costs import A100, COSTS, H100, LaunchCost, Problem, Rates, predict
+from fastlora.kernels.limits import FUSED_STEP
 
 pytest.importorskip("triton")
 
@@ -150,8 +152,7 @@ PROBLEMS = [
 def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):
     interpreter.repair()
     if plan == "fused":
-        step = plans.FUSED_STEP
-        c = replace(c, M=min(c.M, 16), K=c.K // step * step)
+        c = replace(c, M=min(c.M, 16), K=c.K // FUSED_STEP * FUSED_STEP)
     if op.startswith("swiglu"):
         c = replace(c, M=min(c.M, 9))  # tiles of the interpreter are small, and this has many
     if op.endswith("_group"):
@@ -202,13 +203,13 @@ class TestSeconds:
     def test_are_those_of_what_binds(self):
         rates = Rates(1e9, 1e12, 5e11, 1e11, 5e10, issue=1e12, launch=1e-6, multiprocessors=1)
         cases = [
-            (Launch("", bytes=2000, flops=10**6), 2, 2e-6, "memory"),
-            (Launch("", bytes=2000, flops=10**7), 2, 2e-5, "tensor core"),
-            (Launch("", bytes=2000, flops=10**7, vendor=True), 2, 1e-5, "tensor core"),
-            (Launch("", bytes=2000, flops=10**7, vendor=True), 4, 1e-4, "fp32 units"),
-            (Launch("", bytes=2000, flops=10**7), 4, 2e-4, "fp32 units"),
-            (Launch("", bytes=2000, instructions=10**7), 2, 1e-5, "issue"),
-            (Launch("", bytes=2), 2, 1e-6, "launch"),
+            (LaunchCost("", bytes=2000, flops=10**6), 2, 2e-6, "memory"),
+            (LaunchCost("", bytes=2000, flops=10**7), 2, 2e-5, "tensor core"),
+            (LaunchCost("", bytes=2000, flops=10**7, vendor=True), 2, 1e-5, "tensor core"),
+            (LaunchCost("", bytes=2000, flops=10**7, vendor=True), 4, 1e-4, "fp32 units"),
+            (LaunchCost("", bytes=2000, flops=10**7), 4, 2e-4, "fp32 units"),
+            (LaunchCost("", bytes=2000, instructions=10**7), 2, 1e-5, "issue"),
+            (LaunchCost("", bytes=2), 2, 1e-6, "launch"),
         ]
         for launched, itemsize, seconds, bound in cases:
             times = launched.times(rates, itemsize)
@@ -233,22 +234,27 @@ class TestSeconds:
         together = predict("lora_matmul_group", "tail", dx, H100)
         assert together.bytes == 3 * single.bytes - 2 * 8192 * 4096 * 2, "dx is written once"
 
+    @staticmethod
+    def floor(c, rates, backward=False, packed=False):
+        both = roofline.passes(c, packed)
+        return sum(roofline.seconds(*each, c, rates) for each in both[: 1 + backward])
+
     @pytest.mark.parametrize("rates", [H100, A100], ids=["H100", "A100"])
     @pytest.mark.parametrize("M", [1, 64, 1024, 8192])
     def test_no_plan_beats_the_floor(self, rates, M):
         for K, N in ((4096, 4096), (4096, 14336), (14336, 4096), (4096, 1024)):
             c = Problem(M, N, K, 16)
             for plan in plans.possible("linear_4bit", c):
-                assert predict("linear_4bit", plan, c, rates).seconds > floor(c, rates, packed=True)
+                assert predict("linear_4bit", plan, c, rates).seconds > self.floor(c, rates, packed=True)
             for plan in plans.PLANS["lora_matmul"]:
                 whole = predict("lora_matmul", plan, c, rates).seconds + predict("shrink", "", c, rates).seconds
-                assert whole > floor(c, rates)
-            assert 2 * floor(c, rates) <= floor(c, rates, backward=True)
+                assert whole > self.floor(c, rates)
+            assert 2 * self.floor(c, rates) <= self.floor(c, rates, backward=True)
 
 
 def test_modelled_rates_by_name():
-    assert roofline.modelled("NVIDIA H100 80GB HBM3") is roofline.modelled("NVIDIA H200") is H100
-    assert roofline.modelled("NVIDIA A100-SXM4-80GB") is roofline.modelled("some GPU") is A100
+    assert costs.modelled("NVIDIA H100 80GB HBM3") is costs.modelled("NVIDIA H200") is H100
+    assert costs.modelled("NVIDIA A100-SXM4-80GB") is costs.modelled("some GPU") is A100
     assert not H100.measured
 
 

@@ -10,11 +10,12 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastlora.benchmarks import models, training
+from fastlora.benchmarks import training
+from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, pick
-from fastlora.cli.report import NAMES
+from fastlora.benchmarks.tables import NAMES
 from fastlora.fourbit import quantisation_tensors
 
 BASES = ("bf16", "nf4", "fp4")

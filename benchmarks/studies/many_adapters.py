@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, change, column, pick
-from fastlora.cli.report import NAMES
+from fastlora.benchmarks.tables import NAMES
 
 R = 16
 

@@ -1,7 +1,10 @@
 """What each command accepts, and the one line it answers to anything else."""
 
 import argparse
+import logging
 import math
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -76,6 +79,9 @@ TUNABLE = ("bf16", "fp16", "fp32", "nf4")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+
 class UsageError(Exception):
     """The arguments are well-formed but cannot be used. Its message is one line that names the argument."""
 
@@ -84,6 +90,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ").replace(": must", " must", 1)
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def quieten() -> None:
+    """Keep the libraries offline and off the terminal. They read these variables when they are imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    for library in ("transformers", "bitsandbytes", "peft", "torch.profiler"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,6 @@
-"""What each plan moves and multiplies, launch by launch, and how long a device of known rates needs for it.
+"""The cost model that plans are chosen by: what each plan moves and multiplies, launch by launch.
+
+A device of known rates needs for it
 
     seconds = sum over launches of max(bytes / copy, FLOPs / GEMM rate, instructions / issue rate, launch)
 
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from typing import NamedTuple
+
+from fastlora.kernels.limits import cdiv, cut, next_power_of_2, padded_rank, parts_for
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def modelled(device: str) -> Rates:
     return H100 if any(name in device for name in ("H100", "H200", "H800", "H20", "B100", "B200", "B300")) else A100
 
 
-class Launch(NamedTuple):
-    """One kernel, the vendor's (a GEMM) or ours."""
+class LaunchCost(NamedTuple):
+    """What one launch of a kernel, the vendor's GEMM or ours, moves and computes."""
 
     name: str
     bytes: int
@@ -117,53 +121,24 @@ def predict(op: str, plan: str, problem: Problem, rates: Rates) -> Prediction:
     )
 
 
-def passes(c: Problem, packed: bool = False) -> list[tuple[float, float]]:
-    """Bytes and FLOPs of forward and of backward that no implementation of the layer can spare: every tensor once.
-
-    Forward reads x and w (4-bit if packed) and writes y. Backward reads dy, w and x and writes dx; da and db are small.
-    Without an adapter (r = 0) backward needs no x.
-    """
-    M, N, K, r, i = c.M, c.N, c.K, c.r, c.itemsize
-    weight = packed_bytes(c) if packed else N * K * i
-    return [
-        (M * (K + N) * i + weight, 2 * M * (N * K + r * (N + K))),
-        (M * ((2 if r else 1) * K + N) * i + weight, 2 * M * (N * K + 2 * r * (N + K))),
-    ]
-
-
-def seconds(moved: float, flops: float, c: Problem, rates: Rates) -> float:
-    """What a pass takes at the rates of a copy and of the vendor's GEMM, whichever is longer."""
-    return max(moved / rates.copy, flops / (rates.gemm if c.itemsize == 2 else rates.gemm_fp32))
-
-
-def floor(c: Problem, rates: Rates, backward: bool = False, packed: bool = False) -> float:
-    """Seconds below which no implementation of forward, or of forward and backward, can go."""
-    return sum(seconds(*each, c, rates) for each in passes(c, packed)[: 1 + backward])
-
-
 def _tile(kernel: str, c: Problem, size: int):
     return import_module("fastlora.kernels.tiles").tile(kernel if c.itemsize == 2 else f"{kernel} fp32", size)
 
 
 def padded(r: int) -> int:
     """A rank, or a number of tokens, as the tensor core takes it."""
-    return max(16, 1 << (r - 1).bit_length()) if r else 0
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return padded_rank(r) if r else 0
 
 
 def _splits(length: int, step: int, blocks: int, waves: int, rates: Rates) -> int:
-    """Into how many ranges a reduction is cut so that ``waves`` programs a multiprocessor have at least four steps."""
-    wanted = max(1, min(waves * rates.multiprocessors // blocks, length // (4 * step)))
-    return _cdiv(length, _cdiv(_cdiv(length, wanted), step) * step)
+    """Into how many parts the kernels cut a reduction, with ``waves`` programs a multiprocessor."""
+    return cut(length, step, parts_for(waves * rates.multiprocessors, blocks, length, step))[1]
 
 
-def _sums(itemsize: int, *sums: tuple[int, int]) -> list[Launch]:
+def _sums(itemsize: int, *sums: tuple[int, int]) -> list[LaunchCost]:
     """Adding up (splits, elements) of partial sums, of those that have several, in one launch."""
     moved = sum(numel * (4 * splits + itemsize) for splits, numel in sums if splits > 1)
-    return [Launch("sum_splits", moved)] if moved else []
+    return [LaunchCost("sum_splits", moved)] if moved else []
 
 
 def _partial_bytes(splits: int, numel: int, itemsize: int) -> int:
@@ -173,8 +148,8 @@ def _partial_bytes(splits: int, numel: int, itemsize: int) -> int:
 def packed_bytes(c: Problem) -> int:
     """A 4-bit weight with nested statistics, in blocks of 64 weights and of 256 scales; code books are not counted."""
     weights = c.N * c.K
-    blocks = _cdiv(weights, 64)
-    return _cdiv(weights, 2) + blocks + 4 * _cdiv(blocks, 256)
+    blocks = cdiv(weights, 64)
+    return cdiv(weights, 2) + blocks + 4 * cdiv(blocks, 256)
 
 
 def _dots(c: Problem, wide: int) -> int:
@@ -182,16 +157,16 @@ def _dots(c: Problem, wide: int) -> int:
     return 1 + wide if c.itemsize == 2 and c.adapter_itemsize == 4 else 1
 
 
-def _shrink(c: Problem, rates: Rates) -> list[Launch]:
+def _shrink(c: Problem, rates: Rates) -> list[LaunchCost]:
     r, e = c.r // c.parts, c.adapter_itemsize
     R = padded(r)
     t = _tile("shrink", c, R * c.parts)
-    block_r = max(16, min(R, 128, 256 // (1 << (c.parts - 1).bit_length())))
-    blocks = _cdiv(c.M, t.BLOCK_M) * _cdiv(r, block_r)
+    block_r = max(16, min(R, 128, 256 // next_power_of_2(c.parts)))
+    blocks = cdiv(c.M, t.BLOCK_M) * cdiv(r, block_r)
     splits = _splits(c.K, t.BLOCK_K, blocks, 2, rates)
     moved = c.M * c.K * c.itemsize + c.r * c.K * e + _partial_bytes(splits, c.M * c.r, e)
     flops = 2 * c.M * c.K * R * c.parts * _dots(c, 1)
-    return [Launch("shrink", moved, flops), *_sums(e, (splits, c.M * c.r))]
+    return [LaunchCost("shrink", moved, flops), *_sums(e, (splits, c.M * c.r))]
 
 
 def _adapter_bytes(c: Problem) -> int:
@@ -202,28 +177,28 @@ def _adapter_flops(c: Problem) -> int:
     return 2 * c.M * c.N * padded(c.r // c.parts) * c.parts * _dots(c, 2)
 
 
-def _tail(c: Problem, rates: Rates) -> list[Launch]:
+def _tail(c: Problem, rates: Rates) -> list[LaunchCost]:
     moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize + _adapter_bytes(c)
-    return [Launch("lora_matmul", moved, 2 * c.M * c.N * c.K + _adapter_flops(c))]
+    return [LaunchCost("lora_matmul", moved, 2 * c.M * c.N * c.K + _adapter_flops(c))]
 
 
-def _base_last(c: Problem, rates: Rates) -> list[Launch]:
+def _base_last(c: Problem, rates: Rates) -> list[LaunchCost]:
     adapter, K = _adapter_bytes(c) + c.M * c.N * c.itemsize, c.K // c.parts
     base = (c.M * K + c.N * K + 2 * c.M * c.N) * c.itemsize
-    gemm = Launch("gemm", base, 2 * c.M * c.N * K, vendor=True)
-    return [Launch("lora_matmul", adapter, _adapter_flops(c)), *[gemm] * c.parts]
+    gemm = LaunchCost("gemm", base, 2 * c.M * c.N * K, vendor=True)
+    return [LaunchCost("lora_matmul", adapter, _adapter_flops(c)), *[gemm] * c.parts]
 
 
-def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
+def _walk(c: Problem, rates: Rates, with_b: bool) -> list[LaunchCost]:
     """A walk down the rows of dy[M, K] (or x): db, and with b also dxa."""
     R, e = padded(c.r), c.adapter_itemsize
     t = _tile("lora_grad", c, min(R, 128))
-    slabs, blocks = _cdiv(c.K, t.BLOCK_N), _cdiv(c.r, min(R, 128))
+    slabs, blocks = cdiv(c.K, t.BLOCK_N), cdiv(c.r, min(R, 128))
     splits = _splits(c.M, t.BLOCK_M, slabs * blocks, 2, rates)
     moved = c.M * c.K * c.itemsize + c.M * c.r * e + _partial_bytes(splits, c.K * c.r, e)
     if with_b:
         moved += c.K * c.r * e + _partial_bytes(slabs, c.M * c.r, e)
-    walk = Launch("lora_grad", moved, (4 if with_b else 2) * c.M * c.K * R * _dots(c, 1))
+    walk = LaunchCost("lora_grad", moved, (4 if with_b else 2) * c.M * c.K * R * _dots(c, 1))
     return [walk, *_sums(e, (splits, c.K * c.r), (slabs if with_b else 1, c.M * c.r))]
 
 
@@ -231,39 +206,39 @@ def _walk(c: Problem, rates: Rates, with_b: bool) -> list[Launch]:
 DECODE, DECODE_MERGED, DECODE_FUSED = 7, 10, 8
 
 
-def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[Launch]:
+def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[LaunchCost]:
     moved, flops = packed_bytes(c) + c.N * c.K * c.itemsize, 0
     if merged:
         moved += c.r * (c.K + c.N) * c.adapter_itemsize
         flops = 2 * c.N * c.K * padded(c.r)
     instructions = (DECODE_MERGED if merged else DECODE) * c.N * c.K
-    return [Launch("decode_4bit", moved, flops, instructions=instructions)]
+    return [LaunchCost("decode_4bit", moved, flops, instructions=instructions)]
 
 
-def _merged(c: Problem, rates: Rates) -> list[Launch]:
+def _merged(c: Problem, rates: Rates) -> list[LaunchCost]:
     moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize
-    return [*_decode(c, rates, merged=c.r > 0), Launch("gemm", moved, 2 * c.M * c.N * c.K, vendor=True)]
+    return [*_decode(c, rates, merged=c.r > 0), LaunchCost("gemm", moved, 2 * c.M * c.N * c.K, vendor=True)]
 
 
-def _decoded(c: Problem, rates: Rates) -> list[Launch]:
+def _decoded(c: Problem, rates: Rates) -> list[LaunchCost]:
     if not c.r:
         return _merged(c, rates)
     dense = min(("tail", "base_last"), key=lambda plan: predict("lora_matmul", plan, c, rates).seconds)
     return [*_decode(c, rates), *_shrink(c, rates), *COSTS["lora_matmul", dense](c, rates)]
 
 
-def _fused(c: Problem, rates: Rates) -> list[Launch]:
+def _fused(c: Problem, rates: Rates) -> list[LaunchCost]:
     R = padded(c.r)
     t = _tile("nf4_matmul", c, max(16, c.M, R))
-    splits = _splits(c.K, t.BLOCK_K, _cdiv(c.N, t.BLOCK_N), 4, rates)
+    splits = _splits(c.K, t.BLOCK_K, cdiv(c.N, t.BLOCK_N), 4, rates)
     moved = packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize
     moved += _partial_bytes(splits, c.M * c.N, c.itemsize)
-    flops = 2 * max(16, c.M) * (c.N * c.K + R * (c.K * _cdiv(c.N, t.BLOCK_N) + c.N * splits))
-    fused = Launch("nf4_matmul", moved, flops, instructions=DECODE_FUSED * c.N * c.K)
+    flops = 2 * max(16, c.M) * (c.N * c.K + R * (c.K * cdiv(c.N, t.BLOCK_N) + c.N * splits))
+    fused = LaunchCost("nf4_matmul", moved, flops, instructions=DECODE_FUSED * c.N * c.K)
     return [fused, *_sums(c.itemsize, (splits, c.M * c.N))]
 
 
-COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[Launch]]] = {
+COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[LaunchCost]]] = {
     ("shrink", ""): _shrink,
     ("shrink_group", ""): _shrink,
     ("lora_matmul", "tail"): _tail,
@@ -278,6 +253,6 @@ COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[Launch]]] = {
     ("linear_4bit", "merged"): _merged,
     ("linear_4bit", "decoded"): _decoded,
     ("linear_4bit", "fused"): _fused,
-    ("swiglu", ""): lambda c, rates: [Launch("swiglu", 3 * c.M * c.K * c.itemsize)],
-    ("swiglu_backward_", ""): lambda c, rates: [Launch("swiglu", 6 * c.M * c.K * c.itemsize)],
+    ("swiglu", ""): lambda c, rates: [LaunchCost("swiglu", 3 * c.M * c.K * c.itemsize)],
+    ("swiglu_backward_", ""): lambda c, rates: [LaunchCost("swiglu", 6 * c.M * c.K * c.itemsize)],
 }

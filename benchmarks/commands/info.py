@@ -6,7 +6,7 @@ from argparse import Namespace
 import torch
 
 from fastlora import kernel_ops, ops
-from fastlora.environment import cores, cpu_name, versions
+from fastlora.benchmarks.environment import cores, cpu_name, versions
 
 
 def run(args: Namespace) -> int:

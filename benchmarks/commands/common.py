@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from fastlora.benchmarks import models
-from fastlora.cli.arguments import UsageError
+from fastlora.benchmarks.arguments import UsageError
+from fastlora.benchmarks.cases import models
+from fastlora.benchmarks.environment import refuse_changed_code
 
 
 def load(
@@ -62,6 +63,7 @@ def read_text(path: Path | None) -> str | None:
 
 
 def make_folder(path: Path) -> None:
+    refuse_changed_code(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

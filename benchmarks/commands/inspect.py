@@ -12,8 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlora.benchmarks.arguments import UsageError
 from fastlora.benchmarks.records import write_rows
-from fastlora.cli.arguments import UsageError
 
 BF16, FP32 = torch.bfloat16, torch.float32
 _COLUMNS = (
@@ -26,7 +26,7 @@ def run(args: Namespace) -> int:
     """Print what was compiled; 1 if something spills, does not fit or lost its tensor-core instructions."""
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set: kernels are interpreted here, not compiled")
-    from fastlora.aot import PARTS, compile_for
+    from fastlora.benchmarks.aot import CHIPS, compile_for
 
     rows: dict[tuple[str, str], dict] = {}  # a kernel that several cases share is listed with the first
     for arch in args.arch:
@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
         print(json.dumps(list(rows.values()), indent=2))
     else:
         for arch in args.arch:
-            limit = PARTS[arch].shared_per_block
+            limit = CHIPS[arch].shared_per_block
             print(f"{arch}: at most {limit} bytes of shared memory a block")
             print(_table([row for row in rows.values() if row["arch"] == arch]), end="\n\n")
     problems = [f"{row['arch']} {row['kernel']}, {row['case']}: {p}" for row in rows.values() for p in row["problems"]]
