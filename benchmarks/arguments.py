@@ -1,4 +1,4 @@
-"""What each command accepts, and the one line it answers to anything else."""
+"""The arguments of every command; anything it cannot use is answered with one line and exit code 2."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ example:
   fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 20
       SmolLM2-135M, dense and 4-bit, with and without dropout: four cases"""
 _PROFILE = """\
-Take training steps with the frozen model, PEFT, and PEFT + fastlora, and say who keeps how many bytes for backward and
+Take training steps with the frozen model, PEFT, and PEFT + fastlora, and say what keeps how many bytes for backward and
 where the time goes: base products, adapter, decoding, attention, elementwise, loss, optimizer, and gaps in which
 nothing computes. With --sequence or --budget also time and memory against sequence length, and how long a sequence
 fits. Writes profile.json, a picture of each, and sequence.csv. Ctrl-C keeps what was measured so far."""
@@ -57,8 +57,8 @@ example:
       the plans and what the roofline predicts for them, without a GPU"""
 _BENCH = """\
 Measure an adapted linear layer, a decoder block, a training step of a model, or the decoding of 4-bit weights, by
-everyone who computes them: the frozen layer (the limit), PEFT, fastlora and what else is installed. Whoever is less
-exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
+every provider: the frozen layer (the limit), PEFT, fastlora and what else is installed. One that is less exact than
+PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
 what was measured."""
 _BENCH_EXAMPLE = """\
 example:
