@@ -5,9 +5,12 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
+
+from fastlora.benchmarks.cases.shapes import SHAPES
+from fastlora.benchmarks.providers import PROVIDERS
 
 BASES = ("bf16", "fp16", "fp32", "nf4", "fp4")
 
@@ -70,11 +73,6 @@ example:
       this code and another revision's, in turn"""
 VERBS = ("linear", "block", "model", "decode")
 MODES = ("forward", "backward", "step")
-MODEL_SHAPES = ("llama-3-8b", "llama-2-7b", "mistral-7b", "qwen2.5-7b", "smollm2-135m", "tiny")
-PROVIDERS = (
-    "frozen", "peft", "peft+compile", "addmm", "bitsandbytes", "torchtune", "unsloth", "liger", "fastlora",
-    "fastlora+compile",
-)  # fmt: skip
 TUNABLE = ("bf16", "fp16", "fp32", "nf4")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
@@ -212,8 +210,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("verb", choices=VERBS, metavar="VERB", help=f"one of {', '.join(VERBS)}")
     add(
-        "--model-shape", type=_list(_one_of(MODEL_SHAPES)), metavar="NAMES",
-        help=f"of {', '.join(MODEL_SHAPES)} (default: smollm2-135m on a CPU, llama-3-8b on a GPU)",
+        "--model-shape", type=_list(_one_of(SHAPES)), metavar="NAMES",
+        help=f"of {', '.join(SHAPES)} (default: smollm2-135m on a CPU, llama-3-8b on a GPU)",
     )  # fmt: skip
     add("--m", type=_list(_integer(1)), metavar="TOKENS", help="rows of x (default: by device, see --quick)")
     add("--r", type=_list(_integer(1)), default=[16], help="ranks of the adapters (default: 16)")
@@ -235,7 +233,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, help="where the files go (default: ./benchmarks/results/<device>)")
 
 
-def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+def _one_of(names: Collection[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"must be of {', '.join(names)}, got {text!r}")
@@ -251,7 +249,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="llama-3-8b, llama-2-7b, mistral-7b, qwen2.5-7b, smollm2-135m, or a folder with a config.json; repeatable",
+        help=f"{', '.join(SHAPES)}, or a folder with a config.json; repeatable",
     )
     add(
         "--shape",
