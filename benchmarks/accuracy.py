@@ -1,4 +1,4 @@
-"""The one judge of accuracy, for tests, benchmarks and tuning: whoever is less exact than plain torch fails.
+"""The one judge of accuracy, for tests, benchmarks and tuning: no result may be less exact than plain torch's.
 
     error(t) = ‖t - truth‖ / ‖truth‖                       (Frobenius, for every result)
     error    <= 1.5 · error of the baseline + floor

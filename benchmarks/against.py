@@ -91,7 +91,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            lines = self.process.stderr.read().strip().splitlines() or ["it ended without a word"]
+            lines = self.process.stderr.read().strip().splitlines() or ["it printed no reason"]
             raise RevisionError(lines[-1])
         return json.loads(line)
 

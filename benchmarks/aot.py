@@ -89,7 +89,7 @@ def compile_for(arch: str, launch: Callable[[], Any]) -> list[Compiled]:
 
 
 class _NoDevice:
-    """A driver that names a target."""
+    """A Triton driver without a device: it only says which target to compile for."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target

@@ -1,13 +1,16 @@
-"""What each command accepts, and the one line it answers to anything else."""
+"""The arguments of every command; anything it cannot use is answered with one line and exit code 2."""
 
 import argparse
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
+
+from fastlora.benchmarks.cases.shapes import SHAPES
+from fastlora.benchmarks.providers import PROVIDERS
 
 BASES = ("bf16", "fp16", "fp32", "nf4", "fp4")
 
@@ -20,7 +23,7 @@ example:
   fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 20
       SmolLM2-135M, dense and 4-bit, with and without dropout: four cases"""
 _PROFILE = """\
-Take training steps with the frozen model, PEFT, and PEFT + fastlora, and say who keeps how many bytes for backward and
+Take training steps with the frozen model, PEFT, and PEFT + fastlora, and say what keeps how many bytes for backward and
 where the time goes: base products, adapter, decoding, attention, elementwise, loss, optimizer, and gaps in which
 nothing computes. With --sequence or --budget also time and memory against sequence length, and how long a sequence
 fits. Writes profile.json, a picture of each, and sequence.csv. Ctrl-C keeps what was measured so far."""
@@ -57,8 +60,8 @@ example:
       the plans and what the roofline predicts for them, without a GPU"""
 _BENCH = """\
 Measure an adapted linear layer, a decoder block, a training step of a model, or the decoding of 4-bit weights, by
-everyone who computes them: the frozen layer (the limit), PEFT, fastlora and what else is installed. Whoever is less
-exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
+every provider: the frozen layer (the limit), PEFT, fastlora and what else is installed. One that is less exact than
+PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
 what was measured."""
 _BENCH_EXAMPLE = """\
 example:
@@ -70,11 +73,6 @@ example:
       this code and another revision's, in turn"""
 VERBS = ("linear", "block", "model", "decode")
 MODES = ("forward", "backward", "step")
-MODEL_SHAPES = ("llama-3-8b", "llama-2-7b", "mistral-7b", "qwen2.5-7b", "smollm2-135m", "tiny")
-PROVIDERS = (
-    "frozen", "peft", "peft+compile", "addmm", "bitsandbytes", "torchtune", "unsloth", "liger", "fastlora",
-    "fastlora+compile",
-)  # fmt: skip
 TUNABLE = ("bf16", "fp16", "fp32", "nf4")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
@@ -212,8 +210,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("verb", choices=VERBS, metavar="VERB", help=f"one of {', '.join(VERBS)}")
     add(
-        "--model-shape", type=_list(_one_of(MODEL_SHAPES)), metavar="NAMES",
-        help=f"of {', '.join(MODEL_SHAPES)} (default: smollm2-135m on a CPU, llama-3-8b on a GPU)",
+        "--model-shape", type=_list(_one_of(SHAPES)), metavar="NAMES",
+        help=f"of {', '.join(SHAPES)} (default: smollm2-135m on a CPU, llama-3-8b on a GPU)",
     )  # fmt: skip
     add("--m", type=_list(_integer(1)), metavar="TOKENS", help="rows of x (default: by device, see --quick)")
     add("--r", type=_list(_integer(1)), default=[16], help="ranks of the adapters (default: 16)")
@@ -235,7 +233,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, help="where the files go (default: ./benchmarks/results/<device>)")
 
 
-def _one_of(names: tuple[str, ...]) -> Callable[[str], str]:
+def _one_of(names: Collection[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"must be of {', '.join(names)}, got {text!r}")
@@ -251,7 +249,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="llama-3-8b, llama-2-7b, mistral-7b, qwen2.5-7b, smollm2-135m, or a folder with a config.json; repeatable",
+        help=f"{', '.join(SHAPES)}, or a folder with a config.json; repeatable",
     )
     add(
         "--shape",

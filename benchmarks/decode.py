@@ -30,7 +30,8 @@ MODES = ("decode", "merge")  # the weight; the weight and s·b·a
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to something of one weight. ``baseline`` has the errors that are the bar, ``bytes`` cannot be spared."""
+    """One way to decode a weight, or to multiply with it. The errors of ``baseline`` are its bar; ``bytes`` are the
+    least that have to be moved."""
 
     provider: str
     mode: str

@@ -154,7 +154,7 @@ def predicted(c: Problem, base: str, rates: Rates, device: str, backward: bool) 
 def step_decode(run: Any) -> Cases:
     """Decoding alone and with an adapter merged, and products of few tokens.
 
-    Bytes are those that no implementation can spare: partial sums do not count as bandwidth that was used.
+    Bytes are those that every implementation has to move: partial sums do not count as bandwidth that was used.
     """
     tokens = (1, 8) if run.tiny else (1, 4, 16, 32, 64)
     for case in (replace(case, verb="decode") for case in layers_of(run, M=0, r=16, base="nf4")):

@@ -98,7 +98,7 @@ def _broken() -> bool:
     return False
 
 
-# ---- who starts pytest
+# ---- starting pytest
 
 
 def run_tests(run: Any, name: str, arguments: list[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -1,8 +1,8 @@
-"""Who keeps which memory for backward: a ledger of one training step of any model.
+"""Which module keeps how many bytes for backward: a ledger of one training step of any model.
 
-Two things are watched. Every op's new storages, and whether they are alive after forward: what is, is kept for
-backward, by autograd, by checkpointing or by a module. And every tensor that autograd saves, with the module that runs
-at that time: who keeps it. Neither needs hooks on modules, which would change what runs.
+Two things are recorded. Every storage that an op allocates: if it is still alive after forward, something keeps it for
+backward (autograd, checkpointing or a module). And every tensor that autograd saves, with the module whose forward is
+running at that time. Neither needs hooks on single modules, which would change what runs.
 """
 
 import re
@@ -39,7 +39,8 @@ class Kept:
 
     @property
     def owner(self) -> str:
-        """Who it is counted for: the first to save it, or its maker if autograd has not seen it (checkpointing)."""
+        """The module it is counted for: the first that saved it, or, if autograd did not (checkpointing), the one that
+        allocated it."""
         return self.kept_by[0] if self.kept_by else self.made_by
 
 
@@ -76,7 +77,7 @@ class Ledger:
 
 
 def record(model: nn.Module, forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer | None = None) -> Ledger:
-    """Run a step, ``forward().backward()`` and the optimizer's, and keep books. Gradients are set to None.
+    """Run a step, ``forward().backward()`` and the optimizer's, and count its bytes. Gradients are set to None.
 
     Args:
         forward: computes the loss and keeps nothing else.
@@ -144,7 +145,7 @@ def _running(names: dict[nn.Module, str]) -> Iterator[list[str]]:
 
 
 class _Watch(TorchDispatchMode):
-    """Every new storage by its address, and who saves it."""
+    """Records every new storage by its address, and the modules that save it."""
 
     def __init__(self, stack: list[str]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How everything is measured: who is allowed a timing, in which order, by which clock, and what is made of the times.
+"""How everything is measured: which providers are timed, in which order and by which clock, and the ratios of times.
 
 A provider whose results are not as exact as PEFT's gets no timing. Those that get one take turns, one turn each a
 round, in an order that rotates; a turn is as many calls as fill `TURN` seconds. What is compared is the median over
@@ -112,7 +112,7 @@ def ratio(one: Turns, other: Turns) -> float:
     return median(median(a) / median(b) for a, b in zip(one, other, strict=True))
 
 
-# ---- who may be timed
+# ---- which providers may be timed
 
 
 @dataclass
@@ -172,7 +172,7 @@ def run(
     modes: Collection[str] = MODES,
     clock: Clock | None = None,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Measure everyone on one case. Yields (what is being done, nothing) and at the end ("done", the rows).
+    """Measure all providers on one case. Yields (what is being done, nothing) and at the end ("done", the rows).
 
     Every provider has a row for each mode, or a single one that says why it has none.
     """

@@ -1,4 +1,4 @@
-"""Everyone who computes an adapted layer: the one list that is timed against each other.
+"""The implementations of an adapted layer that are compared, each a provider.
 
 A provider turns a copy of PEFT's adapted module into its own. It raises ImportError if it is not installed, and
 `NotApplicable` if it cannot compute the case; both are reported, and neither is dropped silently.
@@ -46,7 +46,7 @@ class Provider:
 
 
 def peft(module: nn.Module, case: Case) -> nn.Module:
-    """PEFT's own layers, eager: the baseline, and its errors are the bar for everyone else's."""
+    """PEFT's own layers, eager: the baseline, and its errors are the bar for the others'."""
     return module
 
 

@@ -337,7 +337,7 @@ def _draw(draw: Callable[[dict, Path], None], data: Path, name: str) -> None:
 
 
 def study_reports(results: Path) -> Iterator[tuple[Path, dict]]:
-    """Reports of studies that do not say what their rows say, as they should be."""
+    """Reports of studies whose finding no longer follows from their rows, with the finding that does."""
     for name in common.STUDIES:
         for data in sorted(results.glob(f"*/studies/{name}.csv")):
             report_file = data.with_suffix(".json")
@@ -347,7 +347,7 @@ def study_reports(results: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def stale(results: Path, readme: Path, device: str = "cpu") -> dict[Path, Callable[[], Any]]:
-    """What does not say what the results say, and how to write it."""
+    """The files that are out of date with the results, each with the call that rewrites it."""
     found: dict[Path, Callable[[], Any]] = {
         picture.path: picture.draw
         for picture in drawings(results)

@@ -1,4 +1,4 @@
-"""The work that no implementation of a layer can spare, and the seconds that it takes at the rates of a device."""
+"""The least work of a layer, which every implementation has to do, and the seconds it takes at a device's rates."""
 
 from fastlora import costs
 from fastlora.benchmarks.cases.modules import Case
@@ -6,7 +6,7 @@ from fastlora.costs import Problem, Rates
 
 
 def passes(c: Problem, packed: bool = False) -> list[tuple[float, float]]:
-    """Bytes and FLOPs of forward and of backward that no implementation of the layer can spare: every tensor once.
+    """The least bytes and FLOPs of the layer's forward and of its backward: every tensor is moved once.
 
     Forward reads x and w (4-bit if packed) and writes y. Backward reads dy, w and x and writes dx; da and db are small.
     Without an adapter (r = 0) backward needs no x.
@@ -25,7 +25,7 @@ def seconds(moved: float, flops: float, c: Problem, rates: Rates) -> float:
 
 
 def least(case: Case, mode: str, adapted: bool, rates: Rates) -> tuple[float, float, float]:
-    """FLOPs, bytes and seconds that no implementation of the case's linear layers can spare.
+    """The least FLOPs, bytes and seconds of the case's linear layers.
 
     A checkpointed step's second forward is not among them, nor is what stands between a block's layers.
     """

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-NAMES = {  # of who trains a whole model
+NAMES = {  # of providers that train a whole model
     "frozen": "frozen model (limit)",
     "peft": "PEFT",
     "fastlora": "PEFT + fastlora",
@@ -36,7 +36,7 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def verdict(speedup: float) -> str:
-    """A gain, a loss or a tie: what repeats no better than it differs is neither of the others."""
+    """Whether this is a gain, a loss, or, within what repeated measurements differ by, a tie."""
     return "a tie" if abs(speedup - 1) <= TIE else "a gain" if speedup > 1 else "a loss"
 
 

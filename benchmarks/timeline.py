@@ -58,10 +58,11 @@ _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "a
 _NO_WORK = ("aten::empty", "aten::new_empty", "aten::resize", "aten::_unsafe_view")  # names that begin so
 _SUMS = ("aten::add", "aten::add_")
 
-# Where an op is called: what a range means. In _FUSED, products are the base's, the rest the adapter's.
+# What a range means for the ops called in it. In _FUSED, matrix products are the base's, all other ops the adapter's.
 _MODEL, _FUSED = "model", "fused"
-# Gradients that meet at a tensor are summed by the last node to bring one. PEFT runs a base layer before its adapter:
-# at a base layer's node the two parts of one layer meet, and at an adapter's node whole layers, as without adapters.
+# Where a tensor has several uses, autograd adds up their gradients while it evaluates the node of the last of them.
+# PEFT's forward runs the base layer before the adapter, so backward reaches the base layer last: a sum at its node
+# belongs to the adapter. A sum at an adapter's node adds whole layers, as it would without adapters.
 _MEETING = {BASE: ADAPTER, ADAPTER: _MODEL}
 _FUNCTIONS = {  # fastlora's autograd Functions; AddLoRA only adds an adapter to what a base layer has computed
     name + backward: ADAPTER if name == "AddLoRA" else _FUSED
@@ -233,7 +234,7 @@ def read(trace: dict, contexts: dict[str, str]) -> Timeline:
 
 
 class _Host:
-    """What the threads of the host do: which ops compute when, and who launches which kernel."""
+    """What the threads of the host do: which ops compute when, and which op launches which kernel."""
 
     def __init__(self, contexts: dict[str, str], phase_at: Callable[[int], str]) -> None:
         self.contexts, self.phase_at = contexts, phase_at

@@ -153,7 +153,7 @@ def rotated(ways: list[Any], i: int) -> list[Any]:
 def train(trainers: list[Trainer], data: list[Tensor], seed: int) -> Iterator[tuple[str, Measurements]]:
     """Take the steps of all trainers in turn, the order rotated every round. Yields after each trainer's step.
 
-    Everyone sees the same batch and the same random state in a round; memory is measured before the first.
+    All see the same batch and the same random state in a round; memory is measured before the first.
     """
     for trainer in trainers:
         torch.manual_seed(seed)

@@ -1,8 +1,8 @@
 """Measuring plans and tiles on the device at hand, and the table that `plans` and the kernels then go by.
 
 A way to carry out an op is timed only once its result is as exact as torch's. Ways that are compared are timed in turn,
-in rounds whose order rotates; the median of the rounds counts, and what is there stays unless another is faster by more
-than noise (`GAIN`). Problems that share an entry of the table are decided together, by their total time.
+in rounds whose order rotates; the median of the rounds counts, and the way in use is kept unless another is faster by
+more than noise (`GAIN`). Problems that share an entry of the table are decided together, by their total time.
 """
 
 import math

@@ -4,7 +4,7 @@ A device of known rates needs for it
 
     seconds = sum over launches of max(bytes / copy, FLOPs / GEMM rate, instructions / issue rate, launch)
 
-The bytes of a launch are those of the tensors it reads and writes, each once: what caches cannot spare it. FLOPs are
+The bytes of a launch are those of the tensors it reads and writes, each once, as if caches held the rest. FLOPs are
 counted with the rank padded as the tensor core takes it. Dropout's mask costs no bytes and is left out.
 """
 

@@ -196,7 +196,7 @@ class _Block(nn.Module):
 
 
 def _language_model(case: Case, device: torch.device) -> Any:
-    """The real SmolLM2 where it is installed; others with random weights, two blocks deep and hardly a vocabulary."""
+    """The real SmolLM2 where it is installed; others have random weights, two blocks and a vocabulary of 512."""
     if case.shape == "smollm2-135m":
         model = models.load_model("smollm2", case.dtype).model.to(device)
     else:

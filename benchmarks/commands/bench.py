@@ -1,4 +1,4 @@
-"""``fastlora bench``: adapted layers, blocks, models and decoding, by everyone who computes them."""
+"""``fastlora bench``: adapted layers, blocks, models and decoding, by every provider."""
 
 import sys
 from argparse import Namespace

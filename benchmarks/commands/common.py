@@ -38,7 +38,7 @@ def check_bases(bases: list[str]) -> None:
 
 
 def free(compiled: bool) -> None:
-    """Let go of the trainers and models that nothing refers to any more: they are full of reference cycles."""
+    """Free the trainers and models that nothing refers to any more, which reference cycles would keep."""
     if compiled:
         torch.compiler.reset()
     gc.collect()

@@ -289,8 +289,8 @@ def modules_table(report: dict) -> Table:
         rows.append([module, *cells])
     rows.append(["all others", *map(megabytes, rest.values())])
     caption = (
-        "(+ kept by this module too, but counted for the one that kept it first). Who saves is who runs: a\n"
-        "function that computes several layers saves for all of them."
+        "(+ kept by this module too, but counted for the one that kept it first).\n"
+        "A function that computes several layers saves for all of them, and counts for the layer that called it."
     )
     heads = ["module (* stands for every block)", *(NAMES[name] for name in providers)]
     return terminal("saved for backward, MB", heads, rows, caption)

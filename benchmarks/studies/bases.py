@@ -1,8 +1,8 @@
 """A bf16 base against NF4 and FP4: what 4 bits save in memory and cost in time, beside published figures.
 
 Adapters of r = 8 on q and v, as in the published experiment, and of r = 16 on every linear layer, as QLoRA is mostly
-used; AdamW, everyone's steps in turn, whatever the base. The published figures are another model's on another machine
-(Llama-2-7B on one A100): what can be compared are ratios."""
+used; AdamW, the providers' steps in turn, whatever the base. The published figures are another model's on another
+machine (Llama-2-7B on one A100): what can be compared are ratios."""
 
 import sys
 from typing import Any

@@ -224,7 +224,7 @@ def _run(study: Study, setup: Setup, folder: Path) -> dict:
     rows = study.measure(setup)
     picture.unlink(missing_ok=True)  # one of another run must not stand beside these rows
     write_rows(data, rows)
-    rows = read_rows(data)  # as whoever reads the file will see them
+    rows = read_rows(data)  # with the digits that the file has
     report = {
         "version": VERSION,
         "study": study.name,
@@ -287,7 +287,7 @@ def _parser(studies: list[Study]) -> argparse.ArgumentParser:
             "layers have Llama's names (default: llama-2-7b on a GPU, otherwise smollm2)",
         )
         add("--tokens", type=_integer(2), help="tokens a step (default: 1024 on a GPU, otherwise 256; --quick: 64)")
-        add("--rounds", type=_integer(2), help="steps of everyone; the first is not timed (default: 7; --quick: 3)")
+        add("--rounds", type=_integer(2), help="steps of each; the first is not timed (default: 7; --quick: 3)")
     add("--quick", action="store_true", help="fewer cases, shorter sequences: to see that it works")
     add(
         "--out",

@@ -1,6 +1,6 @@
 """Rank from 1 to 256: what it costs in parameters, in memory and in the time of a step.
 
-Adapters of one rank on every linear layer, AdamW, everyone's steps in turn. Parameters, their gradients and the
+Adapters of one rank on every linear layer, AdamW, the providers' steps in turn. Parameters, their gradients and the
 optimizer's state are proportional to the rank; the activations kept for backward hardly depend on it."""
 
 import sys

@@ -1,7 +1,7 @@
 """Which modules to adapt: q and v, the attention, the MLP, or all, in parameters, memory and time.
 
-Adapters of one rank on the modules named, AdamW, everyone's steps in turn. Parameters are also counted for Llama-2-7B,
-whose numbers are published; that model is made without its weights."""
+Adapters of one rank on the modules named, AdamW, the providers' steps in turn. Parameters are also counted for
+Llama-2-7B, whose numbers are published; that model is made without its weights."""
 
 import sys
 
