@@ -21,7 +21,7 @@ from torch import Tensor
 
 FACTOR = 1.5
 FACTOR_OF_ONE = 3.0  # of one among many results of a kind, which are judged by their root mean square
-ROUNDINGS = 8
+ROUNDINGS = 2  # in the Frobenius norm one rounding is a quarter of eps, so this allows for several on either way
 
 
 def floor(dtype: torch.dtype, longest: int, elements: int = 1) -> float:
