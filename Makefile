@@ -63,7 +63,7 @@ bench: setup
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/bench/speed.json
-	$(BIN)/python benchmarks/host_overhead.py --json > $(RESULTS)/host_overhead.json
+	$(BIN)/python benchmarks/host_overhead.py --out $(RESULTS)/host_overhead.json
 	$(BIN)/python -m benchmarks.report
 
 # Memory and time against position, rank, number of adapters, modules, base and optimizer: under ten minutes on two cores.

@@ -157,7 +157,7 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
     import torch
 
     from fastlora.benchmarks import protocol
-    from fastlora.benchmarks.cases import modules as workloads
+    from fastlora.benchmarks.cases import modules
     from fastlora.benchmarks.providers import PROVIDERS
     from fastlora.benchmarks.training import keep_freed_memory
 
@@ -171,7 +171,7 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
             device = torch.device(question["device"])
         elif "case" in question:
             ways.clear()
-            subject = workloads.make_subject(workloads.Case(**question["case"]), device)
+            subject = modules.make_subject(modules.Case(**question["case"]), device)
             module = provider.build(subject)
             _, reason = protocol.Gate(subject).judge(provider, module)
             ways |= protocol.ways_of(subject, provider, module)

@@ -25,8 +25,8 @@ from fastlora.kernels import tiles
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a compiled kernel has to fit into: limits of one multiprocessor (compute unit)."""
+class Chip:
+    """What a compiled kernel has to fit into: limits of one multiprocessor (AMD: compute unit) of an architecture."""
 
     target: GPUTarget
     shared_per_block: int
@@ -36,12 +36,12 @@ class Part:
 
 
 KB = 1024
-PARTS = {
-    "sm_80": Part(GPUTarget("cuda", 80, 32), 163 * KB, 164 * KB, warps=64),
-    "sm_86": Part(GPUTarget("cuda", 86, 32), 99 * KB, 100 * KB, warps=48),
-    "sm_90": Part(GPUTarget("cuda", 90, 32), 227 * KB, 228 * KB, warps=64),
-    "sm_100": Part(GPUTarget("cuda", 100, 32), 227 * KB, 228 * KB, warps=64),
-    "gfx942": Part(GPUTarget("hip", "gfx942", 64), 64 * KB, 64 * KB, warps=32, registers=4 * 512 * 64),
+CHIPS = {
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * KB, 164 * KB, warps=64),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * KB, 100 * KB, warps=48),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * KB, 228 * KB, warps=64),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * KB, 228 * KB, warps=64),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * KB, 64 * KB, warps=32, registers=4 * 512 * 64),
 }
 
 
@@ -69,19 +69,19 @@ class Compiled:
 
 def compile_for(arch: str, launch: Callable[[], Any]) -> list[Compiled]:
     """Compile for ``arch`` every kernel that this call launches on meta tensors."""
-    part = PARTS[arch]
+    chip = CHIPS[arch]
     found: list[Compiled] = []
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         start = time.perf_counter()
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         tile = {name: kwargs[name] for name in ("BLOCK", *(f"BLOCK_{axis}" for axis in "MNKR")) if name in kwargs}
-        found.append(_read(part, self.__name__, tile, compiled, time.perf_counter() - start))
+        found.append(_read(chip, self.__name__, tile, compiled, time.perf_counter() - start))
 
     run = JITFunction.run
     JITFunction.run = compile_only
     try:
-        with _target(part.target):
+        with _target(chip.target):
             launch()
     finally:
         JITFunction.run = run
@@ -116,7 +116,7 @@ def _target(target: GPUTarget) -> Iterator[None]:
             driver.reset_active()
 
 
-def _read(part: Part, kernel: str, tile: dict[str, int], compiled: Any, seconds: float) -> Compiled:
+def _read(chip: Chip, kernel: str, tile: dict[str, int], compiled: Any, seconds: float) -> Compiled:
     metadata = compiled.metadata
     read = _read_nvidia if "cubin" in compiled.asm else _read_amd
     result = Compiled(
@@ -124,29 +124,29 @@ def _read(part: Part, kernel: str, tile: dict[str, int], compiled: Any, seconds:
         hash=compiled.hash,
         tile=tile,
         warps=metadata.num_warps,
-        threads=part.target.warp_size,
+        threads=chip.target.warp_size,
         shared=metadata.shared,
         occupancy=0,
         seconds=seconds,
         **read(compiled.asm),
     )
-    result.occupancy = _occupancy(part, result)
+    result.occupancy = _occupancy(chip, result)
     if result.spills:
         result.problems.append(f"spills {result.spills}")
-    if result.shared > part.shared_per_block:
-        result.problems.append(f"shared memory {result.shared} > {part.shared_per_block}")
+    if result.shared > chip.shared_per_block:
+        result.problems.append(f"shared memory {result.shared} > {chip.shared_per_block}")
     if re.search(r"tt\.dot .*x(bf16|f16)>", compiled.asm["ttir"]) and not result.tensor_core:
         result.problems.append("no tensor-core instructions")  # a pass gave up, or dropped the loop
     return result
 
 
-def _occupancy(part: Part, c: Compiled) -> int:
-    if part.target.backend == "hip":
+def _occupancy(chip: Chip, c: Compiled) -> int:
+    if chip.target.backend == "hip":
         by_registers = 4 * min(8, 512 // max(8, -(-c.registers // 8) * 8)) // c.warps
     else:
-        by_registers = part.registers // (-(-c.registers * 32 // 256) * 256 * c.warps)
-    by_shared = part.shared // (c.shared + (KB if part.target.backend == "cuda" else 0)) if c.shared else 32
-    return min(by_registers, by_shared, part.warps // c.warps, 32)
+        by_registers = chip.registers // (-(-c.registers * 32 // 256) * 256 * c.warps)
+    by_shared = chip.shared // (c.shared + (KB if chip.target.backend == "cuda" else 0)) if c.shared else 32
+    return min(by_registers, by_shared, chip.warps // c.warps, 32)
 
 
 def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastlora import costs
+from fastlora.benchmarks import accuracy
 from fastlora.benchmarks.cases.modules import SCALING, Case
-from fastlora.benchmarks.cases.ops import decoded, poisoned, random_weight_4bit
+from fastlora.benchmarks.cases.ops import decoded, random_weight_4bit
 from fastlora.benchmarks.protocol import (
     COLUMNS,
     ROUNDS,
@@ -17,11 +18,9 @@ from fastlora.benchmarks.protocol import (
     Way,
     clock_of,
     free,
-    inexact,
     interleave,
     quantiles,
     ratio,
-    relative_errors,
 )
 from fastlora.costs import Problem, Rates
 from fastlora.fourbit import Weight4bit
@@ -121,16 +120,17 @@ def run(
         row = case.row() | dict.fromkeys(COLUMNS) | {"provider": each.provider, "mode": each.mode, "bytes": each.bytes}
         rows.append(row)
         try:
-            with poisoned():
+            with accuracy.poisoned():
                 result = each.call()
         except ImportError as missing:
             row["error"] = f"missing: {missing.name or missing} is not installed"
             continue
-        (error,), (bar,) = (relative_errors((t,), (each.truth(),)) for t in (result, each.baseline()))
-        row |= {"relative_error": error, "error": inexact(("the result",), [error], [bar], torch.bfloat16)}
+        truth = each.truth()
+        reason = accuracy.inexact([result], [each.baseline()], [truth], case.K)
+        row |= {"relative_error": accuracy.relative_error(result, truth), "error": reason and f"wrong: {reason}"}
         if row["error"] is None:
             right[each.provider, each.mode] = each, row
-        del result
+        del result, truth
     moved = next((each.bytes for each, _ in right.values()), 2)
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from fastlora import __version__, ops
+from fastlora.benchmarks.arguments import UsageError
 
+RESULTS = Path(__file__).resolve().parent / "results"
 _LIBRARIES = ("torch", "triton", "bitsandbytes", "peft", "transformers")
 
 
@@ -24,7 +26,7 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         **versions(),
         "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -58,12 +60,26 @@ def _version(package: str, otherwise: str) -> str:
         return otherwise
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that fastlora runs from, ``-dirty`` if it was changed, None if it runs from none."""
+def commit() -> str | None:
+    """The commit of the checkout that fastlora runs from, ``-dirty`` if its code was changed since, None without one.
+
+    Results and pages, which a measurement changes, are not its code.
+    """
     module = Path(ops.__file__)
     if _git(module.parent, "ls-files", "--error-unmatch", module.name) is None:
         return None
-    return _git(module.parent, "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    code = (":/", ":/!benchmarks/results", ":/!*.md")
+    changed = _git(module.parent, "status", "--porcelain", "--untracked-files=no", "--", *code)
+    return f"{_git(module.parent, 'rev-parse', 'HEAD')}{'-dirty' * bool(changed)}"
+
+
+def refuse_changed_code(folder: Path) -> None:
+    """Raise UsageError if results of record are to be written there, and no commit has the code that they are of."""
+    if RESULTS in (folder.resolve(), *folder.resolve().parents) and (commit() or "").endswith("-dirty"):
+        raise UsageError(
+            f"{folder} is for results of record, and the code has changes that are in no commit: commit them, or write "
+            "elsewhere with --out"
+        )
 
 
 def _git(folder: Path, *command: str) -> str | None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # runs without being installed, from anywhere
@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         interpreter.repair()
     import torch
 
+    from fastlora.benchmarks.arguments import UsageError
+    from fastlora.benchmarks.environment import refuse_changed_code
     from fastlora.benchmarks.records import folder_name
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -77,6 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.out / folder_name(name)
     if args.summary:
         return _summary(folder)
+    try:
+        refuse_changed_code(folder)
+    except UsageError as error:
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
     steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
     try:
         complete = [_run_step(step, args, device, name, folder, argv) for step in steps]
@@ -108,7 +115,7 @@ def _run_step(
     step: str, args: argparse.Namespace, device: Any, name: str, folder: Path, argv: list[str] | None
 ) -> bool:
     """Go on with a step until it is complete or its time is spent. Whether it is complete."""
-    from fastlora.benchmarks import evidence, steps
+    from fastlora.benchmarks import gpu_steps
     from fastlora.benchmarks.cases.ops import kernels
     from fastlora.benchmarks.records import read_rows, write_rows
 
@@ -137,8 +144,7 @@ def _run_step(
     write()
     try:
         with kernels(device):
-            find = getattr(steps, f"step_{step}", None) or getattr(evidence, f"step_{step}")
-            complete = _collect(find(run), run, rows, write)
+            complete = _collect(getattr(gpu_steps, f"step_{step}")(run), run, rows, write)
     except KeyboardInterrupt as error:
         interrupted = error
     except Exception as error:
@@ -168,10 +174,20 @@ def _start_anew(step: str, case: str | None, argv: list[str] | None) -> None:
     os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
 
-def _collect(found: Iterator[tuple[str, Rows]], run: Run, rows: Rows, write: Callable[[], None]) -> bool:
-    """Take a step's cases, writing them now and then. False if time ran out before the last."""
+def _collect(cases: Iterator[tuple[str, Any]], run: Run, rows: Rows, write: Callable[[], None]) -> bool:
+    """Measure a step's cases but those that are done, writing rows now and then. False if time ran out before the
+    last."""
+    from fastlora.benchmarks.protocol import free
+
     written = time.monotonic()
-    for case, measured in found:
+    for case, measure in cases:
+        if case in run.done:
+            continue
+        run.case = case
+        measured = measure
+        if callable(measure):
+            measured = measure()
+            free()
         rows += [{"case": case, **row} for row in measured]
         print(f"  {case}", flush=True)
         if time.monotonic() - written > 10:
@@ -218,7 +234,6 @@ def write_state(folder: Path, state: dict[str, dict]) -> None:
 
 
 def _summary(folder: Path) -> int:
-    from fastlora.benchmarks.goals import goals, lines
     from fastlora.benchmarks.records import read_rows
 
     state = read_state(folder)
@@ -231,8 +246,86 @@ def _summary(folder: Path) -> int:
         status = "-" if entry is None else "complete" if entry["complete"] else entry["error"] or "partly"
         print(f"  {step:<12} {status}")
     results = {} if tiny else {step: read_rows(folder / f"{step}.csv") for step in STEPS}
-    print("\n".join(lines(goals(results))))
+    print("\n".join(goal_lines(goals(results))))
     return 0
+
+
+# ---- what is to be reached on a GPU, and whether it was: from the rows of the results, and nothing else
+
+
+class Goal(NamedTuple):
+    """``got`` is None where it was not measured."""
+
+    text: str
+    target: float
+    got: float | None
+    at_least: bool = True
+
+    @property
+    def met(self) -> bool | None:
+        if self.got is None:
+            return None
+        return self.got >= self.target if self.at_least else self.got <= self.target
+
+
+def goals(results: dict[str, Rows]) -> list[Goal]:
+    """The goals of a training step's seven linears at 8192 tokens and r=16, of decoding and of generation."""
+    sweep = results.get("sweep", [])
+    bf16 = {name: block_seconds(sweep, "bf16", name) for name in ("frozen", "peft", "addmm")}
+    nf4 = {name: block_seconds(sweep, "nf4", name) for name in ("frozen", "peft")}
+    ours, ours_nf4 = block_seconds(sweep, "bf16", "fastlora"), block_seconds(sweep, "nf4", "fastlora")
+    tests = results.get("smoke", []) + results.get("correctness", [])
+    outcomes = [row["outcome"] for row in tests if row["outcome"] != "skipped"]
+    passed = sum(o == "passed" for o in outcomes) / len(outcomes) if outcomes else None
+    checks = [row["outcome"] for row in results.get("graph", []) if row["outcome"] is not None]
+    decode = results.get("decode", [])
+    return [
+        Goal("tests on the device that pass", 1.0, passed),
+        Goal("checks of CUDA graphs that hold", 1.0, sum(checks) / len(checks) if checks else None),
+        Goal("bf16: faster than eager PEFT", 1.25, ratio(bf16["peft"], ours)),
+        Goal("bf16: faster than the addmm style", 1.12, ratio(bf16["addmm"], ours)),
+        Goal("bf16: time over the frozen layers", 1.10, ratio(ours, bf16["frozen"]), at_least=False),
+        Goal("NF4: faster than PEFT + bitsandbytes", 1.40, ratio(nf4["peft"], ours_nf4)),
+        Goal("NF4: time over PEFT's bf16 LoRA", 1.00, ratio(ours_nf4, bf16["peft"]), at_least=False),
+        Goal("decode: share of copy bandwidth", 0.85, bandwidth(decode, "decode")),
+        Goal("NF4, 1 token: share of copy bandwidth", 0.70, bandwidth(decode, "nf4_matmul M=1")),
+        Goal("NF4, 16 tokens: share of copy bandwidth", 0.70, bandwidth(decode, "nf4_matmul M=16")),
+    ]
+
+
+def block_seconds(rows: Rows, base: str, provider: str, M: int = 8192, r: int = 16) -> float | None:
+    """Forward and backward of all seven linears; None unless all of them were measured."""
+    found = [
+        (row["count"], row["p50"])
+        for row in rows
+        if (row["base"], row["provider"], row["M"], row["r"], row["mode"]) == (base, provider, M, r, "step")
+    ]
+    if sum(count for count, _ in found) != 7 or any(p50 is None for _, p50 in found):
+        return None
+    return sum(count * p50 for count, p50 in found)
+
+
+def bandwidth(rows: Rows, mode: str) -> float | None:
+    """Bytes of all seven weights over their time, as a share of the copy bandwidth measured on the device."""
+    found = [row for row in rows if (row["provider"], row["mode"]) == ("fastlora", mode)]
+    if sum(row["count"] for row in found) != 7 or any(row["p50"] is None for row in found):
+        return None
+    seconds = sum(row["count"] * row["p50"] for row in found)
+    return sum(row["count"] * row["p50"] * row["roofline"] for row in found) / seconds
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def goal_lines(found: list[Goal]) -> list[str]:
+    text = {True: "met", False: "MISSED", None: "not measured"}
+    width = max(len(goal.text) for goal in found)
+    return [
+        f"  {goal.text:<{width}}  {'>=' if goal.at_least else '<='} {goal.target:.2f}  "
+        f"{'    -' if goal.got is None else f'{goal.got:5.2f}'}  {text[goal.met]}"
+        for goal in found
+    ]
 
 
 if __name__ == "__main__":

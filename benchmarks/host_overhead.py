@@ -1,13 +1,13 @@
 """What one adapted layer costs the host: PEFT's layer against the patched one on tensors too small to matter.
 
-example: python benchmarks/host_overhead.py --json > host_overhead.json
+example: python benchmarks/host_overhead.py --out host_overhead.json
 """
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 
 import peft
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.arguments import UsageError
+from fastlora.benchmarks.environment import environment, refuse_changed_code
+from fastlora.benchmarks.records import to_json, write_json
 
 TOKENS, FEATURES, RANK = 4, 8, 4
 WARMUP = 300
@@ -71,11 +73,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4000, help="calls that count (default: 4000)")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the JSON there")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    where = environment(torch.device("cpu"))
+    try:
+        if args.out is not None:
+            refuse_changed_code(args.out)
+    except UsageError as error:
+        parser.error(str(error))
     cases = {f"bf16 base, dropout {p}": microseconds(p, args.rounds) for p in (0.0, 0.05)}
+    report = {"environment": where, "microseconds": cases}
+    if args.out is not None:
+        write_json(args.out, report)
     if args.json:
-        print(json.dumps({"environment": environment(torch.device("cpu")), "microseconds": cases}, indent=2))
+        print(to_json(report))
         return
     for case, found in cases.items():
         for mode, row in found.items():

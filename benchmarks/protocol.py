@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark.utils.timer import timer
 
 from fastlora import costs
-from fastlora.benchmarks import roofline, tuning
+from fastlora.benchmarks import accuracy, roofline, tuning
 from fastlora.benchmarks.cases.modules import Case, Subject, make_subject, truth
-from fastlora.benchmarks.cases.ops import poisoned
 from fastlora.benchmarks.providers import NotApplicable, Provider
 from fastlora.benchmarks.training import peak_bytes, saved_bytes
 from fastlora.costs import Rates
@@ -102,10 +101,10 @@ def interleave(ways: Mapping[Any, Way], clock: Clock, rounds: int = ROUNDS) -> d
     return tuning.measure(dict(ways), clock, rounds)
 
 
-def quantiles(turns: Turns) -> dict[str, float]:
-    """p20, p50 and p80 of the calls of all turns."""
+def quantiles(turns: Turns) -> dict[str, Any]:
+    """p20, p50 and p80 of the calls of all turns, None if there were none."""
     pooled = torch.tensor([seconds for turn in turns for seconds in turn], dtype=torch.float64)
-    return {f"p{q}": torch.quantile(pooled, q / 100).item() for q in QUANTILES}
+    return {f"p{q}": torch.quantile(pooled, q / 100).item() if pooled.numel() else None for q in QUANTILES}
 
 
 def ratio(one: Turns, other: Turns) -> float:
@@ -123,55 +122,42 @@ class Gate:
     subject: Subject
 
     def __post_init__(self) -> None:
-        self.exact = {adapted: tuple(truth(self.subject, adapted).values()) for adapted in (False, True)}
-        self.bar = relative_errors(self._results(self.subject.adapted), self.exact[True])
+        self.exact = {adapted: truth(self.subject, adapted) for adapted in (False, True)}
+        rounding = torch.finfo(self.subject.case.dtype).eps / 2  # others may round adapters and xa to the compute dtype
+        errors = self._errors(self._results(self.subject.adapted), self.exact[True])
+        self.bar = {name: max(error, rounding) for name, error in errors.items()}
 
     def judge(self, provider: Provider, module: nn.Module) -> tuple[float, str | None]:
         """The largest error of y and the gradients, and why there is no timing, if there is none."""
-        with provider.within(), poisoned():
+        with provider.within(), accuracy.poisoned():
             results = self._results(module)
         exact = self.exact[provider.adapted]
-        if [t.shape for t in results] != [t.shape for t in exact]:
-            return float(
-                "nan"
-            ), f"wrong: shapes {[list(t.shape) for t in results]}, not {[list(t.shape) for t in exact]}"
-        errors = relative_errors(results, exact)
-        names = ("y", *self.subject.leaves(self.subject.adapted))
-        return max(errors), inexact(names, errors, self.bar, self.subject.case.dtype)
+        ours, theirs = ([list(t.shape) for t in each.values()] for each in (results, exact))
+        if ours != theirs:
+            return math.nan, f"wrong: shapes {ours}, not {theirs}"
+        errors = self._errors(results, exact)
+        floor = accuracy.floor(self.subject.case.dtype, *self.subject.case.terms_and_elements)
+        reason = accuracy.judge(errors, self.bar, dict.fromkeys(errors, floor), _kind)
+        return max(errors.values()), reason and f"wrong: {reason}"
 
-    def _results(self, module: nn.Module) -> tuple[Tensor, ...]:
-        """Without dropout: masks are everyone's own."""
+    def _errors(self, results: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
+        """By the names of PEFT's parameters: those of other providers may be called otherwise, not be ordered so."""
+        names = ("y", *self.subject.leaves(self.subject.adapted))
+        pairs = zip(names, results.values(), exact.values(), strict=False)
+        return {name: accuracy.relative_error(ours, theirs) for name, ours, theirs in pairs}
+
+    def _results(self, module: nn.Module) -> dict[str, Tensor]:
+        """Without dropout: every provider draws masks of its own."""
         training = module.training
         try:
-            return tuple(self.subject.results(module.eval() if self.subject.case.dropout else module).values())
+            return self.subject.results(module.eval() if self.subject.case.dropout else module)
         finally:
             module.train(training)
 
 
-def relative_errors(results: Iterable[Tensor], exact: Iterable[Tensor]) -> list[float]:
-    """In the Frobenius norm."""
-    pairs = ((ours.to(theirs.dtype), theirs) for ours, theirs in zip(results, exact, strict=False))
-    return [((ours - theirs).norm() / theirs.norm().clamp_min(1e-30)).item() for ours, theirs in pairs]
-
-
-def inexact(names: Iterable[str], errors: list[float], bar: list[float], dtype: torch.dtype) -> str | None:
-    """Why results with these errors get no timing, None if they may be timed.
-
-    The error of y, of dx, and the root mean square over layers of those of dA and of dB, may be 1.5 times the
-    baseline's, and half a unit in the last place on top of that; of no layer alone more than three times.
-    """
-    floor = max(torch.finfo(dtype).eps / 2, 1e-6)
-    kinds: dict[str, list[tuple[float, float]]] = {}
-    for name, error, theirs in zip(names, errors, bar, strict=False):
-        if not error <= 3 * theirs + floor:
-            return f"wrong: error of {name} {error:.1e}, the baseline's is {theirs:.1e}"
-        kind = next((part for part in ("lora_A", "lora_B") if part in name), name)
-        kinds.setdefault(kind, []).append((error, theirs))
-    for kind, pairs in kinds.items():
-        error, theirs = (math.sqrt(sum(e * e for e in each) / len(pairs)) for each in zip(*pairs, strict=True))
-        if not error <= 1.5 * theirs + floor:
-            return f"wrong: error of {kind} {error:.1e}, the baseline's is {theirs:.1e}"
-    return None
+def _kind(name: str) -> str:
+    """The gradients of all lora_A, and of all lora_B, are results of a kind."""
+    return next((part for part in ("lora_A", "lora_B") if part in name), name)
 
 
 # ---- one case

@@ -59,7 +59,7 @@ def to_csv(rows: Rows) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    replace_file(path, lambda temporary: temporary.write_text(to_json(value) + "\n"))
+    replace_file(path, lambda temporary: temporary.write_text(to_json(value) + "\n", encoding="utf-8"))
 
 
 def to_json(value: Any) -> str:

@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from fastlora.benchmarks import pictures, plots
-from fastlora.benchmarks.commands import figure, profile
-from fastlora.benchmarks.commands.profile_report import MEMORY, TIME
-from fastlora.benchmarks.commands.report import NAMES, case_name, megabytes, setting_line
+from fastlora.benchmarks import pictures
+from fastlora.benchmarks.commands import profile
+from fastlora.benchmarks.pictures import MEMORY, TIME
 from fastlora.benchmarks.providers import PROVIDERS
 from fastlora.benchmarks.records import Rows, read_rows, write_json
 from fastlora.benchmarks.studies import common
+from fastlora.benchmarks.tables import NAMES, case_name, markdown, megabytes, power, setting_line, verdict
 from fastlora.files import replace_file
 
 BENCH = ("linear", "block", "model", "decode")
@@ -89,7 +89,7 @@ def profile_section(folder: Path, results: Path) -> Iterator[str]:
             head, kinds, cell = parts[part]
             records = report[part]
             rows = [[kind, *(cell(record, kind) for record in records.values())] for kind in kinds]
-            yield table([head, *(NAMES[name] for name in records)], rows)
+            yield markdown([head, *(NAMES[name] for name in records)], rows)
         yield _image(f"{part} of a step", folder / "profile" / picture, results)
     yield where(report["environment"])
 
@@ -106,7 +106,7 @@ def overhead_section(folder: Path, results: Path) -> Iterator[str]:
         for case, modes in report["microseconds"].items()
         for mode, found in modes.items()
     ]
-    yield table(["layer", "mode", "frozen", "PEFT", "PEFT + fastlora", "ratio"], rows)
+    yield markdown(["layer", "mode", "frozen", "PEFT", "PEFT + fastlora", "ratio"], rows)
     yield where(report["environment"])
 
 
@@ -128,11 +128,20 @@ def speedups(rows: Rows) -> str:
             case = f"{row['shape']}, {row['base']}, M={row['M']}" + f", dropout {row['dropout']}" * bool(row["dropout"])
             found.setdefault(case, {}).setdefault(row["provider"], []).append(row["speedup"])
     names = [name for name in PROVIDERS if any(name in each for each in found.values())]
-    body = [
-        [case, *(f"{median(each[name]):.2f}" if name in each else "-" for name in names)]
-        for case, each in found.items()
-    ]
-    return table(["case", *(PROVIDERS[name].label for name in names)], body)
+
+    def cell(name: str, ratios: list[float] | None) -> str:
+        if ratios is None:
+            return "-"
+        return ours(median(ratios)) if name.startswith("fastlora") else f"{median(ratios):.2f}"
+
+    body = [[case, *(cell(name, each.get(name)) for name in names)] for case, each in found.items()]
+    return markdown(["case", *(PROVIDERS[name].label for name in names)], body)
+
+
+def ours(speedup: float, unit: str = "") -> str:
+    """fastlora's, with the word for it where it is no gain."""
+    word = verdict(speedup)
+    return f"{speedup:.2f}{unit}" + ("" if word == "a gain" else f" ({word})")
 
 
 def studies_section(folder: Path, results: Path) -> Iterator[str]:
@@ -146,7 +155,7 @@ def studies_section(folder: Path, results: Path) -> Iterator[str]:
         yield study.finding(rows)
         yield _image(study.title, picture, results)
         body = [[common.cell(name, row[name]) for name in study.columns] for row in rows]
-        yield "<details><summary>rows</summary>\n\n" + table(list(study.columns.values()), body) + "\n\n</details>"
+        yield "<details><summary>rows</summary>\n\n" + markdown(list(study.columns.values()), body) + "\n\n</details>"
         sizes = report["settings"]
         run = f"{sizes['model']}, {sizes['batch']} x {sizes['tokens']} tokens a step, {sizes['rounds']} rounds; "
         yield (run if study.needs_model else "") + where(report["environment"])
@@ -197,17 +206,10 @@ def overhead_fragment(folder: Path) -> str:
     forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
     return _fill(
         f"Where there is little to compute, little is gained or some is lost. On tensors too small to matter, one "
-        f"thread, a forward without gradients takes {forward:.2f} of PEFT's time ({_verdict(1 / forward)}), forward "
-        f"and backward {both:.2f} ({_verdict(1 / both)}; "
+        f"thread, a forward without gradients takes {forward:.2f} of PEFT's time ({verdict(1 / forward)}), forward "
+        f"and backward {both:.2f} ({verdict(1 / both)}; "
         f"[host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json)). {few_tokens(folder)}"
     )
-
-
-TIE = 0.02  # ratios of interleaved medians repeat to about so much
-
-
-def _verdict(speedup: float) -> str:
-    return "a tie" if abs(speedup - 1) <= TIE else "a gain" if speedup > 1 else "a loss"
 
 
 def few_tokens(folder: Path) -> str:
@@ -222,7 +224,7 @@ def few_tokens(folder: Path) -> str:
     for row in rows:
         if row["M"] == fewest:
             found.setdefault(row["base"], []).append(row["speedup"])
-    each = [f"{median(ratios):.2f} on {base} ({_verdict(median(ratios))})" for base, ratios in found.items()]
+    each = [f"{median(ratios):.2f} on {base} ({verdict(median(ratios))})" for base, ratios in found.items()]
     return f"With {fewest} tokens a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
 
 
@@ -233,10 +235,10 @@ def small_updates_fragment(folder: Path) -> str:
     by_magnitude: dict[float, list[str]] = {}
     for row in rows:
         by_magnitude.setdefault(row["magnitude_of_B"], []).append(f"{row['share_kept']:.2f}")
-    body = [[common.power(magnitude), *shares] for magnitude, shares in by_magnitude.items()]
+    body = [[power(magnitude), *shares] for magnitude, shares in by_magnitude.items()]
     sentence, _, _ = study.finding(rows).partition(". ")
     head = ["magnitude of B", f"share of the adapter's contribution kept: {layers[0]}", *layers[1:]]
-    return f"{_fill(f'{sentence}:')}\n\n{table(head, body)}"
+    return f"{_fill(f'{sentence}:')}\n\n{markdown(head, body)}"
 
 
 FRAGMENTS = {
@@ -271,17 +273,17 @@ def compare_table(reports: list[dict]) -> str:
     head += ["saved for backward: PEFT", "PEFT + fastlora", "ratio"]
     rows = []
     for case in (case for report in reports for case in report["cases"]):
-        frozen, peft, ours = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
+        frozen, peft, fast = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
         rows.append(
             [
                 f"{_base(case)}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
-                *(f"{p['p50']:.3f}" for p in (frozen, peft, ours)),
-                f"{ours['speedup']:.2f}×",
-                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, ours)),
-                f"{ours['saved_ratio']:.2f}",
+                *(f"{p['p50']:.3f}" for p in (frozen, peft, fast)),
+                ours(fast["speedup"], "×"),
+                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, fast)),
+                f"{fast['saved_ratio']:.2f}",
             ]
         )
-    return table(head, rows)
+    return markdown(head, rows)
 
 
 def setting(report: dict) -> str:
@@ -307,18 +309,13 @@ def bench_rows(folder: Path) -> list[Path]:
     return [path for verb in BENCH for path in sorted(folder.rglob(f"{verb}.csv"))]
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)).replace(
-        "| --- ", "|---"
-    )
-
-
 def drawings(results: Path) -> list[Picture]:
     """Every picture of the results."""
     found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         for data in compare_reports(folder):
-            found.append(Picture(data.with_name("compare.png"), data, partial(_draw, figure.draw, data, "compare.png")))
+            picture = data.with_name("compare.png")
+            found.append(Picture(picture, data, partial(_draw, pictures.compare, data, picture.name)))
         data = folder / "profile" / "profile.json"
         parts = _json(data) or {}
         for name, draw in (picture for part, picture in profile.PICTURES.items() if part in parts):
@@ -332,7 +329,7 @@ def drawings(results: Path) -> list[Picture]:
 
 
 def _draw_bench(data: Path) -> None:
-    plots.draw(read_rows(data), _read(data.with_suffix(".json")), data.with_suffix(".png"))
+    pictures.bench(read_rows(data), _read(data.with_suffix(".json")), data.with_suffix(".png"))
 
 
 def _draw(draw: Callable[[dict, Path], None], data: Path, name: str) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fastlora.fourbit import quantisation_tensors
 
+WARMUP = 1  # steps that are not timed
+
 
 @dataclass
 class Measurements:
@@ -24,6 +26,10 @@ class Measurements:
     saved_bytes: int = 0  # kept for backward by autograd, weights not counted
     peak_bytes: int = 0  # most that was allocated during a step beyond what was there before it
     gradient_bytes: int = 0  # of the parameters that train
+
+    @property
+    def timed(self) -> list[float]:
+        return self.step_seconds[WARMUP:]
 
 
 @dataclass
@@ -159,9 +165,9 @@ def train(trainers: list[Trainer], data: list[Tensor], seed: int) -> Iterator[tu
             yield trainer.name, trainer.results
 
 
-def speedup(baseline: Measurements, other: Measurements, warmup: int = 1) -> float | None:
+def speedup(baseline: Measurements, other: Measurements) -> float | None:
     """How many times faster the other is: the median over rounds of the ratio of the two steps of one round."""
-    pairs = list(zip(baseline.step_seconds, other.step_seconds, strict=False))[warmup:]
+    pairs = list(zip(baseline.timed, other.timed, strict=False))
     return median(b / o for b, o in pairs) if pairs else None
 
 

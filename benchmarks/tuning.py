@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fastlora import costs, kernel_ops, plans
-from fastlora.benchmarks.cases.ops import Case, Results, kernels, poisoned, wrong
+from fastlora.benchmarks.accuracy import inexact, poisoned
+from fastlora.benchmarks.cases.ops import OpCase, Results, kernels
 from fastlora.costs import Problem, Rates
 from fastlora.plans import Table
 
@@ -78,7 +79,7 @@ class Tuner:
         known = plans.table(name)  # without tiles, if they are of other versions
         self.found = Tuning(replace(known, plans=dict(known.plans), tiles=dict(known.tiles), versions=plans.versions()))
 
-    def run(self, problems: list[Case], done: Container[str] = ()) -> Iterator[tuple[int, int, str]]:
+    def run(self, problems: list[OpCase], done: Container[str] = ()) -> Iterator[tuple[int, int, str]]:
         """Tune, and say before every step how many are done, how many there are, and what it is.
 
         Steps named in ``done`` are passed over: what they found is in the table already.
@@ -109,11 +110,11 @@ class Tuner:
                 tiles.measured_by(lambda device: plans.table(device).tiles)
         yield total, total, "done"
 
-    def _tiles_used(self, problems: list[Case]) -> dict[tuple[str, int], tuple[Any, list[tuple[Case, str]]]]:
+    def _tiles_used(self, problems: list[OpCase]) -> dict[tuple[str, int], tuple[Any, list[tuple[OpCase, str]]]]:
         """(kernel, size) -> its tile, and the cases and plans that launch it."""
         from fastlora.kernels import tiles
 
-        used: dict[tuple[str, int], tuple[Any, list[tuple[Case, str]]]] = {}
+        used: dict[tuple[str, int], tuple[Any, list[tuple[OpCase, str]]]] = {}
         for case in problems:
             run, _, _ = case.make(self.device)
             for plan in case.plans:
@@ -123,7 +124,7 @@ class Tuner:
                     used.setdefault(at, (tile, []))[1].append((case, plan))
         return used
 
-    def _tune_tile(self, at: tuple[str, int], tile: Any, users: list[tuple[Case, str]]) -> None:
+    def _tune_tile(self, at: tuple[str, int], tile: Any, users: list[tuple[OpCase, str]]) -> None:
         """Climb from the tile in use to its best neighbour, on the largest problem, until none is better; then let the
         best and the one in use run on all problems."""
         largest = max(users, key=lambda user: user[0].problem.M * user[0].problem.K * max(1, user[0].problem.N))
@@ -149,7 +150,7 @@ class Tuner:
             change = Change("tile", at[0], names, _show(tile), _show(best), totals[tile], totals[best])
             self.found.changes.append(change)
 
-    def _tune_plan(self, key: plans.Key, sharing: list[Case]) -> None:
+    def _tune_plan(self, key: plans.Key, sharing: list[OpCase]) -> None:
         before = plans.choose(key[0], sharing[0].problem, self.name)
         totals = dict.fromkeys(sharing[0].plans, 0.0)
         for case in sharing:
@@ -168,7 +169,7 @@ class Tuner:
             names = "; ".join(case.name for case in sharing)
             self.found.changes.append(Change("plan", key[0], names, before, best, totals[before], totals[best]))
 
-    def _seconds_of_tiles(self, user: tuple[Case, str], kernel: str, tried: list[Any]) -> dict[Any, float]:
+    def _seconds_of_tiles(self, user: tuple[OpCase, str], kernel: str, tried: list[Any]) -> dict[Any, float]:
         from fastlora.kernels import tiles
 
         case, plan = user
@@ -181,7 +182,7 @@ class Tuner:
         return self._seconds({t: partial(with_tile, t) for t in tried}, case, kernel, eager, truth)
 
     def _seconds(
-        self, ways: Mapping[Any, Callable[[], Results]], case: Case, what: str, eager: Callable, truth: Callable
+        self, ways: Mapping[Any, Callable[[], Results]], case: OpCase, what: str, eager: Callable, truth: Callable
     ) -> dict[Any, float]:
         """Median seconds of those ways whose results are right; the others are noted with the reason."""
         right, bar, exact = {}, eager(), truth()
@@ -189,7 +190,7 @@ class Tuner:
             try:
                 with poisoned():
                     results = run()
-                reason = wrong(results, bar, exact, case.longest)
+                reason = inexact(results, bar, exact, case.longest)
             except Exception as error:  # a tile that does not compile, or does not fit
                 reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             if reason is None:

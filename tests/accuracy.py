@@ -1,20 +1,10 @@
-"""The one judge of accuracy: our error against an fp64 truth must not exceed that of PEFT's layer in the same dtypes.
+"""A layer of ours beside PEFT's, both against the truth, judged by `fastlora.benchmarks.accuracy`.
 
-    error(t) = ‖t - truth‖ / ‖truth‖                       (Frobenius, for each of y, dx, da, db, dbias)
-    ours    <= 1.5 · PEFT's + floor
-
-The truth is `fastlora.reference` in fp64 on the inputs as rounded, each side judged with the dropout mask it drew.
-The floor is there because PEFT's error is a sample, and on a few elements often zero by luck. A result takes at most
-four roundings to the compute dtype one after the other (adapter, xa, adapter's product, sum) of half an ulp each, and
-sums of at most L terms in fp32, L = max(M, K, N, r), whose errors walk randomly. Over n elements they average out. So
-
-    floor = (2 eps(compute dtype) + sqrt(L) eps(fp32)) / sqrt(n) · scale / ‖truth‖
-
-with n the distinct elements of the smallest tensor on the way, and scale the root of the sum of the squares of all
-terms that are added up (what independent errors amount to when the terms cancel), but no less than ‖truth‖.
+The truth is `fastlora.reference` in fp64 on the inputs as rounded, each side judged with the dropout mask it drew. The
+floor of a result is multiplied by scale / ‖truth‖, with scale the root of the sum of the squares of all terms that are
+added up (what independent errors amount to when the terms cancel), but no less than ‖truth‖.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,15 +15,14 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 
 from fastlora import functional, ops, reference
+from fastlora.benchmarks.accuracy import floor, judge, relative_error
 from fastlora.fourbit import is_4bit, weight_4bit
-
-FACTOR = 1.5
 
 Results = dict[str, Tensor]  # y, and dx, da, db, dbias where they were asked for
 
 
 @dataclass(frozen=True)
-class Problem:
+class LayerCase:
     """One layer with its input and upstream gradient. ``x[..., K]``, ``dy[..., N]``, the rest as in `reference`."""
 
     x: Tensor
@@ -130,7 +119,7 @@ def gradients(y: Tensor, dy: Tensor, inputs: dict[str, Tensor | None]) -> Result
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
-def run_ours(c: Problem) -> Run:
+def run_ours(c: LayerCase) -> Run:
     """`fastlora.lora_linear`, forward and backward."""
     x, a, b = (t.detach().requires_grad_() for t in (c.x, c.a, c.b))
     bias = None if c.bias is None else c.bias.requires_grad_(c.train_bias)
@@ -153,7 +142,7 @@ class RecordingDropout(nn.Dropout):
         return out
 
 
-def run_peft(c: Problem, autocast: torch.dtype | None = None) -> Run:
+def run_peft(c: LayerCase, autocast: torch.dtype | None = None) -> Run:
     """PEFT's layer, forward and backward; with ``autocast``, its adapters in that dtype as autocast has them.
 
     Where bitsandbytes misreads its own blocks (some shapes on a CPU), the base is a dense layer of the right weight.
@@ -191,7 +180,7 @@ def law(x, w, a, b, s, bias, dy, D) -> Results:
     }
 
 
-def truth_and_scale(c: Problem, D: Tensor) -> tuple[Results, Results]:
+def truth_and_scale(c: LayerCase, D: Tensor) -> tuple[Results, Results]:
     """The truth, and for every element the root of the sum of squares of the terms it adds up (at least its size).
 
     No intermediate counts as smaller than the smallest normal number, below which rounding errors no longer shrink.
@@ -215,11 +204,10 @@ def truth_and_scale(c: Problem, D: Tensor) -> tuple[Results, Results]:
     return truth, {name: torch.maximum(t.square(), squares[name]).sqrt() for name, t in truth.items()}
 
 
-def floor_without_scale(c: Problem) -> float:
+def floor_without_scale(c: LayerCase) -> float:
     M = min(_distinct(c.x)[:-1].numel(), _distinct(c.dy)[:-1].numel())
     n = min(M * c.r, c.r * c.K, c.N * c.K, c.r * _distinct(c.dy)[-1], M * c.K, M * c.N)
-    longest = max(c.M, c.K, c.N, c.r)
-    return (2 * torch.finfo(c.x.dtype).eps + math.sqrt(longest) * torch.finfo(torch.float32).eps) / math.sqrt(n)
+    return floor(c.x.dtype, max(c.M, c.K, c.N, c.r), n)
 
 
 def _distinct(t: Tensor) -> torch.Size:
@@ -227,23 +215,20 @@ def _distinct(t: Tensor) -> torch.Size:
     return torch.Size(size if stride else 1 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def errors_and_floors(c: Problem, run: Run) -> dict[str, tuple[float, float]]:
+def errors_and_floors(c: LayerCase, run: Run) -> dict[str, tuple[float, float]]:
     """For every result its relative error, and the floor of its bar."""
     truth, scale = truth_and_scale(c, run.D)
     judged = {}
     for name, t in run.results.items():
         expected = truth[name].view(t.shape)
         assert t.isfinite().all(), f"{name} is not finite"
-        norm = expected.norm().item()
-        if norm == 0.0:  # no tokens, or no scaling: exactly zero
-            judged[name] = (t.double().norm().item(), 0.0)
-        else:
-            floor = floor_without_scale(c) * scale[name].norm().item() / norm
-            judged[name] = ((t.double() - expected).norm().item() / norm, floor)
+        norm = expected.norm().item()  # 0 without tokens or scaling: the result has to be exactly zero
+        least = floor_without_scale(c) * scale[name].norm().item() / norm if norm else 0.0
+        judged[name] = relative_error(t, expected), least
     return judged
 
 
-def judge(c: Problem) -> dict[str, tuple[float, float, float]]:
+def measure(c: LayerCase) -> dict[str, tuple[float, float, float]]:
     """Our error, PEFT's and the floor for every result."""
     ours = run_ours(c)
     peft = run_peft(c)
@@ -255,23 +240,22 @@ def judge(c: Problem) -> dict[str, tuple[float, float, float]]:
     for name, t in ours.results.items():
         assert t.shape == peft.results[name].shape, f"{name}: {list(t.shape)}, PEFT {list(peft.results[name].shape)}"
         assert t.dtype == peft.results[name].dtype, f"{name}: {t.dtype}, PEFT {peft.results[name].dtype}"
-    return {name: (error, theirs[name][0], floor) for name, (error, floor) in errors_and_floors(c, ours).items()}
+    return {name: (error, theirs[name][0], least) for name, (error, least) in errors_and_floors(c, ours).items()}
 
 
-def check(c: Problem) -> None:
+def check(c: LayerCase) -> None:
     """Assert that we are as accurate as PEFT."""
-    judged = judge(c)
-    failed = [name for name, (ours, theirs, floor) in judged.items() if ours > FACTOR * theirs + floor]
-    table = ", ".join(f"{k}: ours {o:.2e} PEFT {t:.2e} floor {f:.2e}" for k, (o, t, f) in judged.items())
-    assert not failed, f"less accurate than PEFT in {failed}: {table}"
+    measured = measure(c)
+    ours, theirs, floors = ({name: each[i] for name, each in measured.items()} for i in range(3))
+    table = ", ".join(f"{k}: ours {o:.2e} PEFT {t:.2e} floor {f:.2e}" for k, (o, t, f) in measured.items())
+    assert judge(ours, theirs, floors) is None, f"less accurate than PEFT: {table}"
 
 
 def check_model(ours: Results, theirs: Results, truth: Results, longest: int, compute_dtype: torch.dtype) -> None:
     """The same bar for the results of a whole model, its floor being that of one element."""
-    floor = 2 * torch.finfo(compute_dtype).eps + math.sqrt(longest) * torch.finfo(torch.float32).eps
     assert ours.keys() == theirs.keys() == truth.keys()
-    for name, expected in truth.items():
+    for name in truth:
         assert (ours[name].shape, ours[name].dtype) == (theirs[name].shape, theirs[name].dtype), name
-        norm = expected.norm().item() or 1.0
-        error, bar = ((t.double() - expected).norm().item() / norm for t in (ours[name], theirs[name]))
-        assert error <= FACTOR * bar + floor, f"{name}: ours {error:.2e} PEFT {bar:.2e} floor {floor:.2e}"
+    errors, bars = ({name: relative_error(each[name], truth[name]) for name in truth} for each in (ours, theirs))
+    reason = judge(errors, bars, dict.fromkeys(truth, floor(compute_dtype, longest)))
+    assert reason is None, reason

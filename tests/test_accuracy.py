@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from accuracy import Problem, check, decoded, linear, linear_4bit, peft_layer
+from accuracy import LayerCase, check, decoded, linear, linear_4bit, peft_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,7 +51,7 @@ def leading_shapes(draw) -> tuple[int, ...]:
 
 
 @st.composite
-def problems(draw, dtypes, kind) -> Problem:
+def problems(draw, dtypes, kind) -> LayerCase:
     """A random layer; its tensors are drawn by torch from a seed, as Hypothesis would take minutes."""
     dtype, adapter_dtype = dtypes
     leading, K, N, r = draw(leading_shapes()), draw(sizes), draw(sizes), draw(ranks)
@@ -84,7 +84,7 @@ def problem(
     dy_layout="contiguous",
     seed=0,
     quantised=None,
-) -> Problem:
+) -> LayerCase:
     """The layer of these sizes with random tensors, the adapter's part of y being ``share`` of the base's."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -92,7 +92,7 @@ def problem(
         return torch.randn(shape, generator=generator).mul_(std).to(dtype)
 
     w, bias = make(N, K, std=K**-0.5), make(N) if with_bias else None
-    return Problem(
+    return LayerCase(
         x=X_LAYOUTS[x_layout](make, (*leading, K)),
         base=linear_4bit(w, bias, **quantised) if quantised else linear(w, bias),
         a=make(r, K, dtype=adapter_dtype or dtype, std=K**-0.5),

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora.benchmarks import against, arguments, pictures, plots, protocol, providers, records
-from fastlora.benchmarks.cases import modules as workloads
+from fastlora.benchmarks import against, arguments, pictures, protocol, providers, records
+from fastlora.benchmarks.cases import modules
 from fastlora.cli import main
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bitsandbytes_eager")]
@@ -101,10 +101,10 @@ def test_unusable_arguments(chosen, message, tmp_path, capsys):
 
 
 def test_the_command_names_what_the_harness_has():
-    assert tuple(providers.PROVIDERS) == arguments.PROVIDERS and set(providers.PROVIDERS) == set(plots.MARKERS) == set(
-        pictures.COLOURS
-    )
-    assert set(arguments.MODEL_SHAPES) == set(workloads.SHAPES)
+    assert tuple(providers.PROVIDERS) == arguments.PROVIDERS and set(providers.PROVIDERS) == set(
+        pictures.MARKERS
+    ) == set(pictures.COLOURS)
+    assert set(arguments.MODEL_SHAPES) == set(modules.SHAPES)
     assert arguments.MODES == protocol.MODES
 
 

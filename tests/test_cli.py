@@ -9,7 +9,8 @@ from matplotlib.image import imread
 
 from fastlora import ops
 from fastlora.benchmarks import training
-from fastlora.benchmarks.commands.report import provider_records, to_json, write_report
+from fastlora.benchmarks.commands.compare import provider_records
+from fastlora.benchmarks.records import to_json, write_json
 from fastlora.benchmarks.training import Measurements
 from fastlora.cli import main
 from fastlora.kernel_ops import why_not
@@ -229,8 +230,8 @@ def test_diverged_loss_is_null():
 
 def test_failed_write_leaves_the_old_report(tmp_path):
     path = tmp_path / "report.json"
-    write_report({"a": 1}, path)
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        write_report({"a": object()}, path)
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlora.benchmarks import evidence, gpu, records, resume, steps, tuning
-from fastlora.benchmarks.cases import modules as workloads
-from fastlora.benchmarks.cases.ops import MODELS, linears
-from fastlora.benchmarks.goals import goals, lines
+from fastlora.benchmarks import gpu, gpu_steps, gpu_tests, records, tuning
+from fastlora.benchmarks.cases import modules
+from fastlora.benchmarks.cases.shapes import SHAPES
+from fastlora.benchmarks.gpu import goal_lines, goals
 
 pytest.importorskip("triton")
 
@@ -59,8 +59,8 @@ def test_step(step, tmp_path, capsys):
 @pytest.fixture
 def one_layer(monkeypatch):
     """Of the block's linears only one, which takes a fraction of the time."""
-    one = workloads.Case("linear", "tiny", "q,k,v,o,gate,up,down", 0, 0, "", N=32, K=64, count=7)
-    monkeypatch.setattr(steps, "layers_of", lambda run, **fields: [replace(one, **fields)])
+    one = modules.Case("linear", "tiny", "q,k,v,o,gate,up,down", 0, 0, "", N=32, K=64, count=7)
+    monkeypatch.setattr(gpu_steps, "layers_of", lambda run, **fields: [replace(one, **fields)])
 
 
 def test_sweep_compares_every_provider(one_layer, tmp_path):
@@ -68,7 +68,7 @@ def test_sweep_compares_every_provider(one_layer, tmp_path):
     found = rows(tmp_path, "sweep")
     for base in ("bf16", "nf4"):
         here = [row for row in found if row["base"] == base]
-        assert {row["provider"] for row in here} == {provider.name for provider in steps.providers_of(base)}
+        assert {row["provider"] for row in here} == {provider.name for provider in gpu_steps.providers_of(base)}
         for mode in ("forward", "step"):
             timed = [row for row in here if row["mode"] == mode]
             assert {"frozen", "peft", "addmm", "fastlora"} <= {row["provider"] for row in timed}
@@ -108,34 +108,32 @@ class TestOnlyOnAGPU:
         }  # fmt: skip
         for name, function in pretended.items():
             monkeypatch.setattr(torch.cuda, name, function)
-        capture = evidence.capture
+        capture = gpu_steps.capture
 
         def captured(call):
             graph, results = capture(call)
             graph.call, graph.results = call, results
             return graph, results
 
-        monkeypatch.setattr(evidence, "capture", captured)
+        monkeypatch.setattr(gpu_steps, "capture", captured)
         monkeypatch.setattr("triton.testing.do_bench", lambda call, **how: [call(), 3.0, 1.0, 2.0][1:])
 
     def test_graphs(self, given, cuda, monkeypatch):
         # the tensors are on a CPU all the same
         torch_device = torch.device("cpu")
-        monkeypatch.setattr(evidence, "torch", SimpleNamespace(**vars(torch)))
+        monkeypatch.setattr(gpu_steps, "torch", SimpleNamespace(**vars(torch)))
         for name in ("eye", "ones", "zeros"):
             make = getattr(torch, name)
             monkeypatch.setattr(
-                evidence.torch, name, lambda *a, make=make, device, **k: make(*a, device=torch_device, **k)
+                gpu_steps.torch, name, lambda *a, make=make, device, **k: make(*a, device=torch_device, **k)
             )
-        monkeypatch.setattr(evidence, "make_subject", lambda case, device: workloads.make_subject(case, torch_device))
-        found = dict(evidence.step_graph(given))
+        monkeypatch.setattr(gpu_steps, "make_subject", lambda case, device: modules.make_subject(case, torch_device))
+        found = {case: measure() for case, measure in gpu_steps.step_graph(given)}
         assert list(found) == ["masks", "bf16 M=4", "nf4 M=4"]
         outcomes = [row["outcome"] for rows in found.values() for row in rows if "outcome" in row]
         assert outcomes == [True] * 5
         times = [row for rows in found.values() for row in rows if "p50" in row]
         assert all((row["p20"], row["p50"], row["p80"]) == pytest.approx((1.4e-3, 2e-3, 2.6e-3)) for row in times)
-        given.done |= set(found)
-        assert not list(evidence.step_graph(given))
 
     def test_clocks(self, monkeypatch):
         line = "580.95.05, 1980 MHz, 1980 MHz, 2619 MHz, 92.20 W, 700.00 W, 31\n"
@@ -161,7 +159,7 @@ class TestOnlyOnAGPU:
             )  # fmt: skip
 
         events = [event("aten::mm", 9.0, "CPU"), event("gemm", 3.0, "CUDA"), event("shrink", 1.0, "CUDA")]
-        assert evidence.kernel_rows(events, on_gpu=True) == [
+        assert gpu_steps.kernel_rows(events, on_gpu=True) == [
             {"kernel": "gemm", "calls": 2, "seconds": 3.0, "share": 0.75, "error": None},
             {"kernel": "shrink", "calls": 2, "seconds": 1.0, "share": 0.25, "error": None},
         ]
@@ -188,11 +186,11 @@ def test_slow_step(step, tmp_path):
 
 
 def test_what_is_missing_is_listed(one_layer, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu_steps.importlib.util, "find_spec", lambda name: None)
     assert run(tmp_path, "--only", "sweep") == 0
     found = [row for row in rows(tmp_path, "sweep") if row["base"] == "nf4"]
     assert {row["error"] for row in found} == {"missing: bitsandbytes is not installed"}
-    assert len(found) == len(steps.providers_of("nf4")) and all(row["p50"] is None for row in found)
+    assert len(found) == len(gpu_steps.providers_of("nf4")) and all(row["p50"] is None for row in found)
 
 
 class TestBudget:
@@ -212,7 +210,7 @@ class TestBudget:
                         run.deadline -= found.spend
                     yield case, [{"value": ord(case) / 7}]
 
-        monkeypatch.setattr(steps, "step_rates", step)
+        monkeypatch.setattr(gpu_steps, "step_rates", step)
         return found
 
     def test_spent_it_writes_and_the_next_call_goes_on(self, cases, tmp_path, capsys):
@@ -291,7 +289,7 @@ def test_it(i):
         (folder / "test_it.py").write_text(self.TESTS)
         plugins = [
             "-p",
-            "benchmarks.resume",
+            "benchmarks.gpu_tests",
             "-p",
             "no:cacheprovider",
             "-c",
@@ -304,11 +302,11 @@ def test_it(i):
         ran = subprocess.run(
             [*command, "test_it.py"], cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
         )
-        return ran.returncode, {o["test"].partition("::")[2]: o for o in resume.read(folder / "notes")}
+        return ran.returncode, {o["test"].partition("::")[2]: o for o in gpu_tests.read(folder / "notes")}
 
     def test_goes_on_where_time_ran_out(self, tmp_path):
         code, found = self.pytest(tmp_path, "--seconds", "-1")
-        assert code == resume.STOPPED and list(found) == ["test_it[0]"]
+        assert code == gpu_tests.STOPPED and list(found) == ["test_it[0]"]
         code, found = self.pytest(tmp_path, "--seconds", "100")
         assert code == 1 and len(found) == 6
         outcomes = [found[f"test_it[{i}]"]["outcome"] for i in range(6)]
@@ -341,7 +339,7 @@ def test_correctness_counts_a_hanging_test_against_the_budget(tmp_path, monkeypa
         def kill(self):
             Hanging.killed = True
 
-    monkeypatch.setattr(steps, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Hanging}))
+    monkeypatch.setattr(gpu_tests, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Hanging}))
     assert run(tmp_path, "--only", "correctness") == 1
     assert Hanging.killed and json.loads((tmp_path / "cpu" / "gpu.json").read_text())["correctness"]["error"] is None
 
@@ -351,7 +349,7 @@ def test_tests_of_a_step_that_is_measured_again_run_again(tmp_path, monkeypatch)
     notes.parent.mkdir()
     notes.write_text('{"test": "a", "outcome": "failed", "seconds": 1.0, "reason": "then"}\n')
     ends = iter([(0, ""), (3, "internal error")])
-    monkeypatch.setattr(steps, "_pytest", lambda *args: next(ends))
+    monkeypatch.setattr(gpu_tests, "_pytest", lambda *args: next(ends))
     state = {
         "complete": False,
         "error": None,
@@ -369,7 +367,7 @@ class TestGoals:
     def results(self, **seconds):
         """A sweep in which every layer takes these seconds, by base and provider."""
         found = {}
-        for name, (N, K) in linears(*MODELS["llama-3-8b"]).items():
+        for name, (N, K) in SHAPES["llama-3-8b"].linears().items():
             found.setdefault((N, K), []).append(name)
         sweep = [
             {"base": base, "provider": provider, "M": 8192, "r": 16, "mode": "step", "count": len(names), "p50": each}
@@ -393,7 +391,7 @@ class TestGoals:
         assert found["NF4: faster than PEFT + bitsandbytes"] == (pytest.approx(2 / 1.4), True)
         assert found["NF4: time over PEFT's bf16 LoRA"] == (pytest.approx(1.0), True)
         assert found["decode: share of copy bandwidth"] == (None, None)
-        text = "\n".join(lines(goals(self.results(sweep=sweep))))
+        text = "\n".join(goal_lines(goals(self.results(sweep=sweep))))
         assert "<= 1.10   1.05  met" in text and ">= 1.12   1.05  MISSED" in text and "not measured" in text
 
     def test_part_of_a_block_is_not_measured(self):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fastlora
 from fastlora import functional, kernel_ops, plans
+from fastlora.benchmarks.accuracy import same
 from fastlora.benchmarks.cases.ops import decoded, random_weight_4bit
 
 pytest.importorskip("triton")
@@ -145,7 +146,7 @@ def test_turned_off_torch_computes():
             patch.setitem(kernel_ops._LAUNCHERS, op, None)
         off = step()
     for ours, value in zip(off, expected, strict=True):
-        assert (ours.float() - value.float()).norm() <= 0.02 * value.float().norm()
+        assert same(ours, value, BF16)
 
 
 @STEPS
@@ -271,7 +272,7 @@ class TestOffsets:
                 for t in (far, far.contiguous())
             ]
         for one, other in zip(*results, strict=True):
-            assert (one - other).norm() <= 1e-3 * other.norm()
+            assert same(one, other, torch.float16)  # xa is fp32, and summed in another order
 
     def test_of_a_decoded_weight(self):
         N, K = (1 << 31) // 4096 + 64, 4096
@@ -292,4 +293,4 @@ class TestOffsets:
         gate, up = self.far(512), torch.randn(self.M, 512, device="cuda").to(BF16)
         expected = F.silu(gate.float()) * up.float()
         h = torch.ops.fastlora.swiglu(gate, up, activation)
-        assert (h.float() - expected).norm() < 0.01 * expected.norm()
+        assert same(h, expected)

@@ -3,7 +3,6 @@
 import oracle_actions as act
 import pytest
 import torch
-from accuracy import FACTOR
 from bitsandbytes.nn import Linear4bit
 from blocks import CountOps
 from hypothesis import settings
@@ -14,6 +13,7 @@ from peft import prepare_model_for_kbit_training
 from torch import nn
 
 import fastlora.peft
+from fastlora.benchmarks.accuracy import FACTOR
 from fastlora.peft import patch
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and transformers, which say the same of both twins

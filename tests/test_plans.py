@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastlora import costs, plans
+from fastlora.benchmarks.accuracy import same
 from fastlora.costs import H100, Problem
 from fastlora.plans import Table, choose
 
@@ -276,5 +277,5 @@ class TestTiles:
         truth = 2 * x.double() @ a.double().t()
         with tiles.watch() as used:
             xa = kernel_ops.launcher("shrink", "shrink")(x, a, 2.0)
-        assert (xa - truth).norm() < 0.01 * truth.norm()
+        assert same(xa, truth, torch.bfloat16)  # the kernel keeps 16 bits of a
         assert used == {("shrink", 16): tiles.Tile(**measured)}

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastlora.benchmarks import pictures, report
+from fastlora.benchmarks import environment, pictures, report
+from fastlora.benchmarks.arguments import UsageError
 from fastlora.benchmarks.records import write_json
 
 ROOT = Path(report.__file__).resolve().parents[1]
@@ -75,6 +76,16 @@ def test_check_writes_nothing(copy, monkeypatch, capsys):
     assert (copy / "benchmarks" / "RESULTS.md").read_text() == "typed"
     assert report.main([]) == 0
     assert report.main(["--check"]) == 0
+
+
+def test_results_of_record_are_of_committed_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "commit", lambda: "0123abcd-dirty")
+    for folder in (RESULTS, RESULTS / "cpu" / "studies"):
+        with pytest.raises(UsageError, match="commit them, or write elsewhere with --out"):
+            environment.refuse_changed_code(folder)
+    environment.refuse_changed_code(tmp_path)
+    monkeypatch.setattr(environment, "commit", lambda: "0123abcd")
+    environment.refuse_changed_code(RESULTS)
 
 
 def test_a_picture_of_other_data_is_noticed(tmp_path):

@@ -10,7 +10,9 @@ import torch
 
 from fastlora import kernel_ops, ops, plans
 from fastlora.benchmarks import tuning
-from fastlora.benchmarks.cases.ops import MODELS, cases, kernels, linears, wrong
+from fastlora.benchmarks.accuracy import inexact
+from fastlora.benchmarks.cases.ops import kernels, op_cases
+from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.commands import tune
 from fastlora.cli import main
 from fastlora.costs import Problem
@@ -140,7 +142,7 @@ def test_a_tile_that_is_wrong_gets_no_timing(pretend, cache, capsys):
     assert main(["tune", *SHAPE]) == 0
     printed = capsys.readouterr()
     assert "Nothing changed" in printed.out
-    assert "not timed: shrink M64" in printed.err and "eager torch's is" in printed.err
+    assert "not timed: shrink M64" in printed.err and "the baseline's is" in printed.err
     # once to find out that it is wrong
     assert sum(used == ("shrink", "", best[0]) for used in device.timed) == 1
 
@@ -161,7 +163,7 @@ def test_what_nobody_writes_is_wrong(pretend, capsys, monkeypatch):
     monkeypatch.setitem(kernel_ops._LAUNCHERS, "shrink", partial(writes_half, "shrink", ops.shrink))
     assert main(["tune", *SHAPE, "--json"]) == 0
     rejected = json.loads(capsys.readouterr().out)["rejected"]
-    assert any(line.startswith("shrink M64") and "error nan" in line for line in rejected)
+    assert any(line.startswith("shrink M64") and "error of result 0 nan" in line for line in rejected)
 
 
 def test_a_tile_that_does_not_fit_is_passed_over(pretend, capsys):
@@ -266,7 +268,7 @@ def test_out_names_the_file(pretend, cache, tmp_path):
 
 def test_steps_that_are_done_are_passed_over(pretend):
     device = pretend(even)
-    problems = cases([(32, 48, 64)], [4], torch.bfloat16, False)
+    problems = op_cases([(32, 48, 64)], [4], torch.bfloat16, False)
     steps = [text for _, _, text in tuning.Tuner(torch.device("cpu"), device.clock, "cpu").run(problems)]
     assert len(steps) == len(set(steps)) > 4 and steps[-1] == "done"
     device.timed.clear()
@@ -292,7 +294,7 @@ class TestWrong:
     truth = torch.randn(64, 64, dtype=torch.float64)
 
     def judge(self, ours, eager=None):
-        return wrong((ours,), (self.truth.bfloat16() if eager is None else eager,), (self.truth,), 64)
+        return inexact((ours,), (self.truth.bfloat16() if eager is None else eager,), (self.truth,), 64)
 
     def test_what_is_as_exact_as_eager_is_right(self):
         assert self.judge(self.truth.bfloat16()) is None
@@ -309,7 +311,7 @@ class TestWrong:
         ids=["scaled", "a row of zeros", "a row of NaN", "noise"],
     )
     def test_what_is_not_is_wrong(self, spoil):
-        assert "eager torch's is" in self.judge(spoil(self.truth).bfloat16())
+        assert "the baseline's is" in self.judge(spoil(self.truth).bfloat16())
 
     def test_another_shape_is_wrong(self):
         assert self.judge(self.truth[:, :63].bfloat16()) == "shape [64, 63] instead of [64, 64]"
@@ -319,20 +321,20 @@ class TestWrong:
 def test_every_case_is_right_by_every_plan_of_the_real_kernels(dtype):
     interpreter.repair()
     device = torch.device("cpu")
-    problems = cases([(17, 48, 64)], [4], dtype, True, [(17, (48, 32, 32), 64)])
+    problems = op_cases([(17, 48, 64)], [4], dtype, True, [(17, (48, 32, 32), 64)])
     assert {case.op for case in problems} == {"shrink", "shrink_group", "lora_matmul", "lora_grad", "linear_4bit"}
     assert {case.problem.parts for case in problems} == {1, 3}
     with kernels(device):
         for case in problems:
             run, eager, truth = case.make(device)
             for plan in case.plans:
-                assert wrong(run(plan), eager(), truth(), case.longest) is None, f"{case.op} {plan}"
+                assert inexact(run(plan), eager(), truth(), case.longest) is None, f"{case.op} {plan}"
 
 
 def test_a_group_is_measured_as_it_is_called(cache):
     """The entry that tuning writes is the one that a call looks up."""
     interpreter.repair()
-    (case,) = (c for c in cases([], [4], torch.bfloat16, False, [(17, (48, 32, 32), 64)]) if c.op == "lora_matmul")
+    (case,) = (c for c in op_cases([], [4], torch.bfloat16, False, [(17, (48, 32, 32), 64)]) if c.op == "lora_matmul")
     asked = []
     choose = kernel_ops.choose
     with pytest.MonkeyPatch.context() as patch, kernels(torch.device("cpu")):
@@ -355,7 +357,7 @@ def test_neighbours_differ_in_one_size():
 
 
 def test_models_have_the_parameters_they_are_known_for():
-    weights = {name: sum(n * k for n, k in linears(*MODELS[name]).values()) for name in MODELS}
+    weights = {name: sum(n * k for n, k in shape.linears().values()) for name, shape in SHAPES.items()}
     assert weights["llama-3-8b"] * 32 == 6_979_321_856
     assert weights["llama-2-7b"] * 32 == 6_476_005_376
     assert weights["mistral-7b"] == weights["llama-3-8b"]

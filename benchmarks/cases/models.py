@@ -9,26 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.benchmarks.cases.shapes import SHAPES
+
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SMOLLM2_SHAPE: dict[str, Any] = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=8192,
-    rope_theta=100000.0,
-    tie_word_embeddings=True,
-)
-LLAMA_2_7B_SHAPE: dict[str, Any] = dict(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    max_position_embeddings=4096,
-)
 
 
 @dataclass
@@ -45,7 +28,7 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.dev
 
     Raises ValueError if name is none of these.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any
     if name in ("smollm2", "smollm2-random"):
@@ -53,22 +36,14 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.dev
         if gguf is not None:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            for attribute in (
-                "is_quantized",
-                "quantization_method",
-                "hf_quantizer",
-            ):  # the file was; the model is dense
-                if hasattr(model, attribute):
-                    delattr(model, attribute)
+            for name in ("is_quantized", "quantization_method", "hf_quantizer"):  # the file was; the model is dense
+                if hasattr(model, name):
+                    delattr(model, name)
             return LoadedModel(model.to(device), "SmolLM2-135M-Instruct", tokenizer)
-        torch.manual_seed(0)
-        random: nn.Module = LlamaForCausalLM(LlamaConfig(**SMOLLM2_SHAPE))
-        return LoadedModel(random.to(device, dtype), "RANDOM weights in the shape of SmolLM2-135M", None)
+        random = random_model("smollm2-135m", dtype, device)
+        return LoadedModel(random, "RANDOM weights in the shape of SmolLM2-135M", None)
     if name == "llama-2-7b":
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_2_7B_SHAPE), dtype=dtype)
-        return LoadedModel(model, "RANDOM weights in the shape of Llama-2-7B", None)
+        return LoadedModel(random_model(name, dtype, device), "RANDOM weights in the shape of Llama-2-7B", None)
 
     folder = Path(name)
     if not (folder / "config.json").is_file():
@@ -80,6 +55,15 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.dev
         folder.resolve().name,
         AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None,
     )
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device | str, **more: Any) -> Any:
+    """A language model of this shape with random weights; ``more`` changes its ``LlamaConfig``."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(SHAPES[shape].config(**more), dtype=dtype)
 
 
 def _smollm2_file() -> Path | None:
@@ -103,7 +87,7 @@ def default_bases(device: torch.device | str) -> list[str]:
 
 
 def to_base(model: Any, base: str, compute: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Freeze the model and put its weights, in place, in the form of ``base`` (one of BASES of arguments.py).
+    """Freeze the model and put its weights, in place, in the form of ``base`` (one of `arguments.BASES`).
 
     4-bit bases quantise every linear layer but the output head with bitsandbytes, nested statistics, and compute in
     ``compute``.

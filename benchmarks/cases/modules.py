@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.benchmarks.cases import models
-from fastlora.benchmarks.cases.ops import MODELS, decoded, linears
+from fastlora.benchmarks.cases.ops import decoded
+from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.training import copy_sharing_frozen
 from fastlora.fourbit import is_4bit, weight_4bit
 
-HEADS = {"llama-3-8b": (32, 8), "llama-2-7b": (32, 32), "mistral-7b": (32, 8), "qwen2.5-7b": (28, 4)}
-HEADS |= {"smollm2-135m": (9, 3), "tiny": (2, 1)}  # of q, of k and v
-SHAPES = {**MODELS, "tiny": (64, 128, 32)}
 SCALING = 2  # lora_alpha / r
 
 
@@ -53,13 +51,19 @@ class Case:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(N, K) of every linear layer of a linear or a block."""
-        return [(self.N, self.K)] if self.verb == "linear" else list(linears(*SHAPES[self.shape]).values())
+        return [(self.N, self.K)] if self.verb == "linear" else list(SHAPES[self.shape].linears().values())
+
+    @property
+    def terms_and_elements(self) -> tuple[int, int]:
+        """Of the longest sum, and of the smallest tensor on the way: what `accuracy.floor` asks for."""
+        widths = [size for layer in self.sizes for size in layer]
+        return max(self.M, self.r, *widths), self.r * min(self.M, *widths)
 
 
 def linear_cases(shape: str, **fields: Any) -> list[Case]:
     """A case for each distinct size among the seven linear layers of a block, named after the layers that have it."""
     found: dict[tuple[int, int], list[str]] = {}
-    for name, size in linears(*SHAPES[shape]).items():
+    for name, size in SHAPES[shape].linears().items():
         found.setdefault(size, []).append(name)
     return [
         Case("linear", shape, ",".join(names), N=N, K=K, count=len(names), **fields) for (N, K), names in found.items()
@@ -113,7 +117,7 @@ def make_subject(case: Case, device: torch.device, seed: int = 0) -> Subject:
         base.enable_input_require_grads()  # type: ignore[operator]
         return Subject(case, base.train(), adapt(base, case).train(), tokens, None)
     shape = (1, case.M) if case.verb == "block" else (case.M,)
-    N, K = (case.N, case.K) if case.verb == "linear" else (SHAPES[case.shape][0],) * 2
+    N, K = (case.N, case.K) if case.verb == "linear" else (SHAPES[case.shape].hidden,) * 2
     x = torch.randn(*shape, K, device=device).to(case.dtype).requires_grad_()
     dy = torch.randn(*shape, N, device=device).to(case.dtype)
     base = _Linear(N, K) if case.verb == "linear" else _Block(case.shape)
@@ -176,17 +180,6 @@ class _Linear(nn.Module):
         return self.layer(x)
 
 
-def _config(shape: str, **more: Any) -> Any:
-    from transformers import LlamaConfig
-
-    hidden, intermediate, _ = SHAPES[shape]
-    heads, kv_heads = HEADS[shape]
-    return LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        attn_implementation="sdpa", **more,  # type: ignore[call-arg]
-    )  # fmt: skip
-
-
 class _Block(nn.Module):
     """One decoder block: attention, MLP, both norms and both residual sums."""
 
@@ -194,7 +187,7 @@ class _Block(nn.Module):
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
         super().__init__()
-        config = _config(shape)
+        config = SHAPES[shape].config(attn_implementation="sdpa")
         self.block, self.rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -205,12 +198,10 @@ class _Block(nn.Module):
 def _language_model(case: Case, device: torch.device) -> Any:
     """The real SmolLM2 where it is installed; others with random weights, two blocks deep and hardly a vocabulary."""
     if case.shape == "smollm2-135m":
-        return models.to_base(models.load_model("smollm2", case.dtype).model.to(device), case.base)
-    from transformers import LlamaForCausalLM
-
-    with device:
-        model: nn.Module = LlamaForCausalLM(_config(case.shape, num_hidden_layers=2, vocab_size=512))
-    return models.to_base(model.to(case.dtype), case.base)
+        model = models.load_model("smollm2", case.dtype).model.to(device)
+    else:
+        model = models.random_model(case.shape, case.dtype, device, num_hidden_layers=2, vocab_size=512)
+    return models.to_base(model, case.base)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

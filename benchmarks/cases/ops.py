@@ -1,12 +1,8 @@
-"""Ops on problems of a model's size, to be measured: their inputs, what is exact, and what is exact enough.
-
-An implementation that does not pass `wrong` gets no timing.
-"""
+"""Calls of ops at the sizes of a model's layers, to be measured: their inputs, eager torch's results, and the truth."""
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,72 +12,13 @@ from fastlora import kernel_ops, ops, plans, reference
 from fastlora.costs import Problem
 from fastlora.fourbit import Weight4bit
 
-# hidden size, intermediate size, width of k and v
-MODELS = {
-    "llama-3-8b": (4096, 14336, 1024),
-    "llama-2-7b": (4096, 11008, 4096),
-    "mistral-7b": (4096, 14336, 1024),
-    "qwen2.5-7b": (3584, 18944, 512),
-    "smollm2-135m": (576, 1536, 192),
-}
-
-
-def linears(hidden: int, intermediate: int, kv: int, q: int | None = None) -> dict[str, tuple[int, int]]:
-    """(N, K) of the seven linear layers of a Llama-style block; ``q`` is the width of all heads, if not the model's."""
-    q = q or hidden
-    return {
-        "q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q),
-        "gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate),
-    }  # fmt: skip
-
-
-SIBLINGS = (("q", "k", "v"), ("gate", "up"))  # take the same x, and are computed together
-
-
-def groups(layers: dict[str, tuple[int, int]]) -> list[tuple[tuple[int, ...], int]]:
-    """(N of each, K) of the layers of a block that take the same x."""
-    return [(tuple(layers[name][0] for name in names), layers[names[0]][1]) for names in SIBLINGS]
-
 
 def kernels(device: torch.device) -> AbstractContextManager:
     """All ops run the kernels on this device within the context: on a CPU in the interpreter, on a GPU anyway."""
     return kernel_ops.in_interpreter() if device.type == "cpu" else nullcontext()
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """``torch.empty`` returns NaN: an element that nobody writes cannot pass for what was in that memory before."""
-    strict, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-
-
 Results = tuple[Tensor, ...]
-
-
-def wrong(ours: Results, eager: Results, truth: Results, longest: int) -> str | None:
-    """Why these results must not be timed: they are less exact than eager torch's. None if they are not.
-
-    error <= 1.5 · eager's error + floor, relative to the fp64 truth in the Frobenius norm; the floor is for what
-    eager's error misses by luck on few elements, with ``longest`` terms in the longest sum.
-    """
-    for mine, theirs, exact in zip(ours, eager, truth, strict=True):
-        if mine.shape != exact.shape:
-            return f"shape {list(mine.shape)} instead of {list(exact.shape)}"
-        norm = exact.norm().item() or 1.0
-        error, bar = ((t.double() - exact).norm().item() / norm for t in (mine, theirs))
-        eps = max(torch.finfo(t.dtype).eps for t in (mine, theirs))
-        floor = (2 * eps + math.sqrt(longest) * 2**-23) / math.sqrt(max(1, exact.numel()))
-        if not error <= 1.5 * bar + floor:
-            return f"error {error:.1e}, eager torch's is {bar:.1e}"
-    return None
 
 
 def random_weight_4bit(N: int, K: int, device: torch.device, quant_type: str = "nf4") -> Weight4bit:
@@ -113,7 +50,7 @@ def decoded(w: Weight4bit, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Case:
+class OpCase:
     """One op on one problem. ``make`` allocates it: (run by a plan, eager torch's results, the truth)."""
 
     op: str
@@ -134,18 +71,18 @@ class Case:
 S = 0.5  # the adapter's scaling
 
 
-def cases(
+def op_cases(
     shapes: list[tuple[int, int, int]],
     ranks: list[int],
     dtype: torch.dtype,
     four_bit: bool,
     siblings: Sequence[tuple[int, tuple[int, ...], int]] = (),
-) -> list[Case]:
+) -> list[OpCase]:
     """What a training step calls for layers ``(M, N, K)`` and for groups of them ``(M, (N, ...), K)``, each once."""
-    found: dict[tuple[str, str, Problem], Case] = {}
+    found: dict[tuple[str, str, Problem], OpCase] = {}
 
     def add(op: str, name: str, problem: Problem, make: Callable) -> None:
-        found.setdefault((op, name, problem), Case(op, problem, name, make))
+        found.setdefault((op, name, problem), OpCase(op, problem, name, make))
 
     i = dtype.itemsize
     for M, N, K in shapes:

@@ -11,13 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlora.benchmarks import against, decode, plots, protocol, records
+from fastlora.benchmarks import against, decode, pictures, protocol, records
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
 from fastlora.benchmarks.cases.modules import Case, linear_cases
 from fastlora.benchmarks.commands import common
-from fastlora.benchmarks.commands.report import megabytes
 from fastlora.benchmarks.environment import environment
 from fastlora.benchmarks.providers import PROVIDERS, Provider
+from fastlora.benchmarks.tables import duration, megabytes, number, percent, terminal, verdict
 from fastlora.benchmarks.training import keep_freed_memory
 
 # What is measured unless the arguments say otherwise: on a CPU in minutes, quickly in two, on a GPU at real sizes.
@@ -89,7 +89,7 @@ def run(args: Namespace) -> int:
         pass
     write(out, args.verb, report, rows)
     if report["complete"]:
-        plots.draw(rows, report, out / f"{args.verb}.png")
+        pictures.bench(rows, report, out / f"{args.verb}.png")
     show(args, report, rows)
     if not report["complete"]:
         notes.print(f"Interrupted. What was measured so far is in {out / f'{args.verb}.csv'}", soft_wrap=True)
@@ -116,7 +116,7 @@ def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: 
     except against.RevisionError as error:
         raise UsageError(str(error)) from error
     write(out, name, report, rows)
-    plots.draw_against(rows, report, out / f"{name}.png")
+    pictures.against(rows, report, out / f"{name}.png")
     if args.json:
         print(records.to_json(report | {"rows": rows}))
     elif args.csv:
@@ -128,20 +128,19 @@ def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: 
 
 
 def against_table(rows: records.Rows, revision: str) -> Table:
-    caption = "Faster: above 1 this code is; the median of ratios of interleaved rounds."
-    found = Table(title=f"fastlora here and at {revision}", caption=caption, caption_justify="left")
-    found.add_column("case")
-    for head in ("mode", revision, "here", "faster", f"saved MB, {revision}", "here"):
-        found.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        if row["error"]:
-            found.add_row(case_title(row), f"[bold red]{row['provider']}: {row['error']}")
-            continue
-        found.add_row(
+    heads = ("case", "mode", revision, "here", "faster", f"saved MB, {revision}", "here", "")
+    cells = [
+        (case_title(row), "", "", "", "", "", "", f"[bold red]{row['provider']}: {row['error']}")
+        if row["error"]
+        else (
             case_title(row), row["mode"], duration(row["other_p50"]), duration(row["this_p50"]),
-            number(row["speedup"], "x"), megabytes(row["other_saved_bytes"]), megabytes(row["this_saved_bytes"]),
-        )  # fmt: skip
-    return found
+            number(row["speedup"], unit="x"), megabytes(row["other_saved_bytes"]), megabytes(row["this_saved_bytes"]),
+            verdict(row["speedup"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    caption = "Faster: above 1 this code is; the median of ratios of interleaved rounds."
+    return terminal(f"fastlora here and at {revision}", heads, cells, caption)
 
 
 def measure(
@@ -219,39 +218,32 @@ run, over the time. Launches: kernels; on a CPU, dispatched operators."""
 
 def table(rows: records.Rows) -> Table:
     """Of one case: a row a provider with the times of all modes, and what its step says."""
-    found = Table(title=case_title(rows[0]) if rows else "nothing was timed", title_justify="left")
-    found.add_column("provider", no_wrap=True)
-    heads = ("forward", "backward", "step", "speed-up", "of limit", "TFLOP/s", "GB/s", "roofline")
-    for head in (*heads, "saved MB", "peak MB", "launches"):
-        found.add_column(head, justify="right", no_wrap=True)
+    heads = ("provider", *protocol.MODES, "speed-up", "of limit", "TFLOP/s", "GB/s", "roofline")
+    cells = []
     for name in dict.fromkeys(row["provider"] for row in rows):
         by_mode = {row["mode"]: row for row in rows if row["provider"] == name}
         last = by_mode.get("step") or next(reversed(by_mode.values()))
         times = [duration(by_mode[mode]["p50"]) if mode in by_mode else "-" for mode in protocol.MODES]
-        found.add_row(
-            label(name), *times, number(last["speedup"], "x"), number(last["of_limit"], "x"),
-            number(last["tflops"]), number(last["gbytes"]), percent(last["roofline"]),
-            megabytes(last["saved_bytes"]), megabytes(last["peak_bytes"]), str(last["launches"] or "-"),
-        )  # fmt: skip
-    return found
+        ratios = [number(last[ratio], unit="x") for ratio in ("speedup", "of_limit")]
+        rates = [number(last["tflops"]), number(last["gbytes"]), percent(last["roofline"])]
+        memory = [megabytes(last["saved_bytes"]), megabytes(last["peak_bytes"])]
+        cells.append((label(name), *times, *ratios, *rates, *memory, str(last["launches"] or "-")))
+    title = case_title(rows[0]) if rows else "nothing was timed"
+    return terminal(title, (*heads, "saved MB", "peak MB", "launches"), cells)
 
 
 def decode_table(rows: records.Rows, report: dict) -> Table:
+    heads = ("weight", "provider", "mode", "time", "GB/s", "speed-up", "of limit")
+    cells = [
+        (
+            f"{row['shape']} {row['layer']} {row['base']} [{row['N']}, {row['K']}]", row["provider"], row["mode"],
+            duration(row["p50"]), number(row["gbytes"]), *(number(row[x], unit="x") for x in ("speedup", "of_limit")),
+        )
+        for row in rows
+        if not row["error"]
+    ]  # fmt: skip
     caption = "Speed-up: against bitsandbytes. Of limit: against a copy of as many bytes."
-    found = Table(title=f"decode, {report['environment']['device']}", caption=caption, caption_justify="left")
-    for head in ("weight", "provider", "mode"):
-        found.add_column(head, no_wrap=True)
-    for head in ("time", "GB/s", "speed-up", "of limit"):
-        found.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        name = f"{row['shape']} {row['layer']} {row['base']} [{row['N']}, {row['K']}]"
-        if row["error"]:
-            continue
-        found.add_row(
-            name, row["provider"], row["mode"], duration(row["p50"]), number(row["gbytes"]),
-            number(row["speedup"], "x"), number(row["of_limit"], "x"),
-        )  # fmt: skip
-    return found
+    return terminal(f"decode, {report['environment']['device']}", heads, cells, caption, words=3)
 
 
 def label(provider: str) -> str:
@@ -271,15 +263,3 @@ def case_title(row: dict) -> str:
     size = f" [{row['N']}, {row['K']}]" if row["N"] else ""
     more = f", dropout {row['dropout']:g}" * bool(row["dropout"]) + ", checkpointing" * bool(row["checkpointing"])
     return f"{row['shape']} {row['layer']}{size}, {row['base']}, M={row['M']}, r={row['r']}{more}"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e6:,.0f} µs" if seconds < 0.01 else f"{seconds * 1e3:,.1f} ms"
-
-
-def number(value: float | None, unit: str = "") -> str:
-    return "-" if value is None else f"{value:,.0f}{unit}" if abs(value) >= 100 else f"{value:.2f}{unit}"
-
-
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f}%"

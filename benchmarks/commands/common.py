@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastlora.benchmarks.arguments import UsageError
 from fastlora.benchmarks.cases import models
+from fastlora.benchmarks.environment import refuse_changed_code
 
 
 def load(
@@ -62,6 +63,7 @@ def read_text(path: Path | None) -> str | None:
 
 
 def make_folder(path: Path) -> None:
+    refuse_changed_code(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

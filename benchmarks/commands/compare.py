@@ -1,5 +1,6 @@
 """``fastlora compare``: the same fine-tuning with PEFT and with PEFT + fastlora, step by step in turn."""
 
+import math
 import sys
 from argparse import Namespace
 from typing import Any
@@ -7,24 +8,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
+from rich.table import Table
 from torch import Tensor, nn
 
-from fastlora.benchmarks import training
+from fastlora.benchmarks import pictures, protocol, tables, training
 from fastlora.benchmarks.arguments import INTERRUPTED
 from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.commands import common
-from fastlora.benchmarks.commands.figure import draw
-from fastlora.benchmarks.commands.report import (
-    NAMES,
-    VERSION,
-    WARMUP,
-    case_name,
-    provider_records,
-    table,
-    to_json,
-    write_report,
-)
 from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.records import to_json, write_json
+from fastlora.benchmarks.tables import megabytes, number
+from fastlora.benchmarks.training import Measurements
+
+VERSION = 1  # of report.json
 
 
 def run(args: Namespace) -> int:
@@ -52,16 +48,16 @@ def run(args: Namespace) -> int:
         report["complete"] = True
     except KeyboardInterrupt:
         interrupted = True
-    write_report(report, args.out / "report.json")
+    write_json(args.out / "report.json", report)
     if not interrupted:
-        draw(report, args.out / "compare.png")
+        pictures.compare(report, args.out / "compare.png")
 
     if args.json:
         print(to_json(report))
     else:
         console = common.console(130)
         for case in filter(lambda case: case["providers"], report["cases"]):
-            console.print(table(report, case), "")
+            console.print(_table(report, case), "")
     if interrupted:
         notes.print(f"Interrupted. What was measured so far is in {args.out / 'report.json'}", soft_wrap=True)
         return INTERRUPTED
@@ -106,10 +102,10 @@ def _run_case(
         for i, (name, _) in enumerate(training.train(trainers, data, args.seed), start=1):
             round = (i - 1) // len(trainers)
             phase = f"round {round}/{args.steps}" if round else "memory"
-            progress.update(task, advance=1, description=f"{case_name(case)}: {phase}, {NAMES[name]}")
+            progress.update(task, advance=1, description=f"{tables.case_name(case)}: {phase}, {tables.NAMES[name]}")
             if i % len(trainers) == 0:
                 case["providers"] = provider_records(results, data[0].numel())
-                write_report(report, args.out / "report.json")
+                write_json(args.out / "report.json", report)
     finally:
         case["providers"] = provider_records(results, data[0].numel())
 
@@ -127,10 +123,65 @@ def _settings(args: Namespace, device: torch.device) -> dict:
         "batch": args.batch,
         "tokens": args.tokens,
         "steps": args.steps,
-        "warmup": WARMUP,
+        "warmup": training.WARMUP,
         "checkpointing": args.checkpointing,
         "compile": args.compile,
         "text": args.text.name if args.text else "Python documentation (pydoc_data.topics)",
         "seed": args.seed,
         "device": device.type,
     }
+
+
+def provider_records(results: dict[str, Measurements], tokens_per_step: int) -> dict[str, dict]:
+    """What the report says of each provider of one case. What could not be measured yet is None."""
+    peft = results["peft"]
+    peft_p50 = protocol.quantiles([peft.timed])["p50"]
+    return {
+        name: {
+            **(times := protocol.quantiles([measured.timed])),
+            "tokens_per_second": _ratio(tokens_per_step, times["p50"]),
+            "speedup": _ratio(peft_p50, times["p50"]),
+            "speedup_paired": training.speedup(peft, measured),
+            "saved_bytes": measured.saved_bytes or None,
+            "saved_ratio": _ratio(measured.saved_bytes, peft.saved_bytes),
+            "peak_bytes": measured.peak_bytes or None,
+            "peak_ratio": _ratio(measured.peak_bytes, peft.peak_bytes),
+            "final_loss": measured.losses[-1] if measured.losses else None,
+            "max_loss_difference": None if name in ("frozen", "peft") else _max_difference(measured, peft),
+            "step_seconds": list(measured.step_seconds),
+            "losses": list(measured.losses),
+        }
+        for name, measured in results.items()
+    }
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a and b else None
+
+
+def _max_difference(one: Measurements, other: Measurements) -> float | None:
+    differences = [abs(a - b) for a, b in zip(one.losses, other.losses, strict=False)]
+    return max(differences) if differences and all(map(math.isfinite, differences)) else None
+
+
+def _table(report: dict, case: dict) -> Table:
+    """One case: a row per provider, ratios relative to PEFT."""
+    caption = "x: relative to PEFT (above 1 is faster, below 1 is less memory). MB = 10^6 bytes."
+    if case["dropout"]:
+        caption += "\nEach provider draws its own dropout masks, so losses differ by more than rounding."
+    sizes = f"{tables.setting_line(report['settings'])}, {report['environment']['device']}"
+    heads = ["provider", "s/step p50\n(p20 - p80)", "tokens/s", "speed-up\n(paired)"]
+    heads += ["saved for\nbackward, MB", "peak, MB", "final\nloss", "largest loss\ndifference"]
+    rows = [
+        (
+            tables.NAMES[name],
+            number(p["p50"], ".3f") + (f"\n({p['p20']:.3f} - {p['p80']:.3f})" if p["p50"] else ""),
+            number(p["tokens_per_second"], ",.0f"),
+            f"{number(p['speedup'], '.2f', 'x')}\n({number(p['speedup_paired'], '.2f', 'x')})",
+            *(f"{megabytes(p[f'{k}_bytes'])}\n{number(p[f'{k}_ratio'], '.2f', 'x')}" for k in ("saved", "peak")),
+            *(number(p[name], ".4f") for name in ("final_loss", "max_loss_difference")),
+        )
+        for name, p in case["providers"].items()
+    ]
+    title = f"{report['model']}: {tables.case_name(case)}\n{sizes}"
+    return tables.terminal(title, heads, rows, caption)

@@ -26,7 +26,7 @@ def run(args: Namespace) -> int:
     """Print what was compiled; 1 if something spills, does not fit or lost its tensor-core instructions."""
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set: kernels are interpreted here, not compiled")
-    from fastlora.benchmarks.aot import PARTS, compile_for
+    from fastlora.benchmarks.aot import CHIPS, compile_for
 
     rows: dict[tuple[str, str], dict] = {}  # a kernel that several cases share is listed with the first
     for arch in args.arch:
@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
         print(json.dumps(list(rows.values()), indent=2))
     else:
         for arch in args.arch:
-            limit = PARTS[arch].shared_per_block
+            limit = CHIPS[arch].shared_per_block
             print(f"{arch}: at most {limit} bytes of shared memory a block")
             print(_table([row for row in rows.values() if row["arch"] == arch]), end="\n\n")
     problems = [f"{row['arch']} {row['kernel']}, {row['case']}: {p}" for row in rows.values() for p in row["problems"]]

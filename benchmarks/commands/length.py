@@ -4,26 +4,20 @@ import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from fastlora.benchmarks import pictures
 from fastlora.benchmarks.commands import common
-from fastlora.benchmarks.commands.report import NAMES, case_name, megabytes
-from fastlora.benchmarks.pictures import COLOURS
-from fastlora.benchmarks.records import to_json
+from fastlora.benchmarks.tables import NAMES, ends_at, megabytes, size, terminal
 from fastlora.benchmarks.training import Measurements, Trainer, rotated
 
 ROUNDS = 3  # timed steps of each length
 STRAIGHT = 0.01  # of the memory: how far a point may be from a straight line that is called one
+COLUMN_HEADS = ("saved,\nMB", "peak,\nMB", "in all,\nMB")
 COLUMNS = ("sequence", "tokens_per_second", "step_seconds", "saved", "peak", "total")
 
 
@@ -128,54 +122,27 @@ def _solve(coefficients: list[float], budget: int) -> int | None:
 
 
 def table(report: dict) -> Table:
-    """A row per length, and one that says where the budget ends."""
+    """A row per length; the caption says where the budget ends."""
     part = report["length"]
     providers = part["providers"]
-    result = Table(title="time and memory against sequence length", caption=_caption(report), caption_justify="left")
-    result.add_column(f"sequence\n(x {part['batch']})", justify="right")
-    for name in providers:
-        for column in (f"{NAMES[name]}\ntokens/s", "saved,\nMB", "peak,\nMB", "in all,\nMB"):
-            result.add_column(column, justify="right")
+    heads = [f"sequence\n(x {part['batch']})"]
+    heads += [head for name in providers for head in (f"{NAMES[name]}\ntokens/s", *COLUMN_HEADS)]
     by_length = {name: {p["sequence"]: p for p in each["points"]} for name, each in providers.items()}
-    for length in sorted({length for points in by_length.values() for length in points}):
-        row = [f"{length:,}"]
+    cells = []
+    for sequence in sorted({sequence for points in by_length.values() for sequence in points}):
+        row = [f"{sequence:,}"]
         for points in by_length.values():
-            p = points.get(length)
+            p = points.get(sequence)
             if p is None or p["total"] is None:
                 row += ["out of memory", "-", "-", "-"]
             else:
                 row += [f"{p['tokens_per_second']:,.0f}", *(megabytes(p[key]) for key in ("saved", "peak", "total"))]
-        result.add_row(*row)
-    return result
-
-
-def _caption(report: dict) -> str:
+        cells.append(row)
     lines = ["in all: weights, adapters, optimizer state, and the peak of forward and backward. MB = 10^6 bytes."]
-    part = report["length"]
     if part["budget"] is not None:
         lines.append(f"{size(part['budget'])} hold sequences of (x {part['batch']}):")
-        lines += [f"  {NAMES[name]}: {ends_at(report, name)}" for name in part["providers"]]
-    return "\n".join(lines)
-
-
-def ends_at(report: dict, name: str) -> str:
-    """Where the budget ends, in words."""
-    found = report["length"]["providers"][name]["longest"]
-    if found is None:
-        return "unknown: fewer than two lengths were measured"
-    if found["sequence"] is None:
-        return "any length (the fit does not grow)"
-    positions = report["length"].get("positions")
-    beyond = f", beyond the model's {positions:,} positions" if positions and found["sequence"] > positions else ""
-    return f"{found['sequence']:,} tokens ({found['how']}{beyond})"
-
-
-def size(count: int) -> str:
-    """In the decimal unit that says it shortest."""
-    unit, scale = next(
-        ((u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= s), ("B", 1)
-    )
-    return f"{count / scale:.4g} {unit}"
+        lines += [f"  {NAMES[name]}: {ends_at(report, name)}" for name in providers]
+    return terminal("time and memory against sequence length", heads, cells, "\n".join(lines), words=0)
 
 
 def rows(part: dict) -> list[dict]:
@@ -185,64 +152,3 @@ def rows(part: dict) -> list[dict]:
         for name, provider in part["providers"].items()
         for point in provider["points"]
     ]
-
-
-def draw(report: dict, path: Path) -> None:
-    """Memory against sequence length, the budget as a line; tokens a second beside it."""
-    part = report["length"]
-    figure = Figure(figsize=(12, 5.2), dpi=160, layout="constrained")
-    memory, speed = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    largest = max(
-        [part["budget"] or 0, *(p["total"] or 0 for each in part["providers"].values() for p in each["points"])]
-    )
-    unit, scale = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
-    for name, provider in part["providers"].items():
-        points = [p for p in provider["points"] if p["total"] is not None]
-        lengths = [p["sequence"] for p in points]
-        style: dict[str, Any] = {"color": COLOURS[name], "marker": "o", "markersize": 5, "linewidth": 2}
-        label = NAMES[name] if part["budget"] is None else f"{NAMES[name]}: {ends_at(report, name)}"
-        memory.plot(lengths, [p["total"] / scale for p in points], label=label, **style)
-        speed.plot(lengths, [p["tokens_per_second"] for p in points], **style)
-        if lengths:
-            _draw_end(memory, COLOURS[name], provider, lengths, scale)
-    if part["budget"] is not None:
-        memory.axhline(part["budget"] / scale, color="black", linestyle="--", linewidth=1.3)
-        memory.annotate(
-            f"budget: {size(part['budget'])}",
-            (0.01, part["budget"] / scale),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
-            textcoords="offset points",
-        )
-    memory.set_title("memory of a step, weights and optimizer state included", fontsize=11.5)
-    memory.set_ylabel(unit)
-    speed.set_title("throughput", fontsize=11.5)
-    speed.set_ylabel("tokens per second")
-    for axes in (memory, speed):
-        axes.set_xlabel(f"tokens in a sequence (x {part['batch']})")
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"{report['model']}: {case_name(report['case'])}, r = {report['settings']['r']}, "
-        f"{report['environment']['device']}",
-        fontsize=12,
-    )
-    figure.legend(*memory.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    pictures.save(figure, path, to_json(report))
-
-
-def _draw_end(axes: Axes, colour: str, provider: dict, lengths: list[int], scale: float) -> None:
-    """Where the budget ends; dotted beyond the lengths that were measured."""
-    found = provider["longest"]
-    if found is None or not found["sequence"]:
-        return
-    end = found["sequence"]
-
-    def fitted(at: Any) -> Any:
-        return np.polynomial.polynomial.polyval(at, provider["fit"]) / scale
-
-    if found["how"] == "extrapolated":
-        reach = np.linspace(lengths[-1] if end > lengths[-1] else lengths[0], end, 50)
-        axes.plot(reach, fitted(reach), color=colour, linestyle=":", linewidth=2)
-    axes.plot([end, end], [0, fitted(end)], color=colour, linewidth=1, alpha=0.7)

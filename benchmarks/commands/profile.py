@@ -11,23 +11,25 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
-from fastlora.benchmarks import ledger, timeline, training
+from fastlora.benchmarks import ledger, pictures, timeline, training
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
 from fastlora.benchmarks.commands import common, length
-from fastlora.benchmarks.commands.profile_report import draw_memory, draw_time, memory_table, modules_table, time_table
-from fastlora.benchmarks.commands.report import NAMES, write_report
 from fastlora.benchmarks.environment import environment
-from fastlora.benchmarks.records import to_json, write_rows
+from fastlora.benchmarks.pictures import MEMORY, TIME
+from fastlora.benchmarks.records import to_json, write_json, write_rows
+from fastlora.benchmarks.tables import NAMES, case_name, megabytes, setting_line, terminal
 from fastlora.files import replace_file
 
 PICTURES = {  # of the parts of a report
-    "memory": ("memory.png", draw_memory),
-    "time": ("time.png", draw_time),
-    "length": ("sequence.png", length.draw),
+    "memory": ("memory.png", pictures.memory),
+    "time": ("time.png", pictures.time),
+    "length": ("sequence.png", pictures.length),
 }
 PROVIDERS = 3
+LEAST = 0.002  # of the total: what a module must keep to have a row of its own
 Advance = Callable[[str], None]
 
 
@@ -68,7 +70,7 @@ def run(args: Namespace) -> int:
         report["complete"] = True
     except KeyboardInterrupt:
         interrupted = True
-    write_report(report, args.out / "profile.json")
+    write_json(args.out / "profile.json", report)
     written = [args.out / "profile.json", *_draw(report, args.out)]
     if args.json:
         print(to_json(report))
@@ -116,7 +118,7 @@ def _measure(args: Namespace, model: nn.Module, ids: Tensor, report: dict, advan
         memory[trainer.name] = _memory(trainer, batch)
         advance(f"memory: {NAMES[trainer.name]}")
     report["memory"] = memory
-    write_report(report, args.out / "profile.json")
+    write_json(args.out / "profile.json", report)
 
     _time(args, trainers, batch, report, advance)
     for trainer in trainers:
@@ -131,7 +133,7 @@ def _measure(args: Namespace, model: nn.Module, ids: Tensor, report: dict, advan
         positions = getattr(model.config, "max_position_embeddings", None)
         for part in length.measure(args, trainers, ids, fixed, advance):
             report["length"] = part | {"positions": positions}
-            write_report(report, args.out / "profile.json")
+            write_json(args.out / "profile.json", report)
 
 
 def _memory(trainer: training.Trainer, ids: Tensor) -> dict:
@@ -170,7 +172,7 @@ def _time(args: Namespace, trainers: list[training.Trainer], ids: Tensor, report
             lines[trainer.name].append(_timeline(trainer, ids)[0])
             advance(f"{what}, profiled")
         report["time"] = {t.name: time_record(t.results.step_seconds, lines[t.name]) for t in trainers}
-        write_report(report, args.out / "profile.json")
+        write_json(args.out / "profile.json", report)
 
 
 def _timeline(trainer: training.Trainer, ids: Tensor, shapes: bool = False) -> tuple[timeline.Timeline, dict]:
@@ -245,3 +247,87 @@ def _print(report: dict, console: Console) -> None:
     for part, makes in tables.items():
         for make in makes if part in report else ():
             console.print(make(report), "")
+
+
+def _title(report: dict) -> str:
+    return f"{report['model']}: {case_name(report['case'])}\n{setting_line(report['settings'])}"
+
+
+def memory_table(report: dict) -> Table:
+    """A row per kind of memory, a column per provider."""
+    providers = report["memory"]
+    rows: list[list[str] | None] = []
+    for kind in MEMORY:
+        cells = [megabytes(p[kind]) for p in providers.values()]
+        if kind == "saved for backward":
+            cells = [f"{megabytes(p[kind])} ({p[kind] / providers['peft'][kind]:.2f}x)" for p in providers.values()]
+        rows.append([kind, *cells])
+    rows += [None, ["in all", *(megabytes(sum(p[kind] for kind in MEMORY)) for p in providers.values())]]
+    products = [sum(p["recomputed_products"].values()) for p in providers.values()]
+    if any(products):
+        rows.append(["products computed again", *map(str, products)])
+    heads = ["memory, MB", *(NAMES[name] for name in providers)]
+    return terminal(_title(report), heads, rows, "MB = 10^6 bytes; x: relative to PEFT")
+
+
+def modules_table(report: dict) -> Table:
+    """A row per module, those of repeated blocks as one, by name."""
+    providers = report["memory"]
+    saved, shared = ({name: _folded(p[kind]) for name, p in providers.items()} for kind in ("saved", "shared"))
+    least = LEAST * max(sum(p.values()) for p in saved.values())
+    rows, rest = [], dict.fromkeys(providers, 0)
+    for module in sorted({module for p in saved.values() for module in p}):
+        if max(p.get(module, 0) for p in saved.values()) < least:
+            for name, p in saved.items():
+                rest[name] += p.get(module, 0)
+            continue
+        more = [shared[name].get(module, 0) for name in providers]
+        cells = [
+            megabytes(p.get(module)) + (f" (+{megabytes(also)})" if also else "")
+            for p, also in zip(saved.values(), more, strict=True)
+        ]
+        rows.append([module, *cells])
+    rows.append(["all others", *map(megabytes, rest.values())])
+    caption = (
+        "(+ kept by this module too, but counted for the one that kept it first). Who saves is who runs: a\n"
+        "function that computes several layers saves for all of them."
+    )
+    heads = ["module (* stands for every block)", *(NAMES[name] for name in providers)]
+    return terminal("saved for backward, MB", heads, rows, caption)
+
+
+def _folded(by_module: dict[str, int]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for module, count in by_module.items():
+        name = ledger.fold(module)
+        total[name] = total.get(name, 0) + count
+    return total
+
+
+def time_table(report: dict) -> Table:
+    """A row per category of time, then per phase; a column per provider, and what it takes over the frozen model."""
+    providers = report["time"]
+
+    def row(label: str, seconds: dict[str, float]) -> list[str]:
+        cells = []
+        for name, value in seconds.items():
+            over = [] if name == "frozen" else [f"{1e3 * (value - seconds['frozen']):+,.1f}"]
+            cells += [f"{1e3 * value:,.1f}", *over]
+        return [label, *cells]
+
+    by_category = {kind: {name: p["seconds"][kind] for name, p in providers.items()} for kind in TIME}
+    rows: list[list[str] | None] = [row(kind, each) for kind, each in by_category.items() if any(each.values())]
+    rows += [None, row("a step under the profiler", {name: p["profiled_seconds"] for name, p in providers.items()})]
+    for phase in timeline.PHASES:
+        rows.append(row(f"  {phase}", {name: sum(p["phases"][phase].values()) for name, p in providers.items()}))
+    rows += [None, row("a step without it (median)", {name: p["p50"] for name, p in providers.items()})]
+    slower = ", ".join(f"{p['profiled_seconds'] / p['p50'] - 1:+.0%} ({NAMES[name]})" for name, p in providers.items())
+    caption = (
+        "base products: fastlora's hold the adapter's part of y and dx, and its decoding may merge the adapter.\n"
+        "adapter: all else that adapted layers do: products, casts, sums. head and loss: the output head's products\n"
+        "and the cross entropy. host gaps: nothing computes: Python, dispatcher, autograd; and the profiler, which\n"
+        f"made steps longer: {slower}. Means over the faster half of the steps under the profiler."
+    )
+    heads = [head for name in providers for head in (NAMES[name], "over frozen")]
+    heads.remove("over frozen")  # of the frozen model itself
+    return terminal(f"{_title(report)}\nwhere a step's time goes, ms", ["", *heads], rows, caption)

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fastlora import costs, plans
 from fastlora.benchmarks import tuning
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
-from fastlora.benchmarks.cases.ops import MODELS, Case, cases, groups, linears
+from fastlora.benchmarks.cases.ops import OpCase, op_cases
+from fastlora.benchmarks.cases.shapes import SHAPES, Shape
 from fastlora.benchmarks.commands import common
 from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.tables import terminal
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "nf4": torch.bfloat16}
 
@@ -65,33 +66,35 @@ def gpu() -> tuple[torch.device, str]:
     return device, torch.cuda.get_device_name(device)
 
 
-def _problems(args: Namespace) -> list[Case]:
+def _problems(args: Namespace) -> list[OpCase]:
     if not args.model and not args.shape:
         raise UsageError("one of --model and --shape must say what to tune for")
     shapes, siblings = list(args.shape), []
     for name in args.model:
-        layers = linears(*_sizes(name))
-        shapes += [(M, N, K) for M in args.tokens for N, K in dict.fromkeys(layers.values())]
-        siblings += [(M, Ns, K) for M in args.tokens for Ns, K in groups(layers)]
-    found: list[Case] = []
+        shape = _shape(name)
+        shapes += [(M, N, K) for M in args.tokens for N, K in dict.fromkeys(shape.linears().values())]
+        siblings += [(M, Ns, K) for M in args.tokens for Ns, K in shape.groups()]
+    found: list[OpCase] = []
     for dtype in dict.fromkeys(DTYPES[base] for base in args.base):
         four_bit = dtype == torch.bfloat16 and "nf4" in args.base
-        found += cases(shapes, args.r, dtype, four_bit, siblings)
+        found += op_cases(shapes, args.r, dtype, four_bit, siblings)
     return found
 
 
-def _sizes(name: str) -> tuple[int, ...]:
-    """hidden size, intermediate size, width of k and v, width of q of a model, or of the config.json in a folder."""
-    if name in MODELS:
-        return MODELS[name]
-    known = f"--model must be of {', '.join(MODELS)}, or a folder with a config.json"
+def _shape(name: str) -> Shape:
+    """Of a model of this name, or of the config.json in this folder."""
+    if name in SHAPES:
+        return SHAPES[name]
     try:
         config = json.loads((Path(name) / "config.json").read_bytes())
-        hidden, heads = config["hidden_size"], config["num_attention_heads"]
-        head = config.get("head_dim") or hidden // heads
-        return hidden, config["intermediate_size"], head * (config.get("num_key_value_heads") or heads), head * heads
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        shape = Shape(config["hidden_size"], config["intermediate_size"], heads, kv_heads, config.get("head_dim") or 0)
+        shape.linears()  # fails unless all of them are numbers
+        return shape
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{known} of a Llama-style model, got {name!r}") from error
+        known = f"--model must be of {', '.join(SHAPES)}, or a folder with a config.json of a Llama-style model"
+        raise UsageError(f"{known}, got {name!r}") from error
 
 
 def _tables(path: Path, notes: Console) -> dict[str, plans.Table]:
@@ -105,7 +108,7 @@ def _tables(path: Path, notes: Console) -> dict[str, plans.Table]:
         return {}
 
 
-def _list(args: Namespace, problems: list[Case]) -> int:
+def _list(args: Namespace, problems: list[OpCase]) -> int:
     """What would be measured, and what the model predicts for it."""
     name = gpu()[1] if torch.cuda.is_available() else "H100"
     rates = plans.table(name).rates or costs.modelled(name)
@@ -119,9 +122,7 @@ def _list(args: Namespace, problems: list[Case]) -> int:
         print(json.dumps({"device": name, "rates": rates.to_json(), "plans": rows}, indent=1))
         return 0
     kind = "measured" if rates.measured else "modelled"
-    table = _table(
-        f"{name}, by {kind} rates: nothing was run", ("op", "problem", "plan"), ("GFLOP", "MB", "µs", "bound")
-    )
+    heads, cells = ("op", "problem", "plan", "GFLOP", "MB", "µs", "bound"), []
     for row in rows:
         plan = f"{row['plan']} (chosen)" if row["chosen"] and row["plan"] else row["plan"]
         numbers = (
@@ -130,8 +131,9 @@ def _list(args: Namespace, problems: list[Case]) -> int:
             f"{row['seconds'] * 1e6:.1f}",
             row["bound"],
         )
-        table.add_row(row["op"], row["problem"], plan, *numbers)
-    common.console(150).print(table)
+        cells.append((row["op"], row["problem"], plan, *numbers))
+    title = f"{name}, by {kind} rates: nothing was run"
+    common.console(150).print(terminal(title, heads, cells, words=3))
     return 0
 
 
@@ -142,15 +144,14 @@ def _print(name: str, found: tuning.Tuning) -> None:
             f"{name}: copy {rates.copy / 1e12:.2f} TB/s, GEMM {rates.gemm / 1e12:.0f} TFLOP/s, "
             f"ours {rates.kernel_gemm / 1e12:.0f} TFLOP/s, a launch {rates.launch * 1e6:.1f} µs"
         )
-    table = _table("What changed", ("op", "problems", "before", "after"), ("µs before", "µs after", "faster"))
+    heads, cells = ("op", "problems", "before", "after", "µs before", "µs after", "faster"), []
     for change in found.changes:
         seconds = change.seconds_before, change.seconds_after
         times = (f"{s * 1e6:.1f}" if s < math.inf else "wrong" for s in seconds)
-        table.add_row(
-            change.op, change.problems, change.before, change.after, *times, f"{seconds[0] / seconds[1]:.2f}x"
-        )
+        faster = f"{seconds[0] / seconds[1]:.2f}x"
+        cells.append((change.op, change.problems, change.before, change.after, *times, faster))
     if found.changes:
-        common.console(150).print(table)
+        common.console(150).print(terminal("What changed", heads, cells, words=4))
     else:
         print("Nothing changed: what is in use is fastest, or as fast.")
     wrong = [line for line in found.rejected if "error" in line.partition(": ")[2]]
@@ -172,15 +173,6 @@ def _report(name: str, found: tuning.Tuning) -> dict[str, Any]:
         "changes": [finite(change) for change in found.changes],
         "rejected": found.rejected,
     }
-
-
-def _table(title: str, words: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for word in words:
-        table.add_column(word)
-    for number in numbers:
-        table.add_column(number, justify="right")
-    return table
 
 
 def _progress(console: Console) -> Progress:

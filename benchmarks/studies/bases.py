@@ -12,10 +12,10 @@ from torch import nn
 
 from fastlora.benchmarks import training
 from fastlora.benchmarks.cases import models
-from fastlora.benchmarks.commands.report import NAMES
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, pick
+from fastlora.benchmarks.tables import NAMES
 from fastlora.fourbit import quantisation_tensors
 
 BASES = ("bf16", "nf4", "fp4")

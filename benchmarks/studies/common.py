@@ -15,17 +15,16 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
-from fastlora.benchmarks import pictures, training
+from fastlora.benchmarks import pictures, protocol, training
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError, _integer, _Parser, quieten
 from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.commands import common
-from fastlora.benchmarks.commands.report import NAMES, quantiles
 from fastlora.benchmarks.environment import environment
 from fastlora.benchmarks.ledger import state_bytes
 from fastlora.benchmarks.records import default_folder, read_rows, to_json, write_json, write_rows
+from fastlora.benchmarks.tables import NAMES, power, terminal
 
 STUDIES = ("position", "rank", "many_adapters", "targets", "bases", "optimizers", "small_updates")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # a Llama block's linear layers
@@ -109,7 +108,7 @@ def memory(trainer: training.Trainer) -> Row:
 
 def times(trainer: training.Trainer, frozen: training.Trainer) -> Row:
     """Seconds a step, and the median over rounds of the step's time over the frozen model's in the same round."""
-    spread = quantiles(trainer.results)
+    spread = protocol.quantiles([trainer.results.timed])
     return {
         "step_p20_seconds": spread["p20"],
         "step_p50_seconds": spread["p50"],
@@ -156,10 +155,6 @@ def change(first: float, last: float) -> str:
     if megabytes(first) == megabytes(last):
         return f"stays at {megabytes(first)}"
     return f"goes from {megabytes(first)} to {megabytes(last)}"
-
-
-def power(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-")
 
 
 def cell(name: str, value: Any) -> str:
@@ -270,12 +265,9 @@ def _setup(args: argparse.Namespace, device: torch.device, progress: Progress, n
 def _print(studies: list[Study], reports: list[dict]) -> None:
     console = common.console(130)
     for study, report in zip(studies, reports, strict=True):
-        table = Table(title=study.title)
-        for name, heading in study.columns.items():
-            table.add_column(heading, justify="left" if name == "provider" else "right")
-        for row in report["rows"]:
-            table.add_row(*(cell(name, row[name]) for name in study.columns))
-        console.print(table, report["finding"], "")
+        rows = [[cell(name, row[name]) for name in study.columns] for row in report["rows"]]
+        words = list(study.columns).index("provider") + 1 if "provider" in study.columns else 0
+        console.print(terminal(study.title, list(study.columns.values()), rows, words=words), report["finding"], "")
 
 
 def _parser(studies: list[Study]) -> argparse.ArgumentParser:

@@ -7,10 +7,10 @@ import sys
 
 from matplotlib.figure import Figure
 
-from fastlora.benchmarks.commands.report import NAMES
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import Row, Setup, Study, change, column, pick
+from fastlora.benchmarks.tables import NAMES
 
 R = 16
 

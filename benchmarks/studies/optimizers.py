@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fastlora.benchmarks import training
-from fastlora.benchmarks.cases.models import LLAMA_2_7B_SHAPE
+from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.ledger import state_bytes
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
@@ -46,7 +46,8 @@ def measure(setup: Setup) -> list[Row]:
 
 def llama_2_7b_adapters(r: int, device: torch.device) -> list[nn.Parameter]:
     """A and B of q and v of every block, bf16."""
-    hidden, blocks = LLAMA_2_7B_SHAPE["hidden_size"], LLAMA_2_7B_SHAPE["num_hidden_layers"]
+    shape = SHAPES["llama-2-7b"]
+    hidden, blocks = shape.hidden, shape.model["num_hidden_layers"]
     shapes = [(r, hidden), (hidden, r)] * (2 * blocks)
     return [nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16, device=device)) for shape in shapes]
 

@@ -16,7 +16,8 @@ from fastlora import lora_linear, reference
 from fastlora.benchmarks.cases.models import to_base
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
-from fastlora.benchmarks.studies.common import Row, Setup, Study, column, power
+from fastlora.benchmarks.studies.common import Row, Setup, Study, column
+from fastlora.benchmarks.tables import power
 from fastlora.fourbit import weight_4bit
 
 M, K, N, R = 512, 4096, 1024, 16

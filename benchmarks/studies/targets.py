@@ -8,11 +8,11 @@ import sys
 import torch
 from matplotlib.figure import Figure
 
-from fastlora.benchmarks.cases.models import LLAMA_2_7B_SHAPE
-from fastlora.benchmarks.commands.report import NAMES
+from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import MODULES, Row, Setup, Study, column, megabytes, pick
+from fastlora.benchmarks.tables import NAMES
 
 R = 16
 TARGETS = {
@@ -43,10 +43,10 @@ def measure(setup: Setup) -> list[Row]:
 def llama_2_7b_parameters(targets: tuple[str, ...], r: int) -> int:
     """How many parameters PEFT trains in Llama-2-7B, counted on a model whose tensors have sizes but no contents."""
     import peft
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA_2_7B_SHAPE))
+        model = LlamaForCausalLM(SHAPES["llama-2-7b"].config())
         config = peft.LoraConfig(r=r, target_modules=list(targets))
         adapted = peft.get_peft_model(model, config, low_cpu_mem_usage=True)
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -1,14 +1,24 @@
-"""A pytest plugin: outcomes are noted as they come, and a later call goes on with the tests that have none.
+"""The tests that `gpu.py` runs: in several processes, within its budget, going on where an earlier call stopped.
 
-pytest -p benchmarks.resume --outcomes FILE --shard 0/8 --seconds 300
+This module is a pytest plugin too, which notes outcomes as they come and leaves out the tests that have one:
+
+    pytest -p benchmarks.gpu_tests --outcomes FILE --shard 0/8 --seconds 300
 """
 
 import json
+import os
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 STOPPED, BROKEN = 2, 90  # exit codes: out of time (pytest's own), and the device takes no more work from this process
 
@@ -86,3 +96,47 @@ def _broken() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+# ---- who starts pytest
+
+
+def run_tests(run: Any, name: str, arguments: list[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """pytest, its tests dealt out to several processes because most of the time is compiling."""
+    shards = 1 if run.tiny else max(1, min(8, (os.cpu_count() or 1) // 2))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    notes = [run.folder / f"{name}-{shard}.jsonl" for shard in range(shards)]
+    if run.again:
+        for path in notes:
+            path.unlink(missing_ok=True)
+    with ThreadPoolExecutor(shards) as pool:
+        ends = list(pool.map(partial(_pytest, run, arguments, shards), range(shards), notes))
+    for outcome in (outcome for path in notes for outcome in read(path)):
+        yield outcome["test"], [{name: outcome[name] for name in ("outcome", "seconds", "reason")}]
+    for code, text in ends:
+        if code not in (0, 1, STOPPED, 5):  # all passed, some failed, out of time, nothing was left to run
+            raise RuntimeError(f"pytest ended with {code}: {text[-2000:]}")
+    if any(code == STOPPED for code, _ in ends):
+        run.deadline = 0.0
+        yield "out of time", []
+
+
+def _pytest(run: Any, arguments: list[str], shards: int, shard: int, notes: Path) -> tuple[int, str]:
+    """Run one shard, again and again while its tests break the device, and stop it if one hangs."""
+    plugins = ["-p", "benchmarks.gpu_tests", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, *arguments]
+    command += ["--outcomes", str(notes), "--shard", f"{shard}/{shards}", "--seconds"]
+    while True:
+        left = max(1.0, run.seconds_left - 20)
+        worker = subprocess.Popen(
+            [*command, str(left)], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            text, _ = worker.communicate(timeout=left + 60)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.communicate()
+            return STOPPED, "a test did not end"
+        if worker.returncode != BROKEN:
+            return worker.returncode, text

@@ -1,0 +1,103 @@
+"""The one judge of accuracy, for tests, benchmarks and tuning: whoever is less exact than plain torch fails.
+
+    error(t) = ‖t - truth‖ / ‖truth‖                       (Frobenius, for every result)
+    error    <= 1.5 · error of the baseline + floor
+
+The baseline is the same computation in eager torch, for a layer that of PEFT. The floor is there because the baseline's
+error is a sample, and on a few elements often zero by luck. A result takes at most four roundings to the compute dtype
+one after the other (adapter, xa, adapter's product, sum), of half an ulp each, and sums of at most L terms in fp32,
+whose errors walk randomly. Over n independent elements they average out:
+
+    floor = (2 eps(compute dtype) + sqrt(L) eps(fp32)) / sqrt(n)
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FACTOR = 1.5
+FACTOR_OF_ONE = 3.0  # of one among many results of a kind, which are judged by their root mean square
+ROUNDINGS = 8
+
+
+def floor(dtype: torch.dtype, longest: int, elements: int = 1) -> float:
+    """What is added to the bar: ``longest`` is L of the module's docstring, ``elements`` is n."""
+    return (2 * torch.finfo(dtype).eps + math.sqrt(longest) * torch.finfo(torch.float32).eps) / math.sqrt(elements)
+
+
+def relative_error(t: Tensor, truth: Tensor) -> float:
+    """In the Frobenius norm; where the truth is zero, or empty, the norm of t."""
+    return (t.to(truth.dtype) - truth).norm().item() / (truth.norm().item() or 1.0)
+
+
+def judge(
+    errors: Mapping[str, float],
+    bars: Mapping[str, float],
+    floors: Mapping[str, float],
+    kind: Callable[[str], str] = str,
+) -> str | None:
+    """Why results with these errors are not exact enough beside the baseline's (``bars``), None if they are.
+
+    Results of one ``kind``, such as dA of all layers, are judged by the root mean square of their errors, and none of
+    them may be further off than twice as much as a single result.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in errors:
+        kinds.setdefault(kind(name), []).append(name)
+    for what, names in kinds.items():
+        for name in names if len(names) > 1 else ():
+            if not errors[name] <= FACTOR_OF_ONE * bars[name] + floors[name]:  # so that NaN fails
+                return _reason(name, errors[name], bars[name])
+        error, bar, least = (math.sqrt(sum(e[n] ** 2 for n in names) / len(names)) for e in (errors, bars, floors))
+        if not error <= FACTOR * bar + least:
+            return _reason(names[0] if len(names) == 1 else what, error, bar)
+    return None
+
+
+def _reason(name: str, error: float, bar: float) -> str:
+    return f"error of {name} {error:.1e}, the baseline's is {bar:.1e}"
+
+
+def inexact(
+    ours: Sequence[Tensor], eager: Sequence[Tensor], truth: Sequence[Tensor], longest: int, least: float = 0.0
+) -> str | None:
+    """Why the results of an op are not exact enough, None if they are.
+
+    Args:
+        longest: terms in the op's longest sum.
+        least: an error that is allowed however exact eager torch is.
+    """
+    for i, (t, theirs, exact) in enumerate(zip(ours, eager, truth, strict=True)):
+        if t.shape != exact.shape:
+            return f"shape {list(t.shape)} instead of {list(exact.shape)}"
+        dtype = max(t.dtype, theirs.dtype, key=lambda each: torch.finfo(each).eps)
+        error, bar = relative_error(t, exact), max(least, relative_error(theirs, exact))
+        name = f"result {i}"
+        reason = judge({name: error}, {name: bar}, {name: floor(dtype, longest, max(1, exact.numel()))})
+        if reason is not None:
+            return reason
+    return None
+
+
+def same(t: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether one computation, done in two ways, differs by no more than the roundings of either (of ``dtype``, if not
+    of t's own): in the Frobenius norm, for elements may cancel."""
+    eps = torch.finfo(dtype or t.dtype).eps
+    return t.shape == other.shape and relative_error(t.double(), other.double()) <= ROUNDINGS * eps
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """``torch.empty`` returns NaN: an element that nobody writes cannot pass for what was in that memory before."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)

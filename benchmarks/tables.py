@@ -1,0 +1,93 @@
+"""Results in words: names of providers, numbers with their units, tables for a terminal and in Markdown."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+
+NAMES = {  # of who trains a whole model
+    "frozen": "frozen model (limit)",
+    "peft": "PEFT",
+    "fastlora": "PEFT + fastlora",
+    "peft+compile": "PEFT, compiled",
+    "fastlora+compile": "PEFT + fastlora, compiled",
+}
+TIE = 0.02  # two medians of interleaved rounds that are closer than this are as fast
+
+
+def terminal(
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str] | None], caption: str | None = None, words: int = 1
+) -> Table:
+    """A table whose first columns hold words and the others numbers; None as a row draws a line."""
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < words else "right", no_wrap=i > 0)
+    for row in rows:
+        if row is None:
+            table.add_section()
+        else:
+            table.add_row(*row)
+    return table
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+
+
+def verdict(speedup: float) -> str:
+    """A gain, a loss or a tie: what repeats no better than it differs is neither of the others."""
+    return "a tie" if abs(speedup - 1) <= TIE else "a gain" if speedup > 1 else "a loss"
+
+
+def case_name(case: dict) -> str:
+    return f"{case['base']}, dropout {case['dropout']:g}{', checkpointing' * case['checkpointing']}"
+
+
+def setting_line(settings: dict) -> str:
+    return f"r = {settings['r']}, {settings['batch']} x {settings['tokens']} tokens a step"
+
+
+def megabytes(count: float | None) -> str:
+    """MB are 10^6 bytes."""
+    if not count:
+        return "-"
+    return f"{count / 1e6:,.0f}" if count >= 1e7 else f"{count / 1e6:.2f}"
+
+
+def size(count: int) -> str:
+    """In the decimal unit that says it shortest."""
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    unit, scale = next(((unit, scale) for unit, scale in units if count >= scale), ("B", 1))
+    return f"{count / scale:.4g} {unit}"
+
+
+def ends_at(report: dict, name: str) -> str:
+    """Where the budget ends, in words."""
+    found = report["length"]["providers"][name]["longest"]
+    if found is None:
+        return "unknown: fewer than two lengths were measured"
+    if found["sequence"] is None:
+        return "any length (the fit does not grow)"
+    positions = report["length"].get("positions")
+    beyond = f", beyond the model's {positions:,} positions" if positions and found["sequence"] > positions else ""
+    return f"{found['sequence']:,} tokens ({found['how']}{beyond})"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} µs" if seconds < 0.01 else f"{seconds * 1e3:,.1f} ms"
+
+
+def number(value: float | None, form: str | None = None, unit: str = "") -> str:
+    """To three digits or so unless the format is given; a dash for nothing, and for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:{form or (',.0f' if abs(value) >= 100 else '.2f')}}{unit}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"
+
+
+def power(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-")
