@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-installed test-others fuzz-asan lint bench studies report gpu clean
+.PHONY: setup demo test test-installed test-others test-oldest fuzz-asan lint docs bench studies report gpu clean
 
 setup: $(READY)
 
@@ -38,6 +38,21 @@ test-others:
 	$(BIN)/python -m pytest --kernels-in-interpreter \
 		$(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp))
 
+# The oldest versions that pyproject.toml allows, in a virtual environment of their own, and the tests of what depends on
+# them. It downloads another PyTorch, a build for CUDA unless PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS leads to one for CPUs.
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,peft trainer adapter_files ops autograd nf4_cpu nf4_kernels examples))
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
+$(OLDEST)/.ready: pyproject.toml setup.py constraints-oldest.txt $(wildcard kernels/cpu/*)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST_PIP) setuptools ninja numpy
+	$(OLDEST_PIP) torch
+	$(OLDEST_PIP) --no-build-isolation --editable '.[peft,qlora,test]' transformers accelerate
+	touch $@
+
 # Random calls of the ops through CPU kernels that the compiler's sanitizers watch: ten minutes, most of them to compile.
 FUZZ := build/fuzz-asan
 SANITIZE := -fsanitize=address,undefined -fno-omit-frame-pointer
@@ -52,6 +67,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 	$(BIN)/mypy
+
+# The documentation, into site/. A link that leads nowhere is an error.
+docs: setup
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The measurements behind the README's tables and pictures: under ten minutes on two cores.
 RESULTS := benchmarks/results/cpu
@@ -81,4 +101,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastlora/*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info fastlora/*.so .mypy_cache .pytest_cache .ruff_cache

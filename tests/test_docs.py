@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastlora
 from fastlora import reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +148,12 @@ def test_every_function_of_autograd_has_its_place():
         pytest.skip("the Functions have their former names")
     missing = sorted(name for name in functions if f"`{name}`" not in page)
     assert functions and not missing
+
+
+def test_the_api_page_has_all_that_is_exported():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^::: fastlora\.\w+\.(\w+)$", page, re.MULTILINE))
+    assert set(fastlora.__all__) - {"__version__"} <= described
 
 
 def texts_of_sources():
