@@ -73,7 +73,7 @@ lint: setup
 
 # The documentation, into site/. A link that leads nowhere is an error.
 docs: setup
-	$(PIP) --no-build-isolation --editable '.[docs]'
+	$(PIP) mkdocs mkdocs-material 'mkdocstrings[python]' # the extra "docs", without building the package again
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The measurements behind the README's tables and pictures: under ten minutes on two cores.
