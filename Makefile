@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test fuzz-asan lint bench studies report gpu clean
+.PHONY: setup demo test test-oldest fuzz-asan lint docs bench studies report gpu clean
 
 setup: $(READY)
 
@@ -33,6 +33,24 @@ test: setup
 	$(PYTEST) --no-cpu-kernels $(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
 	$(PYTEST) --kernels-in-interpreter $(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp))
 
+# The oldest versions that pyproject.toml allows, in a virtual environment of their own, and the tests of what depends on
+# them. It downloads another PyTorch, a build for CUDA unless PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS leads to one for CPUs.
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,peft trainer adapter_files examples nf4_kernels))
+# PEFT 0.18 writes the biases of bias="lora_only" under names that it does not read, and bitsandbytes 0.49 does not quantise
+# an odd number of weights on a CPU.
+NOT_WITH_OLDEST := lora_only or 5x7 or 1x1 or 9x513
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -k 'not ($(NOT_WITH_OLDEST))'
+
+$(OLDEST)/.ready: pyproject.toml setup.py constraints-oldest.txt $(wildcard kernels/cpu/*)
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST_PIP) setuptools ninja numpy
+	$(OLDEST_PIP) torch
+	$(OLDEST_PIP) --no-build-isolation --editable '.[peft,qlora,test]' transformers accelerate
+	touch $@
+
 # Random calls of the ops through CPU kernels that the compiler's sanitizers watch: a quarter of an hour, most of it to
 # compile.
 FUZZ := build/fuzz-asan
@@ -48,6 +66,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror kernels/cpu/*.h kernels/cpu/*.cpp
 	$(BIN)/mypy
+
+# The documentation, into site/. A link that leads nowhere is an error.
+docs: setup
+	$(PIP) mkdocs mkdocs-material 'mkdocstrings[python]' # the extra "docs", without building the package again
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The measurements behind the README's tables and pictures: under ten minutes on two cores.
 RESULTS := benchmarks/results/cpu
@@ -77,4 +100,4 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastlora/*.so .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info fastlora/*.so .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,7 @@
 """The C++ extension: that it is there, which file is taken, and what only its kernels promise."""
 
 import os
+import runpy
 import shutil
 from pathlib import Path
 
@@ -190,3 +191,44 @@ def test_bad_calls_raise():
         op.shrink(x, a, 1.0, 0.5)
     with pytest.raises(RuntimeError, match="needs b or xa"):
         op.lora_grad(dy, x, None, None, 1.0)
+
+
+@pytest.mark.parametrize(
+    "vectors, bf16, taken",
+    [
+        ("DEFAULT", False, None),
+        ("AVX2", False, "_cpu_avx2.so"),
+        ("AVX512", False, "_cpu_avx512.so"),
+        ("AVX512", True, "_cpu_avx512_bf16.so"),
+    ],
+)
+def test_of_a_wheel_with_all_builds_the_right_one_is_loaded(vectors, bf16, taken, package, loads, monkeypatch):
+    for name in ("avx2", "avx512", "avx512_bf16"):
+        (package / f"_cpu_{name}.so").touch()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert (extension.load() is None) == (taken is not None)
+    assert [path.name for path in loads] == ([] if taken is None else [taken])
+
+
+@pytest.mark.parametrize(
+    "asked, built",
+    [
+        ("all", ["avx2", "avx512", "avx512_bf16"]),
+        ("AVX2,AVX512", ["avx2", "avx512"]),
+        ("AVX512", ["avx512"]),
+        ("NEON", []),
+        ("AVX2,NEON", []),
+    ],
+)
+def test_setup_builds_what_it_is_asked_for(asked, built, monkeypatch):
+    arguments = {}
+    root = Path(extension.__file__).resolve().parents[1]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("setuptools.setup", lambda **given: arguments.update(given))
+    monkeypatch.setenv("FASTLORA_CPU_CAPABILITY", asked)
+    runpy.run_path(str(root / "setup.py"))
+    extensions = arguments.get("ext_modules", [])
+    assert [each.name for each in extensions] == [f"fastlora._cpu_{name}" for name in built]
+    assert all(("-mavx512bf16" in each.extra_compile_args) == each.name.endswith("_bf16") for each in extensions)
+    assert all(("-mavx512f" in each.extra_compile_args) == ("avx512" in each.name) for each in extensions)
