@@ -170,3 +170,13 @@ def constant_while_tracing(function: Callable) -> Callable:
 # PEFT. ``ACTIVE_ADAPTER`` names the attribute with the active adapter's name, or a list of names; the public property
 # takes three function calls to read.
 ACTIVE_ADAPTER = "_active_adapter"
+
+
+# Triton. ``compiled[grid](*arguments)`` looks up the stream, makes metadata for hooks and calls empty hooks.
+
+
+def launch_of(compiled: Any) -> tuple[Callable, Any, Any] | None:
+    """What launches a compiled kernel, its function and its metadata; None where a name is gone: launch by `[grid]`."""
+    run = find(compiled, "run", None)
+    function, metadata = (getattr(compiled, name, None) for name in ("function", "packed_metadata"))
+    return None if run is None or function is None or metadata is None else (run, function, metadata)
