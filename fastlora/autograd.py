@@ -1,13 +1,16 @@
-"""The autograd Functions: one per shape of work. They save x, the adapters, xa; never a mask, a cast or decoded copy.
+"""The autograd Functions of one adapted layer. They save x, the adapter and xa; never a mask, a cast or decoded copy.
 
-`lora_linear` and `add_lora` are what to call, and `fastlora.mlp.mlp`. Each prepares what is small (xa) and leaves its
-last base product to a Function that saves everything backward needs *before* that product. Where saved tensors are
-packed, as by checkpointing, that is two Functions: one saves and hands out an empty handle, and `Run` computes. A
-checkpointed block is computed again only until its last tensor has been saved, so its last base product is never
-computed twice.
+`fused_linear` computes a layer whose base weight fastlora multiplies itself, `add_adapter` adds an adapter to the
+output of any base layer; `fastlora.mlp.fused_mlp` computes an MLP. Each computes xa, which is small, without autograd,
+and runs the layer's product in a Function that saves every tensor its backward needs.
 
-``a, b, s, p, seed`` are as in `fastlora.reference`; x has any rank, and its 2-D view is what is computed on. A weight
-is a dense tensor or a `Weight4bit`. Gradients are once-differentiable.
+Under saved-tensor hooks, as checkpointing sets them, the product is deferred: the Function saves its tensors and
+returns an output without memory, and a second Function, `DeferredProduct`, computes it. A checkpointed block is
+recomputed only until its last tensor has been saved, so the last base product of a block is not computed a second time.
+
+``a, b, s, p, seed`` are as in `fastlora.reference`; x has two dimensions or more, and is multiplied as a matrix. A
+weight is a dense tensor or a `Weight4bit`. Gradients can be differentiated once. ``eager`` says that neither
+torch.compile nor torch.func traces the call (`is_eager`).
 """
 
 from collections.abc import Callable
@@ -20,41 +23,43 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from fastlora import kernel_ops
+from fastlora.compat import (
+    any_autocast_is_enabled,
+    apply_of,
+    forward_ad,
+    functorch_is_active,
+    functorch_transforms,
+    set_grad_enabled,
+    top_saved_tensors_hooks,
+    unsafe_view,
+)
 from fastlora.fourbit import Weight4bit
+from fastlora.ops import overload
 from fastlora.ops_4bit import lora_matmul_4bit
 from fastlora.siblings import SharedInput
 
-shrink = torch.ops.fastlora.shrink.default
-lora_matmul = torch.ops.fastlora.lora_matmul.default
-lora_matmul_group = torch.ops.fastlora.lora_matmul_group.default
-lora_grad = torch.ops.fastlora.lora_grad.default
-nf4_matmul = torch.ops.fastlora.nf4_matmul.default
-_unsafe_view = torch.ops.aten._unsafe_view.default
+shrink = overload("shrink")
+lora_matmul = overload("lora_matmul")
+lora_matmul_group = overload("lora_matmul_group")
+lora_grad = overload("lora_grad")
+nf4_matmul = overload("nf4_matmul")
 
 Weight = Tensor | Weight4bit
 
 
-def apply(function: type[Function], *args: Any) -> Any:
-    """``function.apply(*args)``; eager calls skip its binding of default arguments, which costs 25 µs a call."""
-    if not torch.is_grad_enabled():  # asked first: Dynamo's apply passes a context there that forward does not take
-        return function.forward(*args)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(Function, function).apply(*args)  # type: ignore[misc]
+def is_eager() -> bool:
+    """Whether neither torch.compile or torch.export nor a transform of torch.func traces what is called here."""
+    return not torch.compiler.is_compiling() and not functorch_is_active()
 
 
 def transform_without_rule() -> str | None:
     """The transform in force here that fastlora's layers have no rule for, None if there is none."""
     if torch.compiler.is_compiling():
         return None
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode AD, for which fastlora has no rule"
-    if torch._C._are_functorch_transforms_active():
-        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters  # which imports Triton
-
-        transforms = {level.key().name for level in retrieve_all_functorch_interpreters()}
-        if "Vmap" in transforms:
-            return "torch.func.vmap, for which fastlora has no rule"
+    if functorch_is_active() and "Vmap" in functorch_transforms():
+        return "torch.func.vmap, for which fastlora has no rule"
     return None
 
 
@@ -71,29 +76,32 @@ def without_autocast(compute: Callable) -> Callable:
     return run
 
 
-def backward_without_autocast(backward: Callable) -> Callable:
-    """A once-differentiable backward with autocast off, whether or not it is called under it: dtypes are decided."""
-
-    def run(ctx: Any, dy: Tensor | None, *others: Any) -> Any:
-        device = "cpu" if dy is None else dy.device.type
-        if not torch.is_autocast_enabled(device):
-            return backward(ctx, dy, *others)
-        with torch.autocast(device, enabled=False):
-            return backward(ctx, dy, *others)
-
-    return once_differentiable(run)
+def needs_guard(dy: Tensor | None) -> bool:
+    """Whether a backward has to go through `guarded`: it is called with gradients on, or under autocast."""
+    if torch.is_grad_enabled():
+        return True
+    return dy is not None and any_autocast_is_enabled() and torch.is_autocast_enabled(dy.device.type)
 
 
-def is_packed() -> bool:
+@once_differentiable
+def guarded(ctx: Any, backward: Callable, dy: Tensor | None, *others: Any) -> Any:
+    """``backward(ctx, dy, *others)``, once differentiable and with autocast off: forward has decided every dtype."""
+    if dy is None:
+        return backward(ctx, dy, *others)
+    with torch.autocast(dy.device.type, enabled=False):
+        return backward(ctx, dy, *others)
+
+
+def saved_tensor_hooks_active() -> bool:
     """Whether saved tensors go through hooks here: checkpointing, or saving them elsewhere."""
-    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not torch.compiler.is_compiling() and top_saved_tensors_hooks(True) is not None
 
 
-class Run(Function):
-    """``compute()``, whose gradient is that of ``handle``: everything backward needs was saved with the handle."""
+class DeferredProduct(Function):
+    """``compute()``; the gradient of its output is that of ``output``, whose Function saved what backward needs."""
 
     @staticmethod
-    def forward(handle, compute):
+    def forward(output, compute):
         return compute()
 
     @staticmethod
@@ -105,25 +113,22 @@ class Run(Function):
         return dy, None
 
 
-def new_handle(x: Tensor, N: int) -> Tensor:
-    """``[..., N]`` without memory."""
+_apply_deferred_product = apply_of(DeferredProduct)
+
+
+def deferred_product(output: Tensor, compute: Callable[[], Tensor], eager: bool) -> Tensor:
+    """Compute the product whose Function returned ``output``, a `zero_storage_output`."""
+    return (_apply_deferred_product if eager else DeferredProduct.apply)(output, compute)
+
+
+def zero_storage_output(x: Tensor, N: int) -> Tensor:
+    """``[..., N]`` that takes the memory of one element."""
     return x.new_empty(()).expand(*x.shape[:-1], N)
 
 
-def rows_of(t: Tensor) -> Tensor:
-    """``[..., K]`` as ``[M, K]``"""
-    if t.dim() == 2:
-        return t
-    K = t.shape[-1]
-    return t.reshape(-1 if K > 0 else t.shape[:-1].numel(), K)
-
-
 def like_rows_of(x_shape: torch.Size, y: Tensor) -> Tensor:
-    """``[M, N]`` with the leading dimensions of x.
-
-    Not by `view`: an output of a custom Function that is a view refuses every in-place op on it.
-    """
-    return y if len(x_shape) == 2 else _unsafe_view(y, (*x_shape[:-1], y.shape[-1]))
+    """``[M, N]`` with the leading dimensions of x, not as a view: see `unsafe_view`."""
+    return y if len(x_shape) == 2 else unsafe_view(y, (*x_shape[:-1], y.shape[-1]))
 
 
 def is_merged(weight: Weight, p: float) -> bool:
@@ -133,91 +138,92 @@ def is_merged(weight: Weight, p: float) -> bool:
     updates survive; on a dense bf16 weight they would not. A CPU decodes inside its products: there the adapter's own
     product costs less than merging.
     """
-    return p == 0.0 and not isinstance(weight, Tensor) and kernel_ops.decodes_whole_weights(weight.packed.device)
+    return p == 0.0 and type(weight) is Weight4bit and kernel_ops.decodes_whole_weights(weight.packed.device)
 
 
 def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any, s: float, p: float) -> Tensor:
-    """``x wᵀ + bias + xa bᵀ``, like x but for N; xa is not used if the adapter `is_merged`: that is
-    ``nf4_matmul``, whose plan for few tokens on a GPU multiplies the 4-bit weight without decoding it to memory. On a
-    CPU `lora_matmul_4bit` does so for any number."""
-    rows = rows_of(x)
+    """``x wᵀ + bias + xa bᵀ``, like x but for its last dimension. Without xa the adapter is merged (`is_merged`).
+
+    Merged is ``nf4_matmul``, which decodes the weight inside the product for few tokens on a GPU. A CPU decodes inside
+    `lora_matmul_4bit` for any number of tokens.
+    """
+    rows = x.flatten(0, -2)
     if isinstance(weight, Tensor):
         y = lora_matmul(rows, weight, xa, b, bias)
-    elif is_merged(weight, p):
+    elif xa is None:
         y = nf4_matmul(rows, *weight, a, b, s, bias)
     else:
         y = lora_matmul_4bit([rows], [weight], [xa], [b], bias, [0.0], [None], False)
     return like_rows_of(x.shape, y)
 
 
-class Part(NamedTuple):
-    """One layer's part of the gradient of x."""
+class DxTerm(NamedTuple):
+    """What one layer adds to the gradient of x."""
 
     dy: Tensor
     weight: Weight
     a: Tensor
-    b: Tensor | None  # given if the adapter is merged
-    dxa: Tensor | None  # given if not
+    b: Tensor | None  # given if the adapter is merged into the weight
+    dxa: Tensor | None  # None if it is merged
     s: float
     p: float
     seed: Tensor | None
 
-    def alone(self) -> Tensor:
+    def input_grad(self) -> Tensor:
         """``dy w + D ∘ (dxa a)``"""
         dy, weight, a, b, dxa, s, p, seed = self
-        if is_merged(weight, p):
+        if dxa is None:
             return torch.mm(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[union-attr, arg-type]
         if isinstance(weight, Tensor):
             return lora_matmul(dy, weight.t(), dxa, a.t(), None, p, seed)
-        return lora_matmul_4bit([dy], [weight], [dxa], [a.t()], None, [p], [seed], True)  # type: ignore[list-item]
+        return lora_matmul_4bit([dy], [weight], [dxa], [a.t()], None, [p], [seed], True)
 
 
-def input_gradient(parts: list[Part]) -> Tensor:
-    """The sum of the parts: one product, or such as accumulate into one tensor."""
-    if len(parts) == 1:
-        return parts[0].alone()
-    merged = [part for part in parts if is_merged(part.weight, part.p)]
-    plain = [part for part in parts if not is_merged(part.weight, part.p)]
-    dx = _sum_of_plain(plain) if len(plain) > 1 else (plain or merged).pop(0).alone()
+def input_gradient(terms: list[DxTerm]) -> Tensor:
+    """The sum of the terms: one product of those whose adapters are not merged, to which the others are added."""
+    if len(terms) == 1:
+        return terms[0].input_grad()
+    merged: list[DxTerm] = []
+    plain: list[DxTerm] = []
+    for term in terms:
+        (merged if term.dxa is None else plain).append(term)
+    if len(plain) > 1:
+        dys, weights, As, _, dxas, _, ps, seeds = zip(*plain, strict=True)
+        at: list[Tensor] = []
+        wt: list[Tensor] = []
+        all_4bit = True
+        for w, a in zip(weights, As, strict=True):  # no comprehensions: before Python 3.12 each is a function call
+            at.append(a.t())
+            if isinstance(w, Tensor):
+                all_4bit = False
+                wt.append(w.t())
+        if all_4bit:
+            dx = lora_matmul_4bit(dys, weights, dxas, at, None, ps, seeds, True)
+        else:
+            if len(wt) < len(weights):
+                wt = [(w if isinstance(w, Tensor) else w.decode(dys[0].dtype)).t() for w in weights]
+            dx = lora_matmul_group(dys, wt, dxas, at, ps, seeds)
+    else:
+        dx = (plain or merged).pop(0).input_grad()
     for dy, weight, a, b, _, s, _, _ in merged:
         dx.addmm_(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[union-attr, arg-type]
     return dx
 
 
-def _sum_of_plain(parts: list[Part]) -> Tensor:
-    """`input_gradient` of parts whose adapters are not merged."""
-    dys, weights, As, _, dxas, _, ps, seeds = zip(*parts, strict=True)
-    at = [a.t() for a in As]
-    if not any(isinstance(w, Tensor) for w in weights):
-        return lora_matmul_4bit(dys, weights, dxas, at, None, ps, seeds, True)
-    ws = [(w if isinstance(w, Tensor) else w.decode(dys[0].dtype)).t() for w in weights]
-    return lora_matmul_group(dys, ws, dxas, at, ps, seeds)
+WEIGHT_TENSORS = 5  # of the fields of a Weight4bit; the rest are numbers
 
 
-def fields_of(weight: Weight) -> tuple:
-    return (weight,) if isinstance(weight, Tensor) else weight
+def fields_of(weight: Weight) -> tuple[tuple, tuple]:
+    """The tensors of a weight, which autograd has to see, and its numbers: none of a dense weight."""
+    return ((weight,), ()) if isinstance(weight, Tensor) else (weight[:WEIGHT_TENSORS], weight[WEIGHT_TENSORS:])
 
 
-def weight_of(fields: Any) -> Weight:
-    return fields[0] if len(fields) == 1 else Weight4bit(*fields)
+def weight_of(tensors: Any, numbers: tuple) -> Weight:
+    """The inverse of `fields_of`."""
+    return Weight4bit(*tensors, *numbers) if numbers else tensors[0]
 
 
-TENSORS = 5  # of the fields of a Weight4bit
-
-
-class Static(NamedTuple):
-    """What of a call is no tensor."""
-
-    s: float
-    p: float
-    numbers: tuple  # of a 4-bit weight
-    shared: SharedInput | None
-    place: int  # in shared.adapters, if xa is made in backward
-    chained: bool  # to the other layers of x, by tokens
-    run: bool  # compute, or put out a handle
-
-
-def lora_linear(
+def fused_linear(
     x: Tensor,
     weight: Weight,
     a: Tensor,
@@ -227,123 +233,149 @@ def lora_linear(
     p: float,
     seed: Tensor | None,
     shared: SharedInput | None = None,
+    eager: bool = False,
 ) -> Tensor:
-    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight; ``shared`` if x is that of siblings. Not for autocast."""
-    merged = is_merged(weight, p)
-    if not torch.is_grad_enabled():
-        xa = None if merged else _shrink(x, a, s, p, seed, shared)
-        return product(x, weight, a, b, bias, xa, s, p)
-    xa, place = None, -1
+    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight, outside autocast; ``shared`` if siblings get x too."""
+    dense = isinstance(weight, Tensor)
+    merged = not dense and is_merged(weight, p)
+    with_grad = torch.is_grad_enabled()
+    xa, xa_index = None, -1
     if not merged:
-        torch._C._set_grad_enabled(False)  # torch.no_grad() takes six times as long, and this is every layer's way
+        if with_grad:
+            set_grad_enabled(False)
         try:
-            xa = _shrink(x, a, s, p, seed, shared)
+            rows = x if x.dim() == 2 else x.flatten(0, -2)
+            xa = shrink(rows, a, s, p, seed) if shared is None or p != 0.0 else shared.shrink(rows, a, s)
         finally:
-            torch._C._set_grad_enabled(True)
-    elif shared is not None:
-        place = shared.wanted(a, s)
-    chain = shared if shared is not None and shared.may_hold_graph else None
-    token = None if chain is None else chain.token
-    packed = is_packed()
-    fields = fields_of(weight)
-    static = Static(s, p, fields[TENSORS:], shared, place, chain is not None, not packed)
-    y = apply(LoRALinear, x, a, b, bias, xa, token, seed, static, *fields[:TENSORS])
-    if chain is not None:
-        y, chain.token = y
-    return apply(Run, y, partial(product, x, weight, a, b, bias, xa, s, p)) if packed else y
+            if with_grad:
+                set_grad_enabled(True)
+    elif shared is not None and with_grad:
+        xa_index = shared.wants_xa(a, s)
+    if not with_grad:
+        return product(x, weight, a, b, bias, xa, s, p)
+    chained = shared is not None and shared.joins_dx
+    token = shared.token if chained else None  # type: ignore[union-attr]
+    deferred = top_saved_tensors_hooks(True) is not None if eager else saved_tensor_hooks_active()
+    tensors, numbers = ((weight,), ()) if dense else fields_of(weight)
+    apply = _apply_fused_linear if eager else FusedLinear.apply
+    y = apply(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, numbers, *tensors)
+    if chained:
+        y, shared.token = y  # type: ignore[union-attr]
+    return deferred_product(y, partial(product, x, weight, a, b, bias, xa, s, p), eager) if deferred else y
 
 
-def _shrink(x: Tensor, a: Tensor, s: float, p: float, seed: Tensor | None, shared: SharedInput | None) -> Tensor:
-    rows = rows_of(x)
-    return shrink(rows, a, s, p, seed) if shared is None or p != 0.0 else shared.shrink(rows, a, s)
+class FusedLinear(Function):
+    """`fused_linear`, given xa. Returns y, without memory if it is ``deferred``, and a token if it joins in one dx.
 
-
-class LoRALinear(Function):
-    """`lora_linear`, given xa. Its outputs are y (a handle, unless ``run``) and, if ``chained``, a token."""
+    The token goes from each layer of x to the next one, and makes autograd run the first layer's backward last. That
+    backward computes dx, in one product with the terms that the other layers left in ``shared``.
+    """
 
     @staticmethod
-    def forward(x, a, b, bias, xa, token, seed, static, *weight):
-        if static.run:
-            y = product(x, weight_of(weight + static.numbers), a, b, bias, xa, static.s, static.p)
-        else:
-            y = new_handle(x, b.shape[0])
-        return (y, x.new_empty(0)) if static.chained else y
+    def forward(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, numbers, *weight):
+        if deferred:
+            y = zero_storage_output(x, b.shape[0])
+        elif numbers:
+            y = product(x, Weight4bit(*weight, *numbers), a, b, bias, xa, s, p)
+        else:  # `product`, without the call
+            if x.dim() == 2:
+                y = lora_matmul(x, weight[0], xa, b, bias)
+            else:
+                y = lora_matmul(x.flatten(0, -2), weight[0], xa, b, bias)
+                y = unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return y if shared is None or not shared.joins_dx else (y, x.new_empty(0))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, b, bias, xa, token, seed, static, *weight = inputs
-        need_dx, need_da, need_db = ctx.needs_input_grad[:3]
-        need_xa = need_db and xa is None
-        kept = x.detach() if static.chained else x  # see SharedInput
+        x, a, b, bias, xa, token, seed, ctx.s, ctx.p, shared, ctx.xa_index, _, ctx.numbers, *weight = inputs
+        need_dx, need_da, need_db, _, *_ = ctx.needs_input_grad
+        ctx.chained = shared is not None and shared.joins_dx
+        ctx.merged = xa is None
+        need_xa = need_db and ctx.merged
+        saved_x = x.detach() if ctx.chained else x  # the graph must not hold x itself: see SharedInput
         ctx.save_for_backward(
-            kept if need_da or need_xa else None,
+            saved_x if need_da or need_xa else None,
             a if need_dx or need_xa else None,
             b if need_dx or need_da else None,
             xa if need_db else None,
             seed,
             *(weight if need_dx else ()),
         )
-        ctx.static, ctx.first = static, token is None
-        ctx.merged = is_merged(weight_of((*weight, *static.numbers)), static.p)
+        ctx.shared, ctx.first = shared, token is None
         ctx.x_shape, ctx.dtypes = x.shape, (a.dtype, b.dtype, None if bias is None else bias.dtype)
-        ctx.unused = len(inputs) - 4
+        ctx.inputs = len(inputs)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @backward_without_autocast
     def backward(ctx, dy, _=None):
-        need_dx, need_da, need_db, need_dbias = ctx.needs_input_grad[:4]
-        s, p, numbers, shared, place, chained, _ = ctx.static
-        if chained:
+        if torch.is_grad_enabled() or (dy is not None and any_autocast_is_enabled() and needs_guard(dy)):
+            return guarded(ctx, FusedLinear.backward, dy)
+        need_dx, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
+        shared, chained = ctx.shared, ctx.chained
+        if chained and shared.token is not None:
             shared.release()
-        dx = da = db = dbias = part = None
+        da = db = dbias = term = dx = None
         if dy is not None:
-            dy = rows_of(dy)
             x, a, b, xa, seed, *weight = ctx.saved_tensors
+            s, p = ctx.s, ctx.p
+            if dy.dim() != 2:
+                dy, x = dy.flatten(0, -2), None if x is None else x.flatten(0, -2)
             if need_db and xa is None:
-                xa = shrink(rows_of(x), a, s) if shared is None else shared.shrink_in_backward(place, rows_of(x))
-            need_dxa = need_da or (need_dx and not ctx.merged)  # dx is of the merged weight
-            dxa, da, db = adapter_grads(dy, x if need_da else None, b if need_dxa else None, xa, s, p, seed)
+                xa = shrink(x, a, s) if shared is None else shared.shrink_in_backward(ctx.xa_index, x)
             a_dtype, b_dtype, bias_dtype = ctx.dtypes
-            da, db = da.to(a_dtype) if need_da else None, db.to(b_dtype) if need_db else None
-            dbias = dy.sum(0, dtype=bias_dtype) if need_dbias else None
+            dxa = None
+            if need_db or need_da or (need_dx and not ctx.merged):
+                b_of_dxa = b if need_da or not ctx.merged else None  # dx of a merged weight takes no dxa
+                dxa, da, db = lora_grad(dy, x if need_da else None, b_of_dxa, xa, s, p, seed)
+                da = None if not need_da else da if da.dtype == a_dtype else da.to(a_dtype)
+                db = None if not need_db else db if db.dtype == b_dtype else db.to(b_dtype)
+            if need_dbias:
+                dbias = dy.sum(0, dtype=bias_dtype)
             if need_dx:
-                part = Part(dy, weight_of((*weight, *numbers)), a, b, dxa, s, p, seed)
+                weight = weight_of(weight, ctx.numbers) if ctx.numbers else weight[0]
+                term = DxTerm(dy, weight, a, b, None if ctx.merged else dxa, s, p, seed)
         if need_dx and not ctx.first:
-            if part is not None:
-                shared.hand_over(part)
+            if term is not None:
+                shared.defer_dx(term)
         elif need_dx:
-            parts = [] if part is None else [part]
+            terms = [] if term is None else [term]
             if chained:
-                parts += shared.take_over()
-            if parts:
-                dx = like_rows_of(ctx.x_shape, input_gradient(parts))
-        return (dx, da, db, dbias, *(None,) * ctx.unused)
+                terms += shared.collect_dx()
+            if terms:
+                dx = input_gradient(terms)
+                if len(ctx.x_shape) != 2:
+                    dx = unsafe_view(dx, ctx.x_shape)
+        return (dx, da, db, dbias, *(None,) * (ctx.inputs - 4))
+
+
+_apply_fused_linear = apply_of(FusedLinear)
 
 
 def adapter_grads(dy: Tensor, x: Tensor | None, b: Tensor | None, xa: Tensor | None, s: float, p: float, seed: Any):
-    """dxa, da, db for 2-D dy; without x no da, without b no dxa and no da, without xa no db."""
+    """dxa, da, db for 2-D dy and x; without x no da, without b no dxa and no da, without xa no db."""
     if b is None and xa is None:
         return None, None, None
-    return lora_grad(dy, None if x is None else rows_of(x), b, xa, s, p, seed)
+    return lora_grad(dy, x, b, xa, s, p, seed)
 
 
 @without_autocast
-def add_lora(
+def add_adapter(
     x: Tensor, a: Tensor, b: Tensor, y: Tensor, s: float, p: float, seed: Tensor | None, in_place: bool = False
 ) -> Tensor:
     """``y + s · drop(x) aᵀ bᵀ`` for the output y of a base layer that computes itself (the `opaque` plan)."""
     with torch.no_grad():
-        xa = shrink(rows_of(x), a, s, p, seed)
-    return apply(AddLoRA, x, a, b, y, xa, s, p, seed, in_place)
+        xa = shrink(x.flatten(0, -2), a, s, p, seed)
+    if not torch.is_grad_enabled():
+        return AddAdapter.forward(x, a, b, y, xa, s, p, seed, in_place)
+    return (_apply_add_adapter if is_eager() else AddAdapter.apply)(x, a, b, y, xa, s, p, seed, in_place)
 
 
-class AddLoRA(Function):
-    """`add_lora`, given xa."""
+class AddAdapter(Function):
+    """`add_adapter`, given xa."""
 
     @staticmethod
     def forward(x, a, b, y, xa, s, p, seed, in_place):
-        rows, xa, b = rows_of(y), xa.to(y.dtype), b.to(y.dtype).t()
+        rows, xa, b = y.flatten(0, -2), xa.to(y.dtype), b.to(y.dtype).t()
         if in_place:
             rows.addmm_(xa, b)
             return y
@@ -366,17 +398,21 @@ class AddLoRA(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @backward_without_autocast
     def backward(ctx, dy):
+        if needs_guard(dy):
+            return guarded(ctx, AddAdapter.backward, dy)
         if dy is None:
             return (None,) * 9
         need_dx, need_da, need_db, need_dy = ctx.needs_input_grad[:4]
         x, a, b, xa, seed = ctx.saved_tensors
-        rows = rows_of(dy).to(ctx.x_dtype)
-        dxa, da, db = adapter_grads(rows, x, b, xa, ctx.s, ctx.p, seed)
+        rows = dy.flatten(0, -2).to(ctx.x_dtype)
+        dxa, da, db = adapter_grads(rows, None if x is None else x.flatten(0, -2), b, xa, ctx.s, ctx.p, seed)
         da, db = da.to(ctx.a_dtype) if need_da else None, db.to(ctx.b_dtype) if need_db else None
         dx = None
         if need_dx:
             no_base = rows.new_empty(a.shape[1], 0)  # only dropout(dxa @ a) is left of the product
             dx = like_rows_of(ctx.x_shape, lora_matmul(rows[:, :0], no_base, dxa, a.t(), None, ctx.p, seed))
         return dx, da, db, dy if need_dy else None, *(None,) * 5
+
+
+_apply_add_adapter = apply_of(AddAdapter)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.compat import share_storage
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DECODED = FLOATS[:3]  # what a 4-bit weight can be decoded to
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -304,7 +306,7 @@ def _is_writable(t: Tensor) -> bool:
 
 def _are_apart(t: Tensor, u: Tensor) -> bool:
     """Whether two matrices of one shape share no memory. Interleaved rows of one tensor do not."""
-    if t.numel() == 0 or t.untyped_storage()._cdata != u.untyped_storage()._cdata:
+    if t.numel() == 0 or not share_storage(t, u):
         return True
     first, other = t.storage_offset(), u.storage_offset()
     cols, stride = t.shape[1], t.stride()

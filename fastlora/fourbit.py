@@ -5,6 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.compat import as_plain_tensor
+from fastlora.ops import overload
+
+decode_4bit = overload("decode_4bit")
+
 
 class Weight4bit(NamedTuple):
     """The fields of a bitsandbytes ``QuantState`` (NF4 or FP4, nested statistics or not) and its packed bytes."""
@@ -22,11 +27,11 @@ class Weight4bit(NamedTuple):
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """``dtype[N, K]``"""
-        return torch.ops.fastlora.decode_4bit(*self, dtype, None, None, 1.0)
+        return decode_4bit(*self, dtype, None, None, 1.0)
 
     def decode_merged(self, dtype: torch.dtype, a: Tensor, b: Tensor, s: float) -> Tensor:
         """``decode + s * b @ a`` in fp32, rounded once to dtype."""
-        return torch.ops.fastlora.decode_4bit(*self, dtype, a, b, s)
+        return decode_4bit(*self, dtype, a, b, s)
 
 
 def is_4bit(weight: Any) -> bool:
@@ -59,8 +64,7 @@ def weight_4bit(weight: Any) -> Weight4bit:
         )
     if state.absmax.dim() == 2:  # bitsandbytes' way back from its CPU format leaves flat statistics transposed, in bf16
         state.absmax = state.absmax.t().flatten().float()
-    with torch._C.DisableTorchFunctionSubclass():  # a plain tensor; unlike .data it shares the version counter
-        packed = weight.detach().view(torch.uint8)
+    packed = as_plain_tensor(weight).view(torch.uint8)
     nested = state.nested
     return Weight4bit(
         packed=packed,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import autograd, mlp
+from fastlora.compat import any_autocast_is_enabled, functorch_is_active, owners
 from fastlora.fourbit import Weight4bit, is_4bit, weight_4bit
 from fastlora.siblings import SharedInput, Siblings
 
@@ -50,53 +51,8 @@ def lora_linear(
     """
     _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     refuse_transforms()
-    return _apply(x, weight_4bit(weight) if is_4bit(weight) else weight, lora_A, lora_B, scaling, bias, dropout_p)
-
-
-def _apply(
-    x: Tensor,
-    weight: autograd.Weight,
-    a: Tensor,
-    b: Tensor,
-    scaling: float | Tensor,
-    bias: Tensor | None,
-    p: float,
-    shared: SharedInput | None = None,
-) -> Tensor:
-    """lora_linear without its checks, but for the one that keeps kernels from reading beyond their operands."""
-    if x.shape[-1] != a.shape[1]:
-        raise _wrong_width(x, a)
-    if isinstance(scaling, Tensor):
-        b, scaling = b * scaling, 1.0
-    seed = new_seed(x, p)
-    dtype = autocast_dtype(x)
-    if dtype is None:
-        return autograd.lora_linear(x, weight, a, b, bias, scaling, p, seed, shared)
-    x = x.to(dtype) if shared is None else shared.converted(x, dtype)
-    weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
-    return autograd.without_autocast(autograd.lora_linear)(x, weight, a, b, bias, scaling, p, seed, shared)
-
-
-def add_lora_output(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, p: float, in_place: bool = False
-) -> Tensor:
-    """``y + scaling * linear(linear(dropout(x, p), a), b)`` for the output y of any base layer of the same x."""
-    if x.shape[-1] != a.shape[1]:
-        raise _wrong_width(x, a)
-    if isinstance(scaling, Tensor):
-        b, scaling = b * scaling, 1.0
-    x = x.to(autocast_dtype(x) or x.dtype)
-    return autograd.add_lora(x, a, b, y, scaling, p, new_seed(x, p), in_place)
-
-
-def refuse_transforms() -> None:
-    """Raise RuntimeError under a transform that would otherwise drop tangents, or fail deep inside."""
-    if (transform := autograd.transform_without_rule()) is not None:
-        raise RuntimeError(f"fastlora: this is called under {transform}")
-
-
-def _wrong_width(x: Tensor, a: Tensor) -> ValueError:
-    return ValueError(f"x must be [..., {a.shape[1]}] for a layer with so many in_features, got {list(x.shape)}")
+    operand = weight_4bit(weight) if is_4bit(weight) else weight
+    return _fused(x, operand, Adapter(lora_A, lora_B, scaling, dropout_p), bias, None, autograd.is_eager())
 
 
 class Adapter(NamedTuple):
@@ -115,46 +71,105 @@ def adapted_forward(
     """``base_layer(x) + adapter(x)``, fused where the base allows it.
 
     A plain ``nn.Linear`` and a bitsandbytes ``Linear4bit`` are fused; any other base layer computes its own output,
-    through its own autograd, and the adapter is added to it (the `opaque` plan). ``layer`` is who computes this, one
-    of ``siblings``.
+    through its own autograd, and the adapter is added to it (the `opaque` plan). ``layer`` is the module that has the
+    base and the adapter, one of ``siblings``.
     """
-    a, b, scaling, p, lora_bias = adapter
     kind = base_kind(base_layer)
     if kind == "opaque":
-        y = base_layer(x)
-        in_place = False
-        if not torch.compiler.is_compiling():  # which cannot trace reference counts
-            references = sys.getrefcount(y)
-            in_place = is_nobody_elses(y, references)
-        shape = y.shape
-        if in_place and y._is_view():  # of the matrix that the layer's product put out
-            y = y._base
-        y = add_lora_output(y, x, a, b, scaling, p, in_place)
-        y = y.view(shape) if in_place else y
-        return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
-    shared = None if siblings is None else siblings.share(layer, x)
-    bias = base_layer._parameters["bias"] if lora_bias is None else whole_bias(base_layer, adapter)
-    if kind == "dense":
-        return _apply(x, base_layer._parameters["weight"], a, b, scaling, bias, p, shared)
-    dtype, compute_dtype = x.dtype, compute_dtype_4bit(base_layer, x)
-    if compute_dtype != dtype:
-        x = x.to(compute_dtype) if shared is None else shared.converted(x, compute_dtype)
-    return _apply(x, _weight_of(base_layer), a, b, scaling, bias, p, shared).to(dtype)
+        return _added_to_base(base_layer, x, adapter)
+    return fused_forward(base_layer, kind, x, adapter, siblings, layer, autograd.is_eager())
 
 
-def is_nobody_elses(y: Tensor, references: int) -> bool:
-    """Whether the memory of y, a local variable with so many references, can be written: nobody else has it, such as
-    the layer that made y (as its input, a buffer, or saved for its backward)."""
-    if type(y) is not Tensor or torch._C._are_functorch_transforms_active():
+def fused_forward(
+    base_layer: Any, kind: str, x: Tensor, adapter: Adapter, siblings: Siblings | None, layer: Any, eager: bool
+) -> Tensor:
+    """`adapted_forward` for a base of this `base_kind`, dense or 4-bit."""
+    shared = siblings.share(layer, x) if eager and siblings is not None else None
+    bias = base_layer._parameters["bias"] if adapter.bias is None else whole_bias(base_layer, adapter)
+    if kind == "4bit":
+        dtype, compute_dtype = x.dtype, compute_dtype_4bit(base_layer, x)
+        if compute_dtype != dtype:
+            x = x.to(compute_dtype) if shared is None else shared.converted(x, compute_dtype)
+        return _fused(x, _weight_of(base_layer), adapter, bias, shared, eager).to(dtype)
+    weight, (a, b, scaling, p, _) = base_layer._parameters["weight"], adapter
+    plain = eager and p == 0.0 and type(scaling) is float and not any_autocast_is_enabled() and x.dim() > 1
+    if plain and x.shape[-1] == a.shape[1]:  # nothing that `_fused` would do
+        return autograd.fused_linear(x, weight, a, b, bias, scaling, 0.0, None, shared, True)  # type: ignore[arg-type]
+    return _fused(x, weight, adapter, bias, shared, eager)
+
+
+def _fused(
+    x: Tensor, weight: autograd.Weight, adapter: Adapter, bias: Tensor | None, shared: SharedInput | None, eager: bool
+) -> Tensor:
+    """`lora_linear` without its checks, except the one that keeps kernels from reading outside their operands."""
+    a, b, scaling, p, _ = adapter
+    if x.shape[-1] != a.shape[1]:
+        raise _wrong_width(x, a)
+    if x.dim() == 1:
+        return _fused(x.unsqueeze(0), weight, adapter, bias, None, eager).squeeze(0)
+    if isinstance(scaling, Tensor):
+        b, scaling = b * scaling, 1.0
+    seed = new_seed(x, p)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return autograd.fused_linear(x, weight, a, b, bias, scaling, p, seed, shared, eager)
+    x = x.to(dtype) if shared is None else shared.converted(x, dtype)
+    weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+    return autograd.without_autocast(autograd.fused_linear)(x, weight, a, b, bias, scaling, p, seed, shared, eager)
+
+
+def _added_to_base(base_layer: Any, x: Tensor, adapter: Adapter) -> Tensor:
+    """``base_layer(x) + adapter(x)``, in place in the base layer's output if nothing else owns that."""
+    a, b, scaling, p, lora_bias = adapter
+    y = base_layer(x)
+    in_place = False
+    if not torch.compiler.is_compiling():  # which cannot trace reference counts
+        references = sys.getrefcount(y)
+        in_place = has_one_owner(y, references)
+    shape = y.shape
+    if in_place and y._is_view():  # of the matrix that the base layer's product returned
+        y = y._base
+    y = add_adapter_output(y, x, a, b, scaling, p, in_place)
+    y = y.view(shape) if in_place else y
+    return y if lora_bias is None else y + (scaling * lora_bias).to(y.dtype)
+
+
+def add_adapter_output(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor, p: float, in_place: bool = False
+) -> Tensor:
+    """``y + scaling * linear(linear(dropout(x, p), a), b)`` for the output y of any base layer of the same x."""
+    if x.shape[-1] != a.shape[1]:
+        raise _wrong_width(x, a)
+    if x.dim() == 1:
+        return add_adapter_output(y.unsqueeze(0), x.unsqueeze(0), a, b, scaling, p, in_place).squeeze(0)
+    if isinstance(scaling, Tensor):
+        b, scaling = b * scaling, 1.0
+    x = x.to(autocast_dtype(x) or x.dtype)
+    return autograd.add_adapter(x, a, b, y, scaling, p, new_seed(x, p), in_place)
+
+
+def refuse_transforms() -> None:
+    """Raise RuntimeError under a transform that would otherwise drop tangents, or fail deep inside."""
+    if (transform := autograd.transform_without_rule()) is not None:
+        raise RuntimeError(f"fastlora: this is called under {transform}")
+
+
+def _wrong_width(x: Tensor, a: Tensor) -> ValueError:
+    return ValueError(f"x must be [..., {a.shape[1]}] for a layer with so many in_features, got {list(x.shape)}")
+
+
+def has_one_owner(y: Tensor, references: int) -> bool:
+    """Whether the memory of y, a local variable with so many references, can be written: no other tensor, view or graph
+    refers to it, such as the base layer that returned y (as its input, a buffer, or saved for its backward)."""
+    if type(y) is not Tensor or functorch_is_active():
         return False
     base: Any = y
     if y._is_view():
         base = y._base
         if base._is_view() or not base.is_contiguous() or base.numel() != y.numel() or base.dim() != 2:
             return False
-    holders = torch._C._storage_Use_Count(y.untyped_storage()._cdata)
-    tensors = y._use_count()  # type: ignore[attr-defined]
-    alone = references == _REFERENCES and tensors == 1 and holders == (2 if base is y else 3)
+    counts = owners(y)
+    alone = references == _REFERENCES and counts == (2 if base is y else 3, 1)
     return alone and y.is_contiguous() and not (base.is_leaf and base.requires_grad)
 
 
@@ -163,7 +178,7 @@ def _references(make: Callable[[], Tensor]) -> int:
     return sys.getrefcount(y)
 
 
-_REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that nobody else has
+_REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that is the only one
 
 
 def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activation: str) -> Tensor | None:
@@ -180,6 +195,9 @@ def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activatio
     dtypes = {_compute_dtype(base_layer, x) for base_layer, _ in layers}
     if len(dtypes) > 1 or None in dtypes:
         return None
+    if x.dim() == 1:
+        y = mlp_forward(x.unsqueeze(0), operands, activation)
+        return None if y is None else y.squeeze(0)
     dtype: Any = dtypes.pop()
     projections = []
     for base_layer, adapter in layers:
@@ -191,7 +209,7 @@ def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activatio
         bias = whole_bias(base_layer, adapter)
         projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
     *first, down = projections
-    result = mlp.mlp(x.to(dtype), first, down, activation)
+    result = mlp.fused_mlp(x.to(dtype), first, down, activation)
     return result if autocast_dtype(x) is not None else result.to(x.dtype)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastlora.autograd import transform_without_rule
 from fastlora.calls import ATTRIBUTE, calls_of
+from fastlora.compat import constant_while_tracing, functorch_is_active
 from fastlora.functional import autocast_dtype, is_hooked, mlp_forward
 from fastlora.proof import Block, prove
 
@@ -183,6 +184,7 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
     return mlp_forward(x, operands, block.activation)
 
 
+@constant_while_tracing
 def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
     """The block, and the paths of its submodules with the names of what a graph can be guarded on. A block that depends
     on more than that, such as a buffer's numbers, is not computed as one in a graph."""
@@ -203,15 +205,11 @@ def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
     return block, tuple(guarded)
 
 
-# What torch.compiler.assume_constant_result does, which imports all of Dynamo (and Triton) for it.
-_block_while_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     """The block as one function; None if it cannot be now, which is counted with the reason."""
     calls = calls_of(module)
     # Even those transforms that layers have a rule for may batch a backward, where nothing works in place.
-    if torch._C._are_functorch_transforms_active() or transform_without_rule() is not None:
+    if functorch_is_active() or transform_without_rule() is not None:
         calls.falls_back("it was called under forward-mode AD or a transform of torch.func", asked_for=True)
         return None
     block = fusion.block_now(module)

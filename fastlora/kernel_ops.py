@@ -27,7 +27,7 @@ compositions: dict[str, Callable] = {}  # the ops in plain torch, by name
 
 
 @cache
-def why_not(device: torch.device | None = None) -> str | None:
+def unsupported_reason(device: torch.device | None = None) -> str | None:
     """Why the kernels do not run on this GPU (on any), None if they do."""
     if find_spec("triton") is None:
         return "triton is not installed"
@@ -43,7 +43,7 @@ def register_gpus(library: torch.library.Library, name: str, composition: Callab
     ``composition``, the op in plain torch, keeps the calls that no kernel takes (fp64).
     """
     compositions[name] = composition
-    if name in _LAUNCHERS and why_not() is None:
+    if name in _LAUNCHERS and unsupported_reason() is None:
         for key in ("CUDA", "XPU"):  # AMD's is CUDA
             library.impl(name, _implementation(name), key)
 
@@ -51,14 +51,19 @@ def register_gpus(library: torch.library.Library, name: str, composition: Callab
 def _implementation(name: str) -> Callable:
     def run(*args: Any, **kwargs: Any) -> Any:
         operand = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
-        takes = isinstance(operand, Tensor) and why_not(operand.device) is None and not plans.kernels_are_off()
-        if takes and not all(map(_has_kernel, (*args, *kwargs.values()))):
-            takes = _has_kernel(args[_BASE.get(name, 0)])  # fp64 adapters beside an x that has
-            if takes:
-                return _in_fp32(name, operand.device, *args, **kwargs)
-        if not takes:
+        if not isinstance(operand, Tensor) or unsupported_reason(operand.device) is not None or plans.kernels_are_off():
             return compositions[name](*args, **kwargs)
-        with _current(operand.device):
+        for value in (*args, *kwargs.values()):
+            for each in value if isinstance(value, list) else (value,):  # `_has_kernel`, without a call for each
+                dtype = each.dtype if isinstance(each, Tensor) else each
+                if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype not in _DTYPES:
+                    if _has_kernel(args[_BASE.get(name, 0)]):  # fp64 adapters beside an x that has one
+                        return _in_fp32(name, operand.device, *args, **kwargs)
+                    return compositions[name](*args, **kwargs)
+        guard = _guard(operand.device)
+        if guard is None:
+            return _LAUNCHERS[name](*args, **kwargs)
+        with guard:
             return _LAUNCHERS[name](*args, **kwargs)
 
     return run
@@ -77,7 +82,7 @@ def _in_fp32(name: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     """Launch with fp64 adapters in fp32, of which kernels keep more than the composition, which rounds them to x's."""
     getattr(checks, name)(*args, **kwargs)
     narrow = tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.float64 else t, (args, kwargs))
-    with _current(device):
+    with _guard(device) or nullcontext():
         results: Any = _LAUNCHERS[name](*narrow[0], **narrow[1])
     if name not in _RESULTS_LIKE:
         return results
@@ -121,8 +126,10 @@ def lora_matmul(x: Tensor, w: Tensor, xa: Tensor, b: Tensor, *args: Any) -> Tens
 
 
 def lora_matmul_group(x: Sequence[Tensor], w: Sequence[Tensor], xa: Any, b: Sequence[Tensor], *args: Any) -> Tensor:
-    rank = sum(each.shape[1] for each in b)
-    problem = _problem(x[0], w[0].shape[0], rank, sum(each.shape[1] for each in x), len(x))
+    K = rank = 0
+    for x_i, b_i in zip(x, b, strict=True):
+        K, rank = K + x_i.shape[1], rank + b_i.shape[1]
+    problem = _problem(x[0], w[0].shape[0], rank, K, len(x))
     plan = choose("lora_matmul", problem, _name(x[0].device))
     name = "lora_matmul_group" if plan == "tail" else "lora_matmul_group_base_last"
     return launcher("lora_matmul", name)(x, w, xa, b, *args)
@@ -187,12 +194,12 @@ def _name(device: torch.device) -> str:
     return device.type if device.type in ("cpu", "meta") else torch.get_device_module(device).get_device_name(device)
 
 
-def _current(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
+def _guard(device: torch.device) -> AbstractContextManager | None:
+    """Makes the tensor's device the current one, which Triton launches on; None if it is already."""
     if device.index is None or device.type == "cpu":
-        return nullcontext()
+        return None
     module = torch.get_device_module(device)
-    return nullcontext() if device.index == module.current_device() else module.device(device)
+    return None if device.index == module.current_device() else module.device(device)
 
 
 _interpreted = False
@@ -217,12 +224,21 @@ def in_interpreter() -> Iterator[None]:
     if _interpreted:
         yield
         return
-    library = torch.library.Library("fastlora", "IMPL")
     _interpreted = True
+    try:
+        with on_cpu_tensors():
+            yield
+    finally:
+        _interpreted = False
+
+
+@contextmanager
+def on_cpu_tensors() -> Iterator[None]:
+    """For tests: within this context the ops launch their kernels for CPU tensors too, interpreted or on a stand-in."""
+    library = torch.library.Library("fastlora", "IMPL")
     try:
         for name, composition in compositions.items():
             library.impl(name, _implementation(name) if name in _LAUNCHERS else composition, "CPU")
         yield
     finally:
-        _interpreted = False
         library._destroy()

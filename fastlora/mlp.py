@@ -12,30 +12,32 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastlora.autograd import (
-    TENSORS,
-    Part,
-    Run,
+    WEIGHT_TENSORS,
+    DxTerm,
     Weight,
     adapter_grads,
-    apply,
-    backward_without_autocast,
+    deferred_product,
     fields_of,
+    guarded,
     input_gradient,
+    is_eager,
     is_merged,
-    is_packed,
     like_rows_of,
-    new_handle,
+    needs_guard,
     product,
-    rows_of,
+    saved_tensor_hooks_active,
     shrink,
+    weight_of,
     without_autocast,
+    zero_storage_output,
 )
-from fastlora.fourbit import Weight4bit
+from fastlora.compat import apply_of, keeps_graph
+from fastlora.ops import overload
 
-shrink_group = torch.ops.fastlora.shrink_group.default
-swiglu = torch.ops.fastlora.swiglu.default
-swiglu_backward_ = torch.ops.fastlora.swiglu_backward_.default
-lora_grad_a = torch.ops.fastlora.lora_grad_a.default
+shrink_group = overload("shrink_group")
+swiglu = overload("swiglu")
+swiglu_backward_ = overload("swiglu_backward_")
+lora_grad_a = overload("lora_grad_a")
 
 
 class Projection(NamedTuple):
@@ -54,26 +56,26 @@ class Projection(NamedTuple):
         return is_merged(self.weight, self.p)
 
     def forward(self, x: Tensor, xa: Tensor | None) -> Tensor:
-        return product(x, self.weight, self.a, self.b, self.bias, xa, self.s, self.p)
+        return product(x, self.weight, self.a, self.b, self.bias, None if self.merged else xa, self.s, self.p)
 
-    def part(self, dy: Tensor, dxa: Tensor | None) -> Part:
-        return Part(dy, self.weight, self.a, self.b, dxa, self.s, self.p, self.seed)
+    def dx_term(self, dy: Tensor, dxa: Tensor | None) -> DxTerm:
+        return DxTerm(dy, self.weight, self.a, self.b, None if self.merged else dxa, self.s, self.p, self.seed)
 
     def flat(self) -> tuple[tuple, tuple]:
-        """SLOTS tensors or Nones, and the numbers among the fields."""
-        fields = fields_of(self.weight)
-        tensors = (self.a, self.b, self.bias, self.seed, *fields[:TENSORS])
-        return tensors + (None,) * (SLOTS - len(tensors)), (self.s, self.p, fields[TENSORS:])
+        """The layer as SLOTS tensors or Nones, which autograd has to see, and its numbers."""
+        weight, numbers = fields_of(self.weight)
+        tensors = (self.a, self.b, self.bias, self.seed, *weight)
+        return tensors + (None,) * (SLOTS - len(tensors)), (self.s, self.p, numbers)
 
 
-SLOTS = 4 + TENSORS  # of tensors: a, b, bias, seed and those of a 4-bit weight
+SLOTS = 4 + WEIGHT_TENSORS  # a, b, bias, seed and the tensors of a 4-bit weight
 
 
 def unflat(tensors: tuple, numbers: tuple) -> Projection:
     """The inverse of `Projection.flat`."""
     a, b, bias, seed, *weight = tensors
-    s, p, rest = numbers
-    return Projection(Weight4bit(*weight, *rest) if rest else weight[0], a, b, bias, s, p, seed)
+    s, p, numbers_of_weight = numbers
+    return Projection(weight_of(weight, numbers_of_weight), a, b, bias, s, p, seed)
 
 
 def shrink_all(rows: Tensor, layers: list[Projection]) -> list[Tensor]:
@@ -85,31 +87,34 @@ def shrink_all(rows: Tensor, layers: list[Projection]) -> list[Tensor]:
 
 
 @without_autocast
-def mlp(x: Tensor, first: list[Projection], down: Projection, activation: str) -> Tensor:
+def fused_mlp(x: Tensor, first: list[Projection], down: Projection, activation: str) -> Tensor:
     """``down(swiglu(*(layer(x) for layer in first), activation))``: ``first`` is gate and up, or up alone.
 
     Saves x and what the first layers put out. ``activation`` as in `fastlora.reference.activate`.
     """
     with torch.no_grad():
-        rows = rows_of(x)
-        made = iter(shrink_all(rows, [layer for layer in first if not layer.merged]))
-        xas = [None if layer.merged else next(made) for layer in first]
+        rows = x.flatten(0, -2)
+        computed = iter(shrink_all(rows, [layer for layer in first if not layer.merged]))
+        xas = [None if layer.merged else next(computed) for layer in first]
         zs = [layer.forward(rows, xa) for layer, xa in zip(first, xas, strict=True)]
         h = like_rows_of(x.shape, swiglu(zs[0], zs[1] if len(zs) == 2 else None, activation))
-        xa = shrink(rows_of(h), down.a, down.s, down.p, down.seed)
+        xa = shrink(h.flatten(0, -2), down.a, down.s, down.p, down.seed)  # merged or not, backward needs it
+    if not torch.is_grad_enabled():
+        return down.forward(h, xa)
     tensors, numbers = zip(*(layer.flat() for layer in (*first, down)), strict=True)
-    packed = is_packed()
-    y = apply(MLP, x, activation, numbers, None if packed else h, *sum(tensors, ()), *zs, *xas, xa)
-    return apply(Run, y, partial(down.forward, h, xa)) if packed else y
+    eager, deferred = is_eager(), saved_tensor_hooks_active()
+    apply = _apply_fused_mlp if eager else FusedMLP.apply
+    y = apply(x, activation, numbers, None if deferred else h, *sum(tensors, ()), *zs, *xas, xa)
+    return deferred_product(y, partial(down.forward, h, xa), eager) if deferred else y
 
 
-class MLP(Function):
-    """`mlp`, given everything but its last product. Without h it puts out a handle."""
+class FusedMLP(Function):
+    """`fused_mlp`, given everything but its last product. Without h that is deferred (`DeferredProduct`)."""
 
     @staticmethod
     def forward(x, activation, numbers, h, *tensors):
         down = unflat(tensors[SLOTS * (len(numbers) - 1) : SLOTS * len(numbers)], numbers[-1])
-        return new_handle(x, down.b.shape[0]) if h is None else down.forward(h, tensors[-1])
+        return zero_storage_output(x, down.b.shape[0]) if h is None else down.forward(h, tensors[-1])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -119,14 +124,15 @@ class MLP(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @backward_without_autocast
     def backward(ctx, dy):
+        if needs_guard(dy):
+            return guarded(ctx, FusedMLP.backward, dy)
         n = len(ctx.numbers)
         before, after = 4, 2 * n - 1  # other arguments
         if dy is None:
             return (None,) * (before + n * SLOTS + after)
         x, *tensors = ctx.saved_tensors
-        dy, rows = rows_of(dy), rows_of(x)
+        dy, rows = dy.flatten(0, -2), x.flatten(0, -2)
         starts = range(0, n * SLOTS, SLOTS)
         *first, down = (unflat(tensors[i : i + SLOTS], num) for i, num in zip(starts, ctx.numbers, strict=True))
         need_dx = ctx.needs_input_grad[0]
@@ -138,9 +144,9 @@ class MLP(Function):
         dxa, _, db = adapter_grads(dy, None, down.b if need_dxa else None, xa if need.b else None, down.s, 0.0, None)
         h = da = None
         if need_dh:
-            h = input_gradient([down.part(dy, dxa)])  # dh, still
-            if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-                zs = [z.clone() for z in zs]  # another backward will want them
+            h = input_gradient([down.dx_term(dy, dxa)])  # dh, until `swiglu_backward_` overwrites it
+            if torch.compiler.is_compiling() or keeps_graph():
+                zs = [z.clone() for z in zs]  # another backward will read them
             swiglu_backward_(h, zs[0], zs[1] if n == 3 else None, ctx.activation)
         elif need.a:
             h = swiglu(zs[0], zs[1] if n == 3 else None, ctx.activation)
@@ -149,13 +155,13 @@ class MLP(Function):
         of_down = gradients_of(down, need, dy, da, db)
 
         grads: list[Tensor | None] = []
-        parts: list[Part] = []
-        made = iter(
+        terms: list[DxTerm] = []
+        computed = iter(
             shrink_all(rows, [layer for layer, need in zip(first, needs, strict=True) if layer.merged and need.b])
         )
         for layer, need, dz, xa in zip(first, needs, zs, xas, strict=True):
             if layer.merged and need.b:
-                xa = next(made)
+                xa = next(computed)
             need_dxa = need.a or (need_dx and not layer.merged)
             dxa, da, db = adapter_grads(
                 dz,
@@ -167,9 +173,12 @@ class MLP(Function):
                 layer.seed,
             )
             grads += gradients_of(layer, need, dz, da, db)
-            parts.append(layer.part(dz, dxa))
-        dx = like_rows_of(ctx.x_shape, input_gradient(parts)) if need_dx else None
+            terms.append(layer.dx_term(dz, dxa))
+        dx = like_rows_of(ctx.x_shape, input_gradient(terms)) if need_dx else None
         return dx, None, None, None, *grads, *of_down, *(None,) * after
+
+
+_apply_fused_mlp = apply_of(FusedMLP)
 
 
 class Need(NamedTuple):

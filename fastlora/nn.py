@@ -156,9 +156,9 @@ class LoRALinear(nn.Module):
             return None
         return self.base_layer, self.adapter()
 
-    def adapter_without_dropout(self) -> tuple[Tensor, float] | None:
-        """lora_A and scaling, for a sibling to begin with; None if that is not all there is to it."""
-        return None if self.merged or (self.training and self.lora_dropout > 0) else (self.lora_A, self.scaling)
+    def operands_now(self) -> tuple[Any, str, Adapter] | None:
+        """The base layer, its `base_kind` and the adapter; None if the adapter is merged."""
+        return None if self.merged else (self.base_layer, base_kind(self.base_layer), self.adapter())
 
     @property
     def r(self) -> int:

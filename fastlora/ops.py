@@ -13,6 +13,7 @@ adapters' dtype.
 import math
 from collections.abc import Callable
 from functools import partial, wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def _op(schema: str, fake: Callable) -> Callable:
         kernel_ops.register_gpus(_library, name, composition)
         # `autograd` differentiates. PyTorch's own answer, a warning in backward, costs 2 µs a call to prepare.
         _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        op = getattr(torch.ops.fastlora, name).default
+        op = overload(name)
         for device in ("cpu", "cuda", "xpu"):
             _library.impl(name, partial(_without_autocast, op, device), f"Autocast{device.upper()}")
         if schema.endswith("-> ()"):
@@ -51,6 +52,11 @@ def _op(schema: str, fake: Callable) -> Callable:
         return composition
 
     return register
+
+
+def overload(name: str) -> Any:
+    """``torch.ops.fastlora.<name>.default``: skips choosing the overload, at every call."""
+    return getattr(torch.ops.fastlora, name).default
 
 
 def _checked(check: Callable, compute: Callable) -> Callable:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlora.fourbit import Weight4bit
-from fastlora.ops import _op
+from fastlora.ops import _op, overload
 
 FIELDS = 5  # tensors of a Weight4bit, each field of which is a list below
 
@@ -64,7 +64,7 @@ def _by_decoding(
     return y if bias is None else y.add_(bias)
 
 
-_lora_matmul_4bit = torch.ops.fastlora.lora_matmul_4bit.default
+_lora_matmul_4bit = overload("lora_matmul_4bit")
 
 
 @_op(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastlora.autograd import transform_without_rule
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
-from fastlora.functional import Adapter, adapted_forward, add_lora_output, base_kind, is_hooked
+from fastlora.compat import ACTIVE_ADAPTER, forward_ad, functorch_is_active
+from fastlora.functional import Adapter, adapted_forward, add_adapter_output, base_kind, fused_forward, is_hooked
 from fastlora.fuse import fuse_mlps, unfuse_mlps
 from fastlora.siblings import siblings_among
 
@@ -180,18 +181,114 @@ def _sharding(weight: Tensor) -> str | None:
     return None
 
 
-def _forward(layer: LoraLayer, x: Tensor) -> Tensor:
-    """The adapted layer through fastlora: the active adapters as one, fused with the base."""
+def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
+    """The base layer, its `base_kind` and the active adapter, if the adapter is one and the layer runs fused now.
+
+    None if `why_peft` has a reason, and also where several adapters are active or the base layer computes its own
+    output. All that `why_peft` looks at is read here without a function call, because every call of a patched layer
+    asks this: nothing is remembered, so nothing can be out of date.
+    """
+    modules = layer.__dict__["_modules"]
+    name: Any = getattr(layer, ACTIVE_ADAPTER)
+    if type(name) is not str:
+        if len(name) != 1:
+            return None
+        name = name[0]
+    base: Any = modules["base_layer"]
+    lora_A: Any = modules["lora_A"]._modules.get(name)
+    if (
+        layer._disable_adapters
+        or layer.merged_adapters
+        or not layer.cast_input_dtype_enabled
+        or name in layer.lora_variant
+        or type(lora_A) is not nn.Linear
+    ):
+        return None
+    lora_B: Any = modules["lora_B"]._modules[name]
+    dropout: Any = modules["lora_dropout"]._modules[name]
+    p = 0.0
+    if type(dropout) is nn.Dropout:
+        p = dropout.p if dropout.training else 0.0
+        if dropout.p >= 1.0:
+            return None
+    elif type(dropout) is not nn.Identity:
+        return None
+    for module in (base, lora_A, lora_B, dropout):  # `is_hooked`
+        d = module.__dict__
+        if (
+            d["_forward_hooks"]
+            or d["_forward_pre_hooks"]
+            or d["_backward_hooks"]
+            or d["_backward_pre_hooks"]
+            or "_hf_hook" in d
+            or "forward" in d
+        ):
+            return None
+    weight: Any = base._parameters.get("weight")
+    a: Any = lora_A._parameters.get("weight")
+    b: Any = lora_B._parameters.get("weight")
+    for t in (weight, a, b):  # `_sharding`
+        if t is None or t.is_meta or type(t).__name__ == "DTensor" or hasattr(t, "ds_id"):
+            return None
+    if weight.requires_grad or type(lora_B) is not nn.Linear:
+        return None
+    kind = "dense" if type(base).forward is nn.Linear.forward else base_kind(base)
+    if kind == "opaque":
+        return None
+    return base, kind, Adapter(a, b, layer.scaling[name], p, lora_B._parameters["bias"])
+
+
+def _forward(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
+    """The adapted layer through fastlora if it can be now, through PEFT otherwise."""
+    if type(x) is Tensor and not (args or kwargs or torch.compiler.is_dynamo_compiling() or functorch_is_active()):
+        operands = _operands_now(layer)
+        if operands is not None and forward_ad._current_level < 0:
+            base, kind, adapter = operands
+            dtype = base._parameters["weight"].dtype  # type: ignore[union-attr]
+            takes_x = x.is_floating_point() if kind == "4bit" else x.dtype == dtype and dtype.is_floating_point
+            if takes_x:
+                d = layer.__dict__
+                calls = d.get(ATTRIBUTE) or calls_of(layer)
+                calls.fused += 1
+                return fused_forward(base, kind, x, adapter, d.get(_SIBLINGS), layer, True)
+    return _forward_checked(layer, x, *args, **kwargs)
+
+
+def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
+    """`_forward` for every call that is not the plain one: it finds the reason to run PEFT's forward, if there is one,
+    and takes any number of adapters, any base layer and any tracer."""
+    reason = MIXED_BATCH if args or kwargs else why_peft(layer) or _why_not_this_x(layer, x) or transform_without_rule()
     base = layer.__dict__["_modules"]["base_layer"]
+    if not torch.compiler.is_compiling():
+        calls = calls_of(layer)
+        if reason is not None:
+            calls.falls_back(reason, reason in ASKED_FOR)
+        else:
+            calls.ran(base_kind(base))
+    if reason is not None:
+        return _THEIRS[type(layer)].forward(layer, x, *args, **kwargs)
     adapters = _adapters(layer)
     if not adapters:
         return base(x)
     y = adapted_forward(base, x, adapters[0], layer.__dict__.get(_SIBLINGS), layer)
     for a, b, scaling, p, bias in adapters[1:]:  # each with a dropout mask of its own
-        y = add_lora_output(y, x, a, b, scaling, p)
+        y = add_adapter_output(y, x, a, b, scaling, p)
         if bias is not None:
             y = y + (scaling * bias).to(y.dtype)
     return y
+
+
+def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
+    """Why x is nothing that fastlora's ops take on this base: PEFT's forward decides then, or complains."""
+    if type(x) is not Tensor and not torch.compiler.is_compiling():  # torch.export traces with tensors of its own
+        return f"x is a {type(x).__name__}, not a plain tensor"
+    if not x.is_floating_point():
+        return f"x is {x.dtype}"
+    base = layer.__dict__["_modules"]["base_layer"]
+    if base_kind(base) != "dense" or torch.is_autocast_enabled(x.device.type):
+        return None
+    dtype = base._parameters["weight"].dtype
+    return None if x.dtype == dtype else f"x is {x.dtype}, its base weight {dtype}, and autocast is off"
 
 
 def _adapters(layer: LoraLayer) -> list[Adapter]:
@@ -201,14 +298,6 @@ def _adapters(layer: LoraLayer) -> list[Adapter]:
     if len(adapters) > 1 and all(adapter.p == 0.0 for adapter in adapters):
         return [_stack(adapters)]
     return adapters
-
-
-def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
-    """The base layer and its one adapter, for a block that computes several layers as one; None if it must not now."""
-    if is_hooked(layer) or why_peft(layer) is not None:
-        return None
-    adapters = _adapters(layer)
-    return (layer.__dict__["_modules"]["base_layer"], adapters[0]) if len(adapters) == 1 else None
 
 
 def _adapter(layer: LoraLayer, name: str) -> Adapter:
@@ -228,55 +317,28 @@ def _stack(adapters: list[Adapter]) -> Adapter:
     return Adapter(a, b, 1.0, 0.0, torch.stack(biases).sum(0) if biases else None)
 
 
-_SIBLINGS = "_fastlora_siblings"  # where a patched layer keeps who may be fed the same x
+_SIBLINGS = "_fastlora_siblings"  # where a patched layer keeps its `Siblings`
 
 
-def _adapter_without_dropout(layer: LoraLayer) -> tuple[Tensor, float] | None:
-    """a and scaling of the one active adapter, for a sibling to begin with; None if that is not all there is to it.
-
-    Whether this layer will then run fastlora is not asked: if not, what was begun is not taken.
-    """
-    names = layer.active_adapters
-    if len(names) != 1 or names[0] not in layer.__dict__["_modules"]["lora_A"]._modules:
+def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
+    """The base layer and its one adapter, for a block that computes several layers as one; None if it must not now."""
+    if is_hooked(layer):
         return None
-    if _adapter_reason(layer, names[0]) is not None:
+    operands = _operands_now(layer)
+    if operands is not None:
+        return operands[0], operands[2]
+    if why_peft(layer) is not None:
         return None
-    a, _, scaling, p, _ = _adapter(layer, names[0])
-    return None if p != 0.0 or isinstance(scaling, Tensor) else (a, scaling)
-
-
-def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
-    """Why x is nothing that fastlora's ops take on this base: PEFT's forward decides then, or complains."""
-    if type(x) is not Tensor and not torch.compiler.is_compiling():  # torch.export traces with tensors of its own
-        return f"x is a {type(x).__name__}, not a plain tensor"
-    if not x.is_floating_point():
-        return f"x is {x.dtype}"
-    base = layer.__dict__["_modules"]["base_layer"]
-    if base_kind(base) != "dense" or torch.is_autocast_enabled(x.device.type):
-        return None
-    dtype = base._parameters["weight"].dtype
-    return None if x.dtype == dtype else f"x is {x.dtype}, its base weight {dtype}, and autocast is off"
-
-
-def _forward_or_peft(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
-    reason = MIXED_BATCH if args or kwargs else why_peft(layer) or _why_not_this_x(layer, x) or transform_without_rule()
-    if not torch.compiler.is_compiling():
-        calls = calls_of(layer)
-        if reason is not None:
-            calls.falls_back(reason, reason in ASKED_FOR)
-        else:
-            calls.ran(base_kind(layer.__dict__["_modules"]["base_layer"]))
-    if reason is not None:
-        return _THEIRS[type(layer)].forward(layer, x, *args, **kwargs)
-    return _forward(layer, x)
+    adapters = _adapters(layer)
+    return (layer.__dict__["_modules"]["base_layer"], adapters[0]) if len(adapters) == 1 else None
 
 
 class FastLinear(PeftLinear):
     """`peft.tuners.lora.Linear` computed by fastlora."""
 
-    forward = _forward_or_peft
+    forward = _forward
     operands = _operands
-    adapter_without_dropout = _adapter_without_dropout
+    operands_now = _operands_now
 
     def _get_name(self) -> str:
         return PeftLinear.__name__  # prints as PEFT's layer
@@ -289,9 +351,9 @@ if PeftLinear4bit is not None:
     class FastLinear4bit(PeftLinear4bit):
         """`peft.tuners.lora.Linear4bit` computed by fastlora."""
 
-        forward = _forward_or_peft
+        forward = _forward
         operands = _operands
-        adapter_without_dropout = _adapter_without_dropout
+        operands_now = _operands_now
 
         def _get_name(self) -> str:
             return PeftLinear4bit.__name__

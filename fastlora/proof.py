@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from fastlora.compat import without_modes
 from fastlora.functional import is_hooked
 from fastlora.reference import swiglu
 
@@ -64,7 +64,7 @@ def prove(module: nn.Module, layers: dict[str, Any]) -> Block | str:
         if name and name.partition(".")[0] not in layers and is_hooked(child):
             return f"its {type(child).__name__} has hooks, which only run when it is called"
     try:
-        with _disable_current_modes(), torch.random.fork_rng([]):  # such as those of tracing
+        with without_modes(), torch.random.fork_rng([]):  # such as those of tracing
             candidates: set[Block] | None = None
             for trial in _TRIALS:
                 found = _matches(module, layers, trial)

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, cut, padded_rank, parts_for
-from fastlora.kernels.operands import expect
+from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.shrink import shrink
@@ -88,7 +88,7 @@ def lora_grad(
     assert like is not None
     (M, N), r, (of_dy, of_x, of_b, of_xa, of_seed) = dy.shape, like.shape[1], layouts(dy, x, b, xa, seed)
     x_shape = (M, M if x is None else x.shape[1])
-    expect(of_dy, p, of_seed, x=(of_x, x_shape), b=(of_b, (N, r)), xa=(of_xa, (M, r)))
+    check_operands(of_dy, p, of_seed, x=(of_x, x_shape), b=(of_b, (N, r)), xa=(of_xa, (M, r)))
     dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
     if one_pass and b is not None and xa is not None:
         db, dxa = _walk_down(dy, xa, b, s)
@@ -98,18 +98,14 @@ def lora_grad(
         if xa is not None:
             db, _ = _walk_down(dy, xa)
     if b is not None and x is not None:
-        da = _da(dxa, x, p, seed)
+        da = _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
     return dxa, da, db
 
 
 def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
     """``dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype."""
     of_x, of_dxa, of_seed = layouts(x, dxa, seed)
-    expect(of_x, p, of_seed, dxa=(of_dxa, (x.shape[0], dxa.shape[1])))
-    return _da(dxa, x, p, seed)
-
-
-def _da(dxa: Tensor, x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    check_operands(of_x, p, of_seed, dxa=(of_dxa, (x.shape[0], dxa.shape[1])))
     return _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
 
 
@@ -142,7 +138,7 @@ def _walk_down(
     return dz.t() if transposed else dz, gb
 
 
-@prepared
+@cached_by_layout
 def _launch(
     g: Layout,
     z: Layout,

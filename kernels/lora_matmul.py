@@ -19,9 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import MAX_GROUP, cdiv, padded_rank
-from fastlora.kernels.operands import expect
+from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.tiles import Tile, multiprocessors, tile
 
@@ -192,7 +192,9 @@ def _lora_matmul(
     seeds: tuple[Tensor | None, ...],
 ) -> Tensor:
     x, M, N = xs[0], xs[0].shape[0], ws[0].shape[0]
-    operands = layouts(*xs), layouts(*ws), layouts(*xas), layouts(*bs), layouts(bias), layouts(*seeds), ps
+    n, found = len(xs), layouts(*xs, *ws, *xas, *bs, bias, *seeds)
+    adapters_of = found[2 * n : 3 * n], found[3 * n : 4 * n], found[4 * n : 4 * n + 1], found[4 * n + 1 :]
+    operands: Operands = found[:n], found[n : 2 * n], *adapters_of, ps
     name = _row_of_tiles(tiles.has_tma(), *operands)
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
@@ -206,33 +208,51 @@ def _lora_matmul(
     t = tile(name, M)
     launch = _launch(name, t, dot_precision(x), *operands)
     if name.startswith(TMA):
-        launch(**_descriptors(xs, ws, y, t), **adapters)
+        launch(**_descriptors(_templates(t, *operands), xs, ws, y), **adapters)
     else:
         launch(x_ptrs=xs, w_ptrs=ws, y_ptr=y, **adapters)
     return y
 
 
-def _descriptors(xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor, t: Tile) -> dict[str, Any]:
-    found = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_GROUP))
-    for i, (x, w) in enumerate(zip(xs, ws, strict=True)):
-        found[f"x{i}"] = _descriptor(x, [t.BLOCK_M, t.BLOCK_K])
-        turned = w.stride(1) != 1
-        found[f"w{i}"] = _descriptor(*((w.t(), [t.BLOCK_K, t.BLOCK_N]) if turned else (w, [t.BLOCK_N, t.BLOCK_K])))
-    return found | {"y_desc": _descriptor(y, [t.BLOCK_M, t.BLOCK_N])}
+_NO_DESCRIPTORS = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_GROUP))
 
 
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(t, t.shape, [t.stride(0), 1], block)
+def _descriptors(templates: dict[str, dict], xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor) -> dict:
+    """The kernel's descriptors: those that were checked once for this layout, with the tensors of this call."""
+    found: dict[str, Any] = _NO_DESCRIPTORS.copy()
+    for (name, fields), tensor in zip(templates.items(), (*xs, *ws, y), strict=True):  # of w.T too the address is w's
+        found[name] = descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__ = {**fields, "base": tensor}
+    return found
 
 
-@prepared
+@cached_by_layout
+def _templates(t: Tile, *operands: *Operands) -> dict[str, dict]:
+    """The fields of a descriptor of every x, every w (or w.T) and y, in this order."""
+    xs, ws, *_ = operands
+    M, N, dtype = xs[0].shape[0], ws[0].shape[0], xs[0].dtype
+    found = {f"x{i}": _template(x.shape, x.stride[0], [t.BLOCK_M, t.BLOCK_K], dtype) for i, x in enumerate(xs)}
+    for i, w in enumerate(ws):
+        if w.stride[1] != 1:
+            found[f"w{i}"] = _template(w.shape[::-1], w.stride[1], [t.BLOCK_K, t.BLOCK_N], dtype)
+        else:
+            found[f"w{i}"] = _template(w.shape, w.stride[0], [t.BLOCK_N, t.BLOCK_K], dtype)
+    return found | {"y_desc": _template((M, N), N, [t.BLOCK_M, t.BLOCK_N], dtype)}
+
+
+def _template(shape: Any, stride: int, block: list[int], dtype: torch.dtype) -> dict[str, Any]:
+    anything = torch.empty(8, dtype=dtype)  # aligned to 16 bytes, as `_fits_tma` found the operand to be
+    return vars(TensorDescriptor(anything, torch.Size(shape), [stride, 1], block)) | {"base": None}
+
+
+@cached_by_layout
 def _row_of_tiles(has_tma: bool, *operands: *Operands) -> str:
     """The name in the table of tiles of what carries this out."""
     xs, ws, xas, bs, (bias,), seeds, ps = operands
     M, N = xs[0].shape[0], ws[0].shape[0]
     for x, w, xa, b, p, seed in zip(xs, ws, xas, bs, ps, seeds, strict=True):
         K, r = x.shape[1], b.shape[1]
-        expect(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)), bias=(bias, (N,)))
+        check_operands(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)), bias=(bias, (N,)))
     group, dropout = " group" * (len(xs) > 1), " dropout" * any(ps)
     if has_tma and _fits_tma(xs, ws):
         return TMA + group + dropout
@@ -250,14 +270,14 @@ def _fits_tma(xs: Layouts, ws: Layouts) -> bool:
 
     halves = all(t.dtype == xs[0].dtype and t.dtype in (torch.bfloat16, torch.float16) for t in (*xs, *ws))
     few = len(xs) <= MAX_GROUP and all(x.shape[1] > 0 for x in xs) and ws[0].shape[0] % 8 == 0
-    return halves and few and all(map(fits, xs)) and all(fits(w) or fits(_turned(w)) for w in ws)
+    return halves and few and all(map(fits, xs)) and all(fits(w) or fits(_transposed(w)) for w in ws)
 
 
-def _turned(t: Layout) -> Layout:
+def _transposed(t: Layout) -> Layout:
     return t._replace(stride=t.stride[::-1])
 
 
-@prepared
+@cached_by_layout
 def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
     xs, ws, xas, bs, (bias,), _, ps = operands
     M, N, ranks = xs[0].shape[0], ws[0].shape[0], tuple(b.shape[1] for b in bs)

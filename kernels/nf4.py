@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, padded_rank
-from fastlora.kernels.operands import Packed, expect, expect_4bit
+from fastlora.kernels.operands import Packed, check_4bit, check_operands
 from fastlora.kernels.precision import wide_dot
 from fastlora.kernels.tiles import Tile, tile
 
@@ -187,14 +187,14 @@ def packed_weight(
     return weight, {"packed_ptr": packed, **statistics}
 
 
-@prepared
+@cached_by_layout
 def _launch(
     weight: Packed, a: Layout | None, b: Layout | None, r: int, s: float, WORDS: int, PRECISION: str, t: Tile
 ) -> Launch:
-    expect_4bit(weight)
+    check_4bit(weight)
     N, K, numel = weight.N, weight.K, weight.N * weight.K
     if r:
-        expect(weight.packed, a=(a, (r, K)), b=(b, (N, r)))
+        check_operands(weight.packed, a=(a, (r, K)), b=(b, (N, r)))
     if not r and WORDS:
         K = t.BLOCK_K * cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = cdiv(numel, K)

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import tiles
-from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, cut, padded_rank, parts_for, takes_fused
 from fastlora.kernels.nf4 import CODES, code_book, load_scales, packed_weight
 from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
-from fastlora.kernels.operands import Packed, expect, expect_4bit
+from fastlora.kernels.operands import Packed, check_4bit, check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import Tile, multiprocessors, tile
@@ -140,7 +140,7 @@ def nf4_matmul(
     return sum_splits([out], [x.dtype])[0]
 
 
-@prepared
+@cached_by_layout
 def _launch(
     weight: Packed,
     x: Layout,
@@ -155,8 +155,8 @@ def _launch(
 ) -> tuple[int, Launch]:
     """Into how many parts K is split, and the launch."""
     N, K, M, r = weight.N, weight.K, x.shape[0], 0 if a is None else a.shape[0]
-    expect_4bit(weight)
-    expect(weight.packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
+    check_4bit(weight)
+    check_operands(weight.packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
     blocks = cdiv(N, t.BLOCK_N)
     if splits is None:
         splits = parts_for(4 * multiprocessors(x.device), max(1, blocks), K, t.BLOCK_K)

@@ -3,7 +3,7 @@
 from math import prod
 from typing import NamedTuple
 
-from fastlora.kernels.launch import Layout, prepared
+from fastlora.kernels.launch import Layout, cached_by_layout
 
 
 class Packed(NamedTuple):
@@ -21,8 +21,8 @@ class Packed(NamedTuple):
     K: int
 
 
-@prepared
-def expect(
+@cached_by_layout
+def check_operands(
     like: Layout, p: float = 0.0, seed: Layout | None = None, /, **operands: tuple[Layout | None, tuple]
 ) -> None:
     """Raise ValueError unless every operand that is given has this shape, on like's device, and dropout its seed."""
@@ -34,7 +34,7 @@ def expect(
         raise ValueError(f"dropout needs a seed of one element on {like.device}, got {got}")
 
 
-def expect_4bit(w: Packed) -> None:
+def check_4bit(w: Packed) -> None:
     """Raise ValueError unless these are the bytes and statistics of a 4-bit weight."""
     if w.quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type must be nf4 or fp4, got {w.quant_type}")

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv
 
 
@@ -35,19 +35,22 @@ def sum_splits(partials: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> lis
 
     Where there is one split it is the sum, and in that dtype already.
     """
-    split = tuple(partial for partial in partials if partial.shape[0] > 1)
-    if not split:
-        return [partial[0] for partial in partials]
-    sums = [
-        partial.new_empty(partial.shape[1:], dtype=dtype) if partial.shape[0] > 1 else partial[0]
-        for partial, dtype in zip(partials, dtypes, strict=True)
-    ]
-    out = tuple(total for partial, total in zip(partials, sums, strict=True) if partial.shape[0] > 1)
-    _launch(layouts(*split), layouts(*out))(partial_ptrs=split, out_ptrs=out)
+    sums: list[Tensor] = []
+    split: list[Tensor] = []
+    out: list[Tensor] = []
+    for partial, dtype in zip(partials, dtypes, strict=True):
+        if partial.shape[0] == 1:
+            sums.append(partial[0])
+        else:
+            sums.append(partial.new_empty(partial.shape[1:], dtype=dtype))
+            split.append(partial)
+            out.append(sums[-1])
+    if split:
+        _launch(layouts(*split), layouts(*out))(partial_ptrs=tuple(split), out_ptrs=tuple(out))
     return sums
 
 
-@prepared
+@cached_by_layout
 def _launch(partials: tuple[Layout, ...], out: tuple[Layout, ...]) -> Launch:
     numels, BLOCK = tuple(prod(each.shape) for each in out), 512
     splits = tuple(each.shape[0] for each in partials)

@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
-from fastlora.kernels.launch import Launch, Layout, layout, layouts, prepared
+from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, cut, next_power_of_2, padded_rank, parts_for
-from fastlora.kernels.operands import expect
+from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import sum_splits
 from fastlora.kernels.tiles import Tile, multiprocessors, tile
@@ -72,21 +72,27 @@ def shrink_group(
     x: Tensor, a: Sequence[Tensor], s: Sequence[float], p: Sequence[float], seed: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """``[shrink(x, a_i, s_i, p_i, seed_i) for ...]`` in one read of x; ranks, dtypes and masks may differ."""
-    R = padded_rank(max(each.shape[0] for each in a))
-    BLOCK_R = max(16, min(R, 128, 256 // next_power_of_2(len(a))))  # all sums stay in registers
+    rank = 0
+    for each in a:  # no comprehensions: before Python 3.12 each is a function call
+        rank = max(rank, each.shape[0])
+    BLOCK_R = max(16, min(padded_rank(rank), 128, 256 // next_power_of_2(len(a))))  # all sums stay in registers
     t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
     a, seed = tuple(a), tuple(seed)
     scales = tuple(map(float, s)), tuple(p)
-    splits, launch = _launch(layout(x), layouts(*a), layouts(*seed), *scales, BLOCK_R, dot_precision(x), t)
+    of_x, of_a, of_seed = layouts(x), layouts(*a), layouts(*seed)
+    splits, launch = _launch(of_x[0], of_a, of_seed, *scales, BLOCK_R, dot_precision(x), t)
     if launch is None:
         return [each.new_zeros(x.shape[0], each.shape[0]) for each in a]
-    dtypes = [each.dtype if splits == 1 else torch.float32 for each in a]
-    out = tuple(x.new_empty(splits, x.shape[0], each.shape[0], dtype=d) for each, d in zip(a, dtypes, strict=True))
-    launch(x_ptr=x, a_ptrs=a, out_ptrs=out, seed_ptrs=seed)
-    return sum_splits(out, [each.dtype for each in a])
+    out, dtypes = [], []
+    for each in a:
+        dtypes.append(each.dtype)
+        dtype = each.dtype if splits == 1 else torch.float32
+        out.append(x.new_empty(splits, x.shape[0], each.shape[0], dtype=dtype))
+    launch(x_ptr=x, a_ptrs=a, out_ptrs=tuple(out), seed_ptrs=seed)
+    return sum_splits(out, dtypes)
 
 
-@prepared
+@cached_by_layout
 def _launch(
     x: Layout,
     a: tuple[Layout, ...],
@@ -100,7 +106,7 @@ def _launch(
     """Into how many parts K is split, and the launch; None where there is nothing to sum up."""
     M, K = x.shape
     for a_i, p_i, seed_i in zip(a, p, seed, strict=True):
-        expect(x, p_i, seed_i, a=(a_i, (a_i.shape[0], K)))
+        check_operands(x, p_i, seed_i, a=(a_i, (a_i.shape[0], K)))
     ranks = tuple(each.shape[0] for each in a)
     if K == 0 or M == 0 or not any(ranks):
         return 1, None

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels.launch import Launch, Layout, layouts, prepared
+from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv
-from fastlora.kernels.operands import expect
+from fastlora.kernels.operands import check_operands
 from fastlora.kernels.tiles import Tile, tile
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # as F.silu, F.gelu, F.gelu(approximate="tanh")
@@ -84,12 +84,12 @@ def _launch(gate: Tensor, up: Tensor | None, h: Tensor, activation: str, backwar
         launch(gate_ptr=gate, up_ptr=up, h_ptr=h)
 
 
-@prepared
+@cached_by_layout
 def _prepare(gate: Layout, up: Layout | None, h: Layout, activation: str, backward: bool, t: Tile) -> Launch:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}")
     M, K = gate.shape
-    expect(gate, up=(up, (M, K)), dh=(h, (M, K)))
+    check_operands(gate, up=(up, (M, K)), dh=(h, (M, K)))
     (stride_um, stride_uk) = (0, 0) if up is None else up.stride
     return Launch(
         _swiglu_kernel, (cdiv(M, t.BLOCK_M) * cdiv(K, t.BLOCK_K),),

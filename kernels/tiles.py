@@ -41,13 +41,18 @@ def tile(kernel: str, size: int) -> Tile:
     Forced by `use`, measured, or the table's (the first row whose bound holds the size).
     """
     found = _forced.get(kernel)
+    index = torch.cuda.current_device() if _has_cuda() else None
     if found is None and _source is not None and _forced_family is None:
-        measured = _source(_device_name()).get((kernel, next_power_of_2(size)))
+        measured = _source(_name_of_device(index)).get((kernel, 1 << max(0, size - 1).bit_length()))
         found = None if measured is None else Tile(**measured)
     if found is None:
-        rows, name = TILES[kernel], family()
+        rows, name = TILES[kernel], _forced_family or _family_of_device(index)
         by_size = rows.get("gfx942" if name == "gfx" else name) or rows["default"]
-        found = next(row for bound, row in by_size.items() if bound >= size)
+        for bound, row in by_size.items():
+            if bound >= size:
+                found = row
+                break
+        assert found is not None
     if _watched is not None:
         _watched[kernel, next_power_of_2(size)] = found
     return found
@@ -89,19 +94,21 @@ _source: Callable[[str], Measured] | None = None
 
 
 def measured_by(source: Callable[[str], Measured]) -> None:
-    """Take the tiles that were measured on a device, by its name, from here: who keeps them is above this folder."""
+    """Set the function that returns the tiles measured on a device, given its name. fastlora sets it at the first
+    launch, since this folder does not import the package's tables."""
     global _source
     _source = source
 
 
-def _device_name() -> str:
-    if _has_cuda():
-        return _name_of_device(torch.cuda.current_device())
-    return torch.xpu.get_device_name() if torch.xpu.is_available() else "cpu"
-
-
 _has_cuda = functools.cache(torch.cuda.is_available)  # asks the driver every time
-_name_of_device = functools.cache(torch.cuda.get_device_name)
+
+
+@functools.cache
+def _name_of_device(index: int | None) -> str:
+    """The name of this CUDA device, or without CUDA of what there is."""
+    if index is not None:
+        return torch.cuda.get_device_name(index)
+    return torch.xpu.get_device_name() if torch.xpu.is_available() else "cpu"
 
 
 _forced_family: str | None = None
@@ -115,15 +122,13 @@ def force_family(name: str | None) -> None:
 
 def family() -> str:
     """The architecture whose rows serve the current device."""
-    if _forced_family is not None:
-        return _forced_family
-    if INTERPRETED:
-        return "interpreter"
-    return _family_of_device(torch.cuda.current_device() if _has_cuda() else None)
+    return _forced_family or _family_of_device(torch.cuda.current_device() if _has_cuda() else None)
 
 
 @functools.cache
 def _family_of_device(index: int | None) -> str:
+    if INTERPRETED:
+        return "interpreter"
     try:
         target = driver.active.get_current_target()
     except RuntimeError:  # no GPU: what would run on one can still be predicted

@@ -57,7 +57,7 @@ def test_gradcheck_dense(p, with_bias, scaling):
     seed = SEED if p else None
 
     def layer(x, a, b, bias):
-        return autograd.lora_linear(x, w, a, b, bias, scaling, p, seed)
+        return autograd.fused_linear(x, w, a, b, bias, scaling, p, seed)
 
     assert torch.autograd.gradcheck(layer, (x, a, b, bias))
 
@@ -72,7 +72,7 @@ def test_gradcheck_opaque(p, train_base):
 
     def layer(x, a, b, w):
         y = (x @ w.t()).tanh()  # a base whose backward needs its own output
-        return autograd.add_lora(x, a, b, y, 0.3, p, SEED if p else None)
+        return autograd.add_adapter(x, a, b, y, 0.3, p, SEED if p else None)
 
     assert torch.autograd.gradcheck(layer, (x, a, b, w))
 
@@ -182,7 +182,7 @@ def test_siblings_save_one_x(fourbit_base, p):
 def test_opaque_saves_x_and_xa_only():
     x, _, a, b, _ = problem()
     y = torch.randn(M, N)
-    saved, _ = names_of_saved(lambda: functional.add_lora_output(y, x, a, b, 0.3, 0.2))
+    saved, _ = names_of_saved(lambda: functional.add_adapter_output(y, x, a, b, 0.3, 0.2))
     assert sorted(t.numel() for t in saved) == sorted([x.numel(), a.numel(), b.numel(), M * r, 1])
 
 

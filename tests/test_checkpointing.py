@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
 )
 
 import fastlora
-from fastlora import autograd, mlp, ops
+from fastlora import autograd, ops
 
 LAYERS = 7  # of a block
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -129,8 +129,7 @@ def test_the_split_changes_no_bit(p, monkeypatch):
     x = torch.randn(2, 5, HIDDEN)
     results = []
     for split in (True, False):
-        for module in (autograd, mlp):
-            monkeypatch.setattr(module, "is_packed", lambda split=split: split)
+        monkeypatch.setattr(autograd, "top_saved_tensors_hooks", lambda _, hooks=() if split else None: hooks)
         for forward in (model, WAYS["non-reentrant"](model)):
             outcomes(model, forward, x)
             results.append(outcomes(model, forward, x))
@@ -138,13 +137,13 @@ def test_the_split_changes_no_bit(p, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
-def test_one_function_where_nothing_is_packed():
+def test_the_product_is_deferred_only_under_hooks():
     model = block()
     y = model.attention.o_proj(torch.randn(3, HIDDEN).requires_grad_())
-    assert type(y.grad_fn).__name__ == "LoRALinearBackward"
+    assert type(y.grad_fn).__name__ == "FusedLinearBackward"
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         y = model.attention.o_proj(torch.randn(3, HIDDEN).requires_grad_())
-    assert type(y.grad_fn).__name__ == "RunBackward"
+    assert type(y.grad_fn).__name__ == "DeferredProductBackward"
 
 
 def test_a_compiled_checkpoint_is_right():

@@ -13,7 +13,7 @@ from fastlora.benchmarks.commands.compare import provider_records
 from fastlora.benchmarks.records import to_json, write_json
 from fastlora.benchmarks.training import Measurements
 from fastlora.cli import main
-from fastlora.kernel_ops import why_not
+from fastlora.kernel_ops import unsupported_reason
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASES, DROPOUTS, STEPS, TOKENS, BATCH = ("bf16", "nf4"), (0.0, 0.05), 3, 32, 2
@@ -202,8 +202,8 @@ def test_info(capsys):
     assert set(on_cpu.values()) == {implementation}
     on_gpu = found["implementations"]["cuda"]
     assert on_gpu.pop("lora_matmul_4bit") == "torch composition", "of decode_4bit and lora_matmul"
-    assert set(on_gpu.values()) == {"torch composition" if why_not() else "kernel"}
-    assert found["gpu_kernels"] == (why_not() or "on")
+    assert set(on_gpu.values()) == {"torch composition" if unsupported_reason() else "kernel"}
+    assert found["gpu_kernels"] == (unsupported_reason() or "on")
     assert found["cpu_kernels"] == (ops.NO_CPU_KERNELS or "loaded")
     assert main(["info"]) == 0
     out = capsys.readouterr().out

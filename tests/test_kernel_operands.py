@@ -93,10 +93,10 @@ class TestRefusals:
             call()
 
     def test_an_operand_on_another_device(self):
-        from fastlora.kernels.operands import expect
+        from fastlora.kernels.operands import check_operands
 
         with pytest.raises(ValueError, match=re.escape("a must be [6, 128] on cpu, got [6, 128] on meta")):
-            expect(torch.empty(5, 128), a=(torch.empty(6, 128, device="meta"), (6, 128)))
+            check_operands(torch.empty(5, 128), a=(torch.empty(6, 128, device="meta"), (6, 128)))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.2], ids=["", "dropout"])

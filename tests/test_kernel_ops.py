@@ -314,9 +314,9 @@ main(["info"])"""
 
 def test_a_gpu_older_than_triton_supports_is_left_to_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index else (8, 0))
-    assert kernel_ops.why_not(torch.device("cuda", 0)) is None
-    assert kernel_ops.why_not(torch.device("cuda", 1)) == "compute capability 7.5, Triton needs 8.0"
-    kernel_ops.why_not.cache_clear()
+    assert kernel_ops.unsupported_reason(torch.device("cuda", 0)) is None
+    assert kernel_ops.unsupported_reason(torch.device("cuda", 1)) == "compute capability 7.5, Triton needs 8.0"
+    kernel_ops.unsupported_reason.cache_clear()
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "xpu:0"])

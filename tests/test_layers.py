@@ -9,6 +9,7 @@ import fastlora
 
 PACKAGE = Path(fastlora.__file__).parent
 LAYERS = [  # each may import what stands before it
+    {"compat"},
     {"version", "files", "extension", "calls", "checks", "flops"},
     {"kernels"},
     {"reference"},

@@ -1,6 +1,7 @@
 import copy
 import io
 import re
+import weakref
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import ops
-from fastlora.peft import FastLinear, FastLinear4bit, patch, unpatch, why_peft
+from fastlora.peft import FastLinear, FastLinear4bit, _adapters, patch, unpatch, why_peft
 
 K, H = 64, 128
 BF16 = torch.bfloat16
@@ -395,6 +396,119 @@ def test_left_to_peft_with_a_reason(make, reason):
     assert ours.keys() == expected.keys()
     for name, t in expected.items():
         torch.testing.assert_close(ours[name], t, rtol=1e-4, atol=1e-5)
+
+
+def set_weight(of, weight):
+    def change(layer):
+        of(layer).weight = nn.Parameter(weight(of(layer).weight), requires_grad=False)
+
+    return change
+
+
+def scale(factor):
+    def change(layer):
+        layer.scaling["default"] = factor(layer.scaling["default"])
+
+    return change
+
+
+def as_instance_forward(of):
+    return lambda layer: forward_on_instance(of)(nn.ModuleList([layer]))
+
+
+def set_attribute(of, name, value):
+    return lambda layer: setattr(of(layer), name, value)
+
+
+def delete_adapter(layer):
+    layer.delete_adapter("default")
+    layer.set_adapter("second")
+
+
+PARTS = {
+    "the base": lambda layer: layer.base_layer,
+    "lora_A": lambda layer: layer.lora_A["default"],
+    "lora_B": lambda layer: layer.lora_B["default"],
+    "the dropout": lambda layer: layer.lora_dropout["default"],
+}
+CHANGES = {  # of a patched layer that has run: whether it still runs fused with one adapter
+    "nothing": (lambda layer: None, True),
+    "a new base weight": (set_weight(PARTS["the base"], lambda w: 2 * w), True),
+    "a new lora_A": (set_weight(PARTS["lora_A"], lambda w: 2 * w), True),
+    "a new lora_B": (set_weight(PARTS["lora_B"], lambda w: 2 * w), True),
+    "another base layer": (lambda layer: setattr(layer, "base_layer", linear(torch.randn(H, K))), True),
+    "scaling": (scale(lambda s: 3 * s), True),
+    "scaling as a tensor": (scale(torch.tensor), True),
+    "set_scale": (lambda layer: layer.set_scale("default", 5.0), True),
+    "another adapter": (lambda layer: layer.set_adapter("second"), True),
+    "the adapter deleted": (delete_adapter, True),
+    "dropout": (set_attribute(PARTS["the dropout"], "p", 0.5), True),  # in eval mode
+    "two adapters": (lambda layer: layer.set_adapter(["default", "second"]), False),
+    "two adapters, in place": (lambda layer: layer.active_adapters.append("second"), False),
+    "disabled": (lambda layer: layer.enable_adapters(False), False),
+    "merged": (lambda layer: layer.merge(), False),
+    "no casting of x": (set_attribute(lambda layer: layer, "cast_input_dtype_enabled", False), False),
+    "a trained base": (lambda layer: layer.base_layer.weight.requires_grad_(True), False),
+    "ZeRO-3": (set_attribute(lambda layer: layer.lora_A["default"].weight, "ds_id", 1), False),
+    "a dropout of 1": (set_attribute(PARTS["the dropout"], "p", 1.0), False),
+    "another dropout": (lambda layer: layer.lora_dropout.update({"default": nn.Hardtanh(-0.5, 0.5)}), False),
+    "a subclass as lora_A": (
+        lambda layer: setattr(layer.lora_A["default"], "__class__", type("Mine", (nn.Linear,), {})),
+        False,
+    ),
+    "a base with its own forward": (
+        lambda layer: setattr(
+            layer.base_layer, "__class__", type("Mine", (nn.Linear,), {"forward": lambda m, x: nn.Linear.forward(m, x)})
+        ),
+        False,
+    ),
+    **{
+        f"a hook on {name}": (lambda layer, of=of: of(layer).register_forward_hook(print), False)
+        for name, of in PARTS.items()
+    },
+    **{
+        f"a pre-hook on {name}": (lambda layer, of=of: of(layer).register_forward_pre_hook(lambda *_: None), False)
+        for name, of in PARTS.items()
+    },
+    **{
+        f"a backward hook on {name}": (
+            lambda layer, of=of: of(layer).register_full_backward_hook(lambda *_: None),
+            False,
+        )
+        for name, of in PARTS.items()
+    },
+    **{f"accelerate's hook on {name}": (set_attribute(of, "_hf_hook", 1), False) for name, of in PARTS.items()},
+    **{f"forward set on {name}": (as_instance_forward(of), False) for name, of in PARTS.items()},
+}
+
+
+@pytest.mark.parametrize("change, fused", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_a_layer_counts_from_the_next_call_on(change, fused):
+    """What every call of a layer reads agrees with the reasons that `why_peft` finds, and with PEFT's results."""
+    model = adapted(adapters=("default", "second"), lora_dropout=0.3)
+    model.base_model.set_adapter("default")
+    patch(model)
+    layer, x = lora_layers(model)[0], inputs()
+    layer(x)
+    change(layer)
+    operands = layer.operands_now()
+    assert (operands is not None) == fused
+    if fused:
+        assert why_peft(layer) is None
+        assert operands[2] == _adapters(layer)[0]
+    y = layer(x)
+    torch.testing.assert_close(y, PeftLinear.forward(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_no_layer_keeps_a_replaced_tensor_or_adapter():
+    model = patched(adapters=("default", "second"))
+    layer = lora_layers(model)[0]
+    layer.set_adapter("default")
+    layer(inputs())
+    gone = [weakref.ref(t) for t in (layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"])]
+    layer.base_layer.weight = nn.Parameter(torch.zeros(H, K), requires_grad=False)
+    layer.delete_adapter("default")
+    assert all(ref() is None for ref in gone)
 
 
 def test_trained_base_gets_its_gradient():

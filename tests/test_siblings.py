@@ -268,7 +268,7 @@ def test_nothing_is_held_after_the_step(end, calls):
         del x, y
         assert storage.expired()
         shared = siblings._thread.shared
-        assert shared.token is None and shared.cast is None and not shared.made
+        assert shared.token is None and shared.cast is None and not shared.xas
     finally:
         gc.enable()
 

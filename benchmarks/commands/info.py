@@ -14,7 +14,7 @@ def run(args: Namespace) -> int:
         "versions": versions(),
         "devices": devices(),
         "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
-        "gpu_kernels": kernel_ops.why_not() or "on",
+        "gpu_kernels": kernel_ops.unsupported_reason() or "on",
         "implementations": implementations(),
     }
     print(json.dumps(found, indent=2) if args.json else _as_text(found))
@@ -36,7 +36,7 @@ def devices() -> dict:
                 "name": properties.name,
                 "capability": f"{properties.major}.{properties.minor}",
                 "memory_bytes": properties.total_memory,
-                "kernels": kernel_ops.why_not(torch.device("cuda", i)) or "on",
+                "kernels": kernel_ops.unsupported_reason(torch.device("cuda", i)) or "on",
             }
             for i, properties in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
         ],

@@ -1,0 +1,182 @@
+"""The private names of torch, PEFT, Triton and bitsandbytes that fastlora depends on, and what replaces each.
+
+Each is bound here once, at import, so that a call of a layer pays no extra function call for it. A replacement uses
+public names only and gives the same results, more slowly; ``tests/test_compat.py`` compares the two and names the
+versions that both were seen to work on.
+
+Not here, because they have no replacement and have been stable since PyTorch 1.0: ``nn.Module``'s ``_modules``,
+``_parameters``, ``_buffers`` and hook dictionaries, and ``Tensor._version``, ``_base`` and ``_is_view``.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+def find(owner: Any, path: str, fallback: Any) -> Any:
+    """The attribute of this dotted path, or ``fallback`` where a part of it does not exist."""
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            return fallback
+        owner = getattr(owner, name)
+    return owner
+
+
+# torch: what surrounds a call.
+
+
+def _unknown_hooks(ignore_is_tracing: bool) -> tuple:
+    return ()
+
+
+# The hooks that saved tensors go through here, or None: whether a layer has to save its tensors before its product, for
+# checkpointing. The replacement says that there are some: saving first is right everywhere, and one Function slower.
+top_saved_tensors_hooks: Callable = find(torch._C, "_autograd._top_saved_tensors_default_hooks", _unknown_hooks)
+
+
+def _maybe_functorch() -> bool:
+    return True
+
+
+# Whether a transform of torch.func is active: no tensor is then shared between layers or written in place, and a
+# Function is applied through `Function.apply`. The replacement assumes one, which is right everywhere.
+functorch_is_active: Callable[[], bool] = find(torch._C, "_are_functorch_transforms_active", _maybe_functorch)
+
+
+def functorch_transforms() -> set[str]:
+    """The names of the active transforms of torch.func (``"Vmap"``, ``"Grad"``, ...), none where torch cannot say.
+
+    fastlora's Functions have no rule for vmap; where the names cannot be had, torch refuses the call itself.
+    """
+    try:
+        from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters  # imports Triton: not at the top
+    except ImportError:
+        return set()
+    return {level.key().name for level in retrieve_all_functorch_interpreters()}
+
+
+class _ProbedLevel:
+    """Stands in for the module ``torch.autograd.forward_ad``: makes a dual tensor, which fails outside a dual level."""
+
+    @property
+    def _current_level(self) -> int:
+        try:
+            torch.autograd.forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+        except RuntimeError:
+            return -1
+        return 0
+
+
+# ``._current_level >= 0`` within forward-mode AD, for which fastlora's Functions have no rule.
+forward_ad: Any = torch.autograd.forward_ad if hasattr(torch.autograd.forward_ad, "_current_level") else _ProbedLevel()
+
+# Turns gradients off and on in a sixth of the time that the context manager takes.
+set_grad_enabled: Callable[[bool], Any] = find(torch._C, "_set_grad_enabled", torch.set_grad_enabled)
+
+
+def _maybe_autocast() -> bool:
+    return True
+
+
+# Whether autocast is on for any device, in a tenth of the time that asking for one by name takes. The replacement says
+# yes, and the caller then asks by name.
+any_autocast_is_enabled: Callable[[], bool] = find(torch._C, "_is_any_autocast_enabled", _maybe_autocast)
+
+
+# torch: autograd.
+
+
+def apply_of(function: type[Function]) -> Callable:
+    """``function.apply`` for positional arguments outside functorch and torch.compile, without binding defaults.
+
+    That is 25 µs faster a call: ``Function.apply`` inspects the signature of ``forward`` every time.
+    """
+    return find(super(Function, function), "apply", function.apply)
+
+
+# The number of the backward pass that runs in this thread: keeps what layers hand each other in one pass apart from
+# another pass, such as one that an error ended. Without it layers hand each other nothing (`GRAPH_TASKS_ARE_KNOWN`).
+GRAPH_TASKS_ARE_KNOWN = hasattr(torch._C, "_current_graph_task_id")
+current_graph_task: Callable[[], int] = find(torch._C, "_current_graph_task_id", lambda: -1)
+
+# Whether this backward pass keeps the graph for another one; if it may, saved tensors are copied before being
+# overwritten. The replacement says yes.
+keeps_graph: Callable[[], bool] = find(torch._C, "_autograd._get_current_graph_task_keep_graph", lambda: True)
+
+
+# torch: tensors.
+
+
+def _copied_view(t: Tensor, shape: Any) -> Tensor:
+    return t.view(shape).clone()
+
+
+# A tensor of another shape that autograd does not know as a view: an output of a custom Function that is a view refuses
+# every in-place op on it. The replacement copies.
+unsafe_view: Callable[[Tensor, Any], Tensor] = find(torch.ops.aten, "_unsafe_view.default", _copied_view)
+
+OWNERS_ARE_COUNTED = hasattr(torch._C, "_storage_Use_Count") and hasattr(Tensor, "_use_count")
+
+
+def owners(t: Tensor) -> tuple[int, int] | None:
+    """How many owners the storage of t has, and how many its tensor object in C++; None where torch cannot say.
+
+    An adapter is added in place to an output that nothing else owns; where that is unknown it is added out of place.
+    """
+    if not OWNERS_ARE_COUNTED:
+        return None
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata), t._use_count()  # type: ignore[attr-defined]
+
+
+def share_storage(t: Tensor, u: Tensor) -> bool:
+    """Whether two tensors have one storage. Storages without memory (meta tensors) are told apart by their object."""
+    first, second = t.untyped_storage(), u.untyped_storage()
+    if hasattr(first, "_cdata"):
+        return first._cdata == second._cdata
+    return t.device == u.device and first.data_ptr() == second.data_ptr() and first.nbytes() > 0
+
+
+def as_plain_tensor(parameter: Tensor) -> Tensor:
+    """A detached plain tensor of a parameter subclass; it shares the version counter, which ``.data`` does not."""
+    disabled = find(torch._C, "DisableTorchFunctionSubclass", None)
+    if disabled is None:
+        return parameter.detach().as_subclass(Tensor)
+    with disabled():
+        return parameter.detach()
+
+
+# torch: tracing.
+
+
+def without_modes() -> contextlib.AbstractContextManager:
+    """Runs real ops inside a trace. Without it a block that is first seen by a trace is not fused, and says so."""
+    try:
+        from torch.utils._python_dispatch import _disable_current_modes
+    except ImportError:
+        return contextlib.nullcontext()
+    return _disable_current_modes()
+
+
+def constant_while_tracing(function: Callable) -> Callable:
+    """``torch.compiler.assume_constant_result``, which imports all of Dynamo, and so Triton, when it is applied."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# PEFT. ``ACTIVE_ADAPTER`` names the attribute with the active adapter's name, or a list of names; the public property
+# takes three function calls to read.
+ACTIVE_ADAPTER = "_active_adapter"
+
+
+# Triton. ``compiled[grid](*arguments)`` looks up the stream, makes metadata for hooks and calls empty hooks.
+
+
+def launch_of(compiled: Any) -> tuple[Callable, Any, Any] | None:
+    """What launches a compiled kernel, its function and its metadata; None where a name is gone: launch by `[grid]`."""
+    run = find(compiled, "run", None)
+    function, metadata = (getattr(compiled, name, None) for name in ("function", "packed_metadata"))
+    return None if run is None or function is None or metadata is None else (run, function, metadata)
