@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.autograd import transform_without_rule
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
-from fastlora.compat import ACTIVE_ADAPTER, forward_ad, functorch_is_active
+from fastlora.compat import attribute, forward_ad, functorch_is_active
 from fastlora.functional import Adapter, adapted_forward, add_adapter_output, base_kind, fused_forward, is_hooked
 from fastlora.fuse import fuse_mlps, unfuse_mlps
 from fastlora.siblings import siblings_among
@@ -121,7 +121,7 @@ def why_peft(layer: LoraLayer) -> str | None:
     """Why this layer runs PEFT's own forward now, or None if it runs fastlora's."""
     modules = layer.__dict__["_modules"]
     base = modules["base_layer"]
-    if layer._disable_adapters:
+    if layer.disable_adapters:
         return DISABLED
     if layer.merged_adapters:
         return MERGED
@@ -181,6 +181,10 @@ def _sharding(weight: Tensor) -> str | None:
     return None
 
 
+_ACTIVE = attribute(LoraLayer, "_active_adapter", "active_adapters")
+_DISABLED = attribute(LoraLayer, "_disable_adapters", "disable_adapters")
+
+
 def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     """The base layer, its `base_kind` and the active adapter, if the adapter is one and the layer runs fused now.
 
@@ -189,7 +193,7 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     asks this: nothing is remembered, so nothing can be out of date.
     """
     modules = layer.__dict__["_modules"]
-    name: Any = getattr(layer, ACTIVE_ADAPTER)
+    name: Any = getattr(layer, _ACTIVE)
     if type(name) is not str:
         if len(name) != 1:
             return None
@@ -197,7 +201,7 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     base: Any = modules["base_layer"]
     lora_A: Any = modules["lora_A"]._modules.get(name)
     if (
-        layer._disable_adapters
+        getattr(layer, _DISABLED)
         or layer.merged_adapters
         or not layer.cast_input_dtype_enabled
         or name in layer.lora_variant
