@@ -175,7 +175,7 @@ def watched_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
 
 
 def snapshot(watched: list[tuple[nn.Module, list[str]]]) -> list[Any]:
-    """Objects of which one is another one if anything in `dependencies` has changed: a third of the time to collect."""
+    """Objects, of which at least one differs if any of the `dependencies` has changed. Takes a third of the time."""
     found: list[Any] = []
     for each, keys in watched:
         d = each.__dict__
@@ -207,8 +207,7 @@ def _inside(value: Any) -> Any:
 
 
 def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The block's forward, by one autograd Function if every layer's ``operands(x)``, its base layer and adapter, can
-    be had now."""
+    """The block's forward: one autograd Function if every layer returns its ``operands(x)``, otherwise its own."""
     y = None
     if not args and not kwargs:
         if torch.compiler.is_compiling():
@@ -219,8 +218,8 @@ def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwar
 
 
 def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The block as one function inside a graph. What it is is found out while tracing; the attributes that this depends
-    on are read, so that the graph is guarded on them."""
+    """The block as one function inside a graph. What it computes is determined once, while tracing; the attributes that
+    this depends on are read here, so that the graph is guarded on them."""
     block, guarded = _block_while_tracing(module)
     for path, names in guarded:
         child = module
@@ -236,8 +235,8 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
 
 @constant_while_tracing
 def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
-    """The block, and the paths of its submodules with the names of what a graph can be guarded on. A block that depends
-    on more than that, such as a buffer's numbers, is not computed as one in a graph."""
+    """The block, and for each of its submodules the path and the attributes that a graph can be guarded on. A block
+    that depends on anything else, such as the values of a buffer, is not computed as one in a graph."""
     fusion = fusion_of(module)
     block: Block | str = "it is not fused" if fusion is None else fusion.block_now(module)
     if isinstance(block, str):
@@ -298,8 +297,8 @@ def is_adapted(module: Any) -> bool:
 
 
 def mlp_layers(module: nn.Module, is_layer: Callable[[Any], bool]) -> dict[str, Any]:
-    """The two or three such layers of this module if their shapes are those of an MLP, and nothing else in it has
-    parameters; otherwise none."""
+    """The children of this module for which ``is_layer`` holds, if they are two or three with the shapes of an MLP and
+    nothing else in the module has parameters; otherwise none."""
     layers = {name: child for name, child in module.named_children() if is_layer(child)}
     if len(layers) not in (2, 3):
         return {}
@@ -310,7 +309,7 @@ def mlp_layers(module: nn.Module, is_layer: Callable[[Any], bool]) -> dict[str, 
 
 
 def _orders(layers: list[Any]) -> list[list[Any]]:
-    """The layers with the one last that brings what the others put out back to their width, in each possible way."""
+    """Every order of the layers in which the last (down) maps the outputs of the others back to their input width."""
     found = []
     for down in layers:
         first = [layer for layer in layers if layer is not down]
@@ -325,8 +324,8 @@ def widens(layers: Any) -> bool:
 
 
 def _scattered_mlps(model: nn.Module, is_layer: Callable[[Any], bool], known: set[str]) -> dict[str, str]:
-    """Adapted layers, one after another, that widen and narrow as an MLP's do, but are no one module's only ones; by
-    the name of the module that has them all."""
+    """MLPs that are not a module of their own: adapted layers in a row whose widths are those of an MLP. Returns the
+    reason why they are not fused, by the name of the innermost module that contains them all."""
     layers = [
         (name, layer)
         for name, layer in model.named_modules()
