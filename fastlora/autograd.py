@@ -33,7 +33,7 @@ from fastlora.compat import (
     top_saved_tensors_hooks,
     unsafe_view,
 )
-from fastlora.fourbit import Weight4bit
+from fastlora.fourbit import WEIGHT_TENSORS, Weight4bit
 from fastlora.ops import overload
 from fastlora.ops_4bit import lora_matmul_4bit
 from fastlora.siblings import SharedInput
@@ -208,9 +208,6 @@ def input_gradient(terms: list[DxTerm]) -> Tensor:
     for dy, weight, a, b, _, s, _, _ in merged:
         dx.addmm_(dy, weight.decode_merged(dy.dtype, a, b, s))  # type: ignore[union-attr, arg-type]
     return dx
-
-
-WEIGHT_TENSORS = 5  # of the fields of a Weight4bit; the rest are numbers
 
 
 def fields_of(weight: Weight) -> tuple[tuple, tuple]:

@@ -48,7 +48,7 @@ class Calls:
 
 
 def calls_of(module: Any) -> Calls:
-    """The record of this module's calls, made if there is none."""
+    """The record of this module's calls; created at the first use."""
     return module.__dict__.setdefault(ATTRIBUTE, Calls())
 
 

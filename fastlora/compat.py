@@ -5,7 +5,9 @@ public names only and gives the same results, more slowly; ``tests/test_compat.p
 versions that both were seen to work on.
 
 Not here, because they have no replacement and have been stable since PyTorch 1.0: ``nn.Module``'s ``_modules``,
-``_parameters``, ``_buffers`` and hook dictionaries, and ``Tensor._version``, ``_base`` and ``_is_view``.
+``_parameters``, ``_buffers`` and hook dictionaries, and ``Tensor._version``, ``_base`` and ``_is_view``. bitsandbytes'
+``quant_state``, ``packing_format_for_cpu`` and ``fix_4bit_weight_quant_state_from_module`` are read in
+`fastlora.fourbit` and `fastlora.functional`.
 """
 
 import contextlib
@@ -167,9 +169,12 @@ def constant_while_tracing(function: Callable) -> Callable:
     return function
 
 
-# PEFT. ``ACTIVE_ADAPTER`` names the attribute with the active adapter's name, or a list of names; the public property
-# takes three function calls to read.
-ACTIVE_ADAPTER = "_active_adapter"
+# PEFT. Its public properties take one to three function calls to read.
+
+
+def attribute(owner: type, private: str, public: str) -> str:
+    """The name to read an attribute by: the private one where the class has it."""
+    return private if hasattr(owner, private) else public
 
 
 # Triton. ``compiled[grid](*arguments)`` looks up the stream, makes metadata for hooks and calls empty hooks.

@@ -34,6 +34,9 @@ class Weight4bit(NamedTuple):
         return decode_4bit(*self, dtype, a, b, s)
 
 
+WEIGHT_TENSORS = 5  # the first fields of a Weight4bit, which may be None; the rest are numbers
+
+
 def is_4bit(weight: Any) -> bool:
     """Whether this parameter is a bitsandbytes 4-bit weight, quantised or still to be."""
     return type(weight).__name__ == "Params4bit"

@@ -28,8 +28,8 @@ def lora_linear(
 ) -> Tensor:
     """``F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_A), lora_B)``
 
-    Differentiable (once) in x, lora_A, lora_B and bias; saves x and [M, r] for backward and no mask: dropout is drawn
-    again from a seed taken from the default generator of x's device.
+    Differentiable (once) in x, lora_A, lora_B and bias. Saves x and [M, r] for backward, and no dropout mask: backward
+    draws the same mask again, from a seed that the default generator of x's device gave to forward.
 
     Args:
         x: ``[..., K]``, floating point. Under autocast it is cast as ``F.linear`` would.
@@ -184,8 +184,8 @@ _REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that is
 def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activation: str) -> Tensor | None:
     """``down(act(gate(x)) * up(x))`` for (gate, up, down), ``down(act(up(x)))`` for (up, down): bases and adapters.
 
-    None if they cannot be computed as one: one is None, or its base layer computes itself, or they do not all compute
-    in one dtype. 4-bit layers compute in theirs whatever x has: what they put out for each other then stays in it.
+    None if they cannot be computed as one: one is None, or its base layer is opaque, or they do not all compute in one
+    dtype. 4-bit layers compute in their own dtype, whatever that of x; the tensors between them then stay in it.
     """
     layers = [operand for operand in operands if operand is not None]
     if len(layers) < len(operands):
@@ -214,7 +214,7 @@ def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activatio
 
 
 def _compute_dtype(base_layer: Any, x: Tensor) -> torch.dtype | None:
-    """The dtype in which this base layer multiplies x, None if it computes itself or refuses x."""
+    """The dtype in which this base layer multiplies x, None if it is opaque or does not take x's dtype."""
     kind, dtype = base_kind(base_layer), autocast_dtype(x)
     if kind == "4bit":
         return compute_dtype_4bit(base_layer, x)
@@ -249,7 +249,7 @@ def base_kind(base_layer: nn.Module) -> str:
 
 
 def is_hooked(module: Any) -> bool:
-    """Whether something is to run when this module is called, besides its class's forward."""
+    """Whether calling this module runs more than its class's forward: hooks, or a forward set on the instance."""
     d = module.__dict__
     return bool(
         d["_forward_hooks"]
@@ -282,8 +282,8 @@ def compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
 
 
 def _weight_of(layer: Any) -> Weight4bit:
-    """The weight of a Linear4bit, which is first repaired as the layer's own forward does: given back the quant_state
-    that sharding lost, and put back if bitsandbytes repacked it for CPU inference."""
+    """The weight of a Linear4bit, after the repairs that its own forward makes: a quant_state that sharding lost is
+    restored, and a weight that bitsandbytes repacked for CPU inference is unpacked."""
     state = getattr(layer.weight, "quant_state", None)
     if state is None and layer.quant_state is not None:
         import_module("bitsandbytes.nn.modules").fix_4bit_weight_quant_state_from_module(layer)

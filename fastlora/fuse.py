@@ -88,16 +88,26 @@ class Fusion:
 
     def __init__(self) -> None:
         self.block: Block | str = ""  # or why it is no MLP any more
-        self.seen: list[Any] = []  # what `dependencies` found when that was last asked
+        self.seen: list[Any] = []  # the `dependencies` that the block was proven with
+        self.watched: list[tuple[nn.Module, list[str]]] = []  # `watched_modules` of the block
+        self.last: list[Any] = []  # the `snapshot` of them when `dependencies` was last compared
         self.changes = 0  # in successive calls
 
     def accept(self, module: nn.Module, block: Block | str) -> None:
-        self.block, self.seen = block, dependencies(module)
+        self.block, self.seen, self.watched = block, dependencies(module), watched_modules(module)
+        self.last = snapshot(self.watched)
 
     def is_known(self, module: nn.Module) -> bool:
         """Whether nothing has changed that the last proof depends on."""
-        now = dependencies(module)
-        known = len(now) == len(self.seen) and all(map(operator.is_, now, self.seen))
+        now = snapshot(self.watched)
+        if are_same(now, self.last):
+            self.changes = 0
+            return True
+        depends_on = dependencies(module)  # of which a snapshot has more: the mode of the module, for one
+        known = are_same(depends_on, self.seen)
+        if known:
+            self.watched = watched_modules(module)
+            self.last = snapshot(self.watched)
         self.changes = 0 if known else self.changes + 1
         return known
 
@@ -108,6 +118,16 @@ class Fusion:
             changed = "it was changed, and is not two or three adapted layers any more"
             self.accept(module, prove(module, layers) if layers else changed)
         return self.block if self.changes <= PROOFS else "its attributes change from call to call"
+
+
+def are_same(now: list[Any], before: list[Any]) -> bool:
+    """Whether the objects are the same ones; of integers, such as versions of buffers, whether they are equal."""
+    if len(now) != len(before):
+        return False
+    if all(map(operator.is_, now, before)):
+        return True
+    pairs = ((a, b) for a, b in zip(now, before, strict=True) if a is not b)
+    return all(type(a) is int and type(b) is int and a == b for a, b in pairs)
 
 
 _MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
@@ -143,6 +163,36 @@ def dependencies(module: nn.Module) -> list[Any]:
     return found
 
 
+def watched_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """A block and its modules that are not adapted layers, each with the attributes whose contents it depends on."""
+    found: list[tuple[nn.Module, list[str]]] = []
+    todo = [module]
+    for each in todo:
+        mentioned = _names_in(type(each).forward)
+        found.append((each, [key for key in each.__dict__ if key in mentioned and key not in _MODULE_ATTRIBUTES]))
+        todo += [child for child in each._modules.values() if child is not None and not is_adapted(child)]
+    return found
+
+
+def snapshot(watched: list[tuple[nn.Module, list[str]]]) -> list[Any]:
+    """Objects, of which at least one differs if any of the `dependencies` has changed. Takes a third of the time."""
+    found: list[Any] = []
+    for each, keys in watched:
+        d = each.__dict__
+        found.append(type(each).forward)
+        found += d.values()
+        found += d["_modules"].values()
+        if each is not watched[0][0]:
+            found += (*d["_forward_hooks"].values(), *d["_forward_pre_hooks"].values())
+            found += (*d["_backward_hooks"].values(), *d["_backward_pre_hooks"].values())
+        for key in keys:
+            if key in d:
+                found += _inside(d[key])
+        for buffer in d["_buffers"].values():
+            found += (buffer, None if buffer is None else buffer._version)
+    return found
+
+
 def _names_in(forward: Any) -> tuple[str, ...]:
     """The attributes that a function mentions."""
     return getattr(getattr(forward, "__wrapped__", forward), "__code__", _names_in.__code__).co_names
@@ -157,8 +207,7 @@ def _inside(value: Any) -> Any:
 
 
 def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The block's forward, by one autograd Function if every layer's ``operands(x)``, its base layer and adapter, can
-    be had now."""
+    """The block's forward: one autograd Function if every layer returns its ``operands(x)``, otherwise its own."""
     y = None
     if not args and not kwargs:
         if torch.compiler.is_compiling():
@@ -169,8 +218,8 @@ def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwar
 
 
 def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
-    """The block as one function inside a graph. What it is is found out while tracing; the attributes that this depends
-    on are read, so that the graph is guarded on them."""
+    """The block as one function inside a graph. What it computes is determined once, while tracing; the attributes that
+    this depends on are read here, so that the graph is guarded on them."""
     block, guarded = _block_while_tracing(module)
     for path, names in guarded:
         child = module
@@ -186,8 +235,8 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
 
 @constant_while_tracing
 def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
-    """The block, and the paths of its submodules with the names of what a graph can be guarded on. A block that depends
-    on more than that, such as a buffer's numbers, is not computed as one in a graph."""
+    """The block, and for each of its submodules the path and the attributes that a graph can be guarded on. A block
+    that depends on anything else, such as the values of a buffer, is not computed as one in a graph."""
     fusion = fusion_of(module)
     block: Block | str = "it is not fused" if fusion is None else fusion.block_now(module)
     if isinstance(block, str):
@@ -248,8 +297,8 @@ def is_adapted(module: Any) -> bool:
 
 
 def mlp_layers(module: nn.Module, is_layer: Callable[[Any], bool]) -> dict[str, Any]:
-    """The two or three such layers of this module if their shapes are those of an MLP, and nothing else in it has
-    parameters; otherwise none."""
+    """The children of this module for which ``is_layer`` holds, if they are two or three with the shapes of an MLP and
+    nothing else in the module has parameters; otherwise none."""
     layers = {name: child for name, child in module.named_children() if is_layer(child)}
     if len(layers) not in (2, 3):
         return {}
@@ -260,7 +309,7 @@ def mlp_layers(module: nn.Module, is_layer: Callable[[Any], bool]) -> dict[str, 
 
 
 def _orders(layers: list[Any]) -> list[list[Any]]:
-    """The layers with the one last that brings what the others put out back to their width, in each possible way."""
+    """Every order of the layers in which the last (down) maps the outputs of the others back to their input width."""
     found = []
     for down in layers:
         first = [layer for layer in layers if layer is not down]
@@ -275,8 +324,8 @@ def widens(layers: Any) -> bool:
 
 
 def _scattered_mlps(model: nn.Module, is_layer: Callable[[Any], bool], known: set[str]) -> dict[str, str]:
-    """Adapted layers, one after another, that widen and narrow as an MLP's do, but are no one module's only ones; by
-    the name of the module that has them all."""
+    """MLPs that are not a module of their own: adapted layers in a row whose widths are those of an MLP. Returns the
+    reason why they are not fused, by the name of the innermost module that contains them all."""
     layers = [
         (name, layer)
         for name, layer in model.named_modules()

@@ -28,7 +28,7 @@ compositions: dict[str, Callable] = {}  # the ops in plain torch, by name
 
 @cache
 def unsupported_reason(device: torch.device | None = None) -> str | None:
-    """Why the kernels do not run on this GPU (on any), None if they do."""
+    """Why the kernels do not run on this GPU (without a device: on any GPU), None if they do."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if device is None or device.type != "cuda" or torch.version.hip is not None:
@@ -79,7 +79,7 @@ _RESULTS_LIKE: dict[str, Callable] = {  # the adapters' dtype
 
 
 def _in_fp32(name: str, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-    """Launch with fp64 adapters in fp32, of which kernels keep more than the composition, which rounds them to x's."""
+    """Launch with fp64 adapters converted to fp32: the composition would round them to x's dtype."""
     getattr(checks, name)(*args, **kwargs)
     narrow = tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.float64 else t, (args, kwargs))
     with _guard(device) or nullcontext():

@@ -1,7 +1,7 @@
 """The MLP of a transformer block as one autograd Function: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``.
 
-What down is fed, h, is neither saved nor computed by itself again: backward makes it in the pass over gate and up that
-also makes their gradients, in place.
+The input of down, h, is not saved for backward. Backward recomputes it in the same pass over gate and up that computes
+their gradients, in place.
 """
 
 from functools import partial
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastlora.autograd import (
-    WEIGHT_TENSORS,
     DxTerm,
     Weight,
     adapter_grads,
@@ -32,6 +31,7 @@ from fastlora.autograd import (
     zero_storage_output,
 )
 from fastlora.compat import apply_of, keeps_graph
+from fastlora.fourbit import WEIGHT_TENSORS
 from fastlora.ops import overload
 
 shrink_group = overload("shrink_group")
@@ -90,7 +90,7 @@ def shrink_all(rows: Tensor, layers: list[Projection]) -> list[Tensor]:
 def fused_mlp(x: Tensor, first: list[Projection], down: Projection, activation: str) -> Tensor:
     """``down(swiglu(*(layer(x) for layer in first), activation))``: ``first`` is gate and up, or up alone.
 
-    Saves x and what the first layers put out. ``activation`` as in `fastlora.reference.activate`.
+    Saves x and the outputs of the first layers. ``activation`` as in `fastlora.reference.activate`.
     """
     with torch.no_grad():
         rows = x.flatten(0, -2)

@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
         return Adapter(self.lora_A, self.lora_B, self.scaling, self.lora_dropout if self.training else 0.0)
 
     def operands(self, x: Tensor) -> tuple[Any, Adapter] | None:
-        """The base layer and its adapter, for a block that computes several layers as one; None if it must not now."""
+        """The base layer and its adapter, for a block that computes several layers as one; None if not now."""
         if self.merged or is_hooked(self) or is_hooked(self.base_layer):
             return None
         return self.base_layer, self.adapter()
@@ -239,7 +239,7 @@ class LoRAMLP(nn.Module):
     """The MLP of a transformer block, frozen, with a trainable low-rank adapter on each layer, as one function.
 
     Equivalent: ``down_proj(act(gate_proj(x)) * up_proj(x))``, or ``down_proj(act(up_proj(x)))`` without a gate, for the
-    `LoRALinear` layers of these names. What down_proj is fed is not saved for backward but computed again in it.
+    `LoRALinear` layers of these names. The input of down_proj is not saved but recomputed in backward.
     Takes ``[..., in_features]``, gives ``[..., out_features]``.
 
     Args:

@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.fourbit import Weight4bit
+from fastlora.fourbit import WEIGHT_TENSORS, Weight4bit
 from fastlora.ops import _op, overload
-
-FIELDS = 5  # tensors of a Weight4bit, each field of which is a list below
 
 
 def lora_matmul_4bit(
@@ -29,7 +27,7 @@ def lora_matmul_4bit(
 
 def lists_of(weights: Sequence[Weight4bit]) -> tuple[list[Tensor | None], list[int], list[str]]:
     """``weights``, ``sizes`` and ``quant_types`` of the op."""
-    tensors: list[Any] = [t for w in weights for t in w[:FIELDS]]
+    tensors: list[Any] = [t for w in weights for t in w[:WEIGHT_TENSORS]]
     sizes = [n for w in weights for n in (w.blocksize, w.blocksize2, w.N, w.K)]
     return tensors, sizes, [w.quant_type for w in weights]
 
@@ -51,11 +49,18 @@ def _by_decoding(
     seed: list[Tensor | None],
     transposed: bool,
 ) -> Tensor:
-    """`lora_matmul_4bit` on decoded weights. A CPU's kernel decodes no more than a panel at a time, in cache."""
+    """`lora_matmul_4bit` on whole decoded weights. The CPU kernel instead decodes one panel at a time, in cache."""
     ws = []
     for i, quant_type in enumerate(quant_types):
         blocksize, blocksize2, N, K = sizes[4 * i : 4 * i + 4]
-        fields = (*weights[FIELDS * i : FIELDS * i + FIELDS], blocksize, blocksize2, quant_type, N, K)
+        fields = (
+            *weights[WEIGHT_TENSORS * i : WEIGHT_TENSORS * i + WEIGHT_TENSORS],
+            blocksize,
+            blocksize2,
+            quant_type,
+            N,
+            K,
+        )
         w = torch.ops.fastlora.decode_4bit(*fields, x[0].dtype, None, None, 1.0)
         ws.append(w.t() if transposed else w)
     if len(ws) == 1:

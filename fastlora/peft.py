@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.autograd import transform_without_rule
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
-from fastlora.compat import ACTIVE_ADAPTER, forward_ad, functorch_is_active
+from fastlora.compat import attribute, forward_ad, functorch_is_active
 from fastlora.functional import Adapter, adapted_forward, add_adapter_output, base_kind, fused_forward, is_hooked
 from fastlora.fuse import fuse_mlps, unfuse_mlps
 from fastlora.siblings import siblings_among
@@ -53,9 +53,9 @@ class PatchReport:
 def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     """Make the LoRA layers of a PEFT model compute with fastlora, in place.
 
-    Equivalent: nothing changes but speed, memory and rounding. Call it again at any time (after adding an adapter):
-    patched layers stay patched, and the report is made anew. What then really runs is in `fastlora.report`; a layer or
-    MLP block that cannot run fused runs its own forward and says why, once, by a warning.
+    Equivalent: only speed, memory and rounding change. It can be called again at any time, such as after adding an
+    adapter: patched layers stay patched, and the new report describes the model as it is then. `fastlora.report` says
+    what ran; a layer or MLP block that cannot run fused runs its own forward and warns once, with the reason.
 
     Returns a `PatchReport`. A layer can be patched and named in ``skipped`` too: it then runs PEFT's own forward until
     the reason goes away (its adapters are merged or disabled, or the active one is DoRA, say).
@@ -114,14 +114,14 @@ def _cannot_swap(layer: LoraLayer) -> str | None:
 
 DISABLED, MERGED = "its adapters are disabled", "its adapters are merged"
 MIXED_BATCH = "it was called with more than x, such as the adapter_names of a mixed batch"
-ASKED_FOR = (DISABLED, MERGED, MIXED_BATCH)  # what PEFT's user asks for by name is no cause for a warning
+ASKED_FOR = (DISABLED, MERGED, MIXED_BATCH)  # the user chose these: no warning
 
 
 def why_peft(layer: LoraLayer) -> str | None:
     """Why this layer runs PEFT's own forward now, or None if it runs fastlora's."""
     modules = layer.__dict__["_modules"]
     base = modules["base_layer"]
-    if layer._disable_adapters:
+    if layer.disable_adapters:
         return DISABLED
     if layer.merged_adapters:
         return MERGED
@@ -140,7 +140,7 @@ def _base_reason(base: nn.Module) -> str | None:
         return "its base layer has hooks, which only run when it is called"
     weight = base.__dict__["_parameters"].get("weight")
     if weight is None:
-        return None  # computes itself: the opaque plan
+        return None  # the opaque plan
     if weight.requires_grad:
         return "its base weight requires grad: PEFT's forward trains it"
     reason = _sharding(weight)
@@ -171,7 +171,7 @@ def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
 
 
 def _sharding(weight: Tensor) -> str | None:
-    """On meta, ZeRO-3's or a distributed tensor: where its numbers are instead of here."""
+    """Why the values of this weight are not in it: it is on the meta device, or sharded by ZeRO-3 or as a DTensor."""
     if weight.is_meta:
         return "on the meta device (offloaded or sharded): fused once its numbers are here"
     if hasattr(weight, "ds_id"):
@@ -179,6 +179,10 @@ def _sharding(weight: Tensor) -> str | None:
     if type(weight).__name__ == "DTensor":
         return "sharded (a DTensor): fused if it is whole when the layer is called, as under FSDP2"
     return None
+
+
+_ACTIVE = attribute(LoraLayer, "_active_adapter", "active_adapters")
+_DISABLED = attribute(LoraLayer, "_disable_adapters", "disable_adapters")
 
 
 def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
@@ -189,7 +193,7 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     asks this: nothing is remembered, so nothing can be out of date.
     """
     modules = layer.__dict__["_modules"]
-    name: Any = getattr(layer, ACTIVE_ADAPTER)
+    name: Any = getattr(layer, _ACTIVE)
     if type(name) is not str:
         if len(name) != 1:
             return None
@@ -197,7 +201,7 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     base: Any = modules["base_layer"]
     lora_A: Any = modules["lora_A"]._modules.get(name)
     if (
-        layer._disable_adapters
+        getattr(layer, _DISABLED)
         or layer.merged_adapters
         or not layer.cast_input_dtype_enabled
         or name in layer.lora_variant
@@ -279,7 +283,7 @@ def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
 
 
 def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
-    """Why x is nothing that fastlora's ops take on this base: PEFT's forward decides then, or complains."""
+    """Why fastlora's ops do not take this x on this base; PEFT's forward then takes it or raises its own error."""
     if type(x) is not Tensor and not torch.compiler.is_compiling():  # torch.export traces with tensors of its own
         return f"x is a {type(x).__name__}, not a plain tensor"
     if not x.is_floating_point():
@@ -321,7 +325,8 @@ _SIBLINGS = "_fastlora_siblings"  # where a patched layer keeps its `Siblings`
 
 
 def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
-    """The base layer and its one adapter, for a block that computes several layers as one; None if it must not now."""
+    """The base layer and the adapter, for a block that computes several layers as one; None if this layer has to run by
+    itself now."""
     if is_hooked(layer):
         return None
     operands = _operands_now(layer)

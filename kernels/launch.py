@@ -1,8 +1,8 @@
-"""Launching a kernel again: what follows from the layout of its operands is worked out once.
+"""Launch a kernel with what follows from the layouts of its operands computed once for each layout.
 
-Grids, splits, strides and checks, and what Triton asks of every argument at every launch (its dtype, whether it is 1 or
-a multiple of 16), are the same for tensors of the same layout. Without this a launch takes the host longer than many
-layers take the GPU.
+Grids, splits, strides and checks depend on the layouts alone, and so does what Triton derives from every argument at
+every launch (its dtype, whether it is 1 or a multiple of 16). Derived anew, they take the host longer than many layers
+take the GPU.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ from fastlora.compat import launch_of
 
 
 class Layout(NamedTuple):
-    """All that a launch depends on of a tensor, but its address."""
+    """What a launch depends on of a tensor, besides its address."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -39,7 +39,7 @@ cached_by_layout = lru_cache(maxsize=4096)  # for functions of layouts: those th
 
 
 class Launch:
-    """A kernel, its grid and every argument but its tensors, which are of one layout in all calls."""
+    """A kernel, its grid and its arguments except the tensors, which have the same layouts in every call."""
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **fixed: Any) -> None:
         self.kernel, self.grid, self.fixed = kernel, (*grid, 1, 1)[:3], fixed

@@ -458,3 +458,20 @@ def test_func_grad():
     for name, p in module.named_parameters():
         if name in ours:
             torch.testing.assert_close(ours[name], p.grad)
+
+
+def test_a_buffer_changed_often_before_is_no_change():
+    """Its version is an integer that Python makes anew at each reading."""
+
+    class Scaled(SwiGLU):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+    block = Scaled()
+    for _ in range(300):
+        block.steps += 1
+    model = fastlora.add_lora(nn.Sequential(block), r=2)
+    for _ in range(8):
+        model(torch.randn(2, 3, HIDDEN))
+    assert fastlora.report(model).mlps["0"].fused == 8

@@ -1,0 +1,144 @@
+"""`fastlora.compat`: what replaces a private name gives the same results, and PEFT's forward is the one that was read.
+
+Seen to work with torch 2.13.0, peft 0.21.2, triton 3.8.0 and bitsandbytes 0.50.2.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+
+from fastlora import compat
+from fastlora.peft import PeftLinear4bit
+
+GONE = {  # what is taken away before fastlora is imported
+    "nothing": [],
+    "saved-tensor hooks": ["torch._C._autograd._top_saved_tensors_default_hooks"],
+    "functorch": ["torch._C._are_functorch_transforms_active"],
+    "forward AD": ["torch.autograd.forward_ad._current_level"],
+    "grad mode": ["torch._C._set_grad_enabled"],
+    "autocast": ["torch._C._is_any_autocast_enabled"],
+    "graph tasks": ["torch._C._current_graph_task_id"],
+    "keeping graphs": ["torch._C._autograd._get_current_graph_task_keep_graph"],
+    "unsafe_view": ["torch.ops.aten._unsafe_view.default"],
+    "owners": ["torch._C._storage_Use_Count"],
+    "plain tensors": ["torch._C.DisableTorchFunctionSubclass"],
+    "PEFT's attributes": [
+        "peft.tuners.tuners_utils.BaseTunerLayer._active_adapter",
+        "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters",
+    ],
+}
+
+# In a process of its own: `fastlora.compat` is loaded before fastlora, with a ``hasattr`` that denies these names.
+PROGRAM = """
+import importlib.util, json, sys
+sys.path.insert(0, "tests")
+import peft, torch
+from torch.utils.checkpoint import checkpoint
+
+gone = {path.rpartition(".")[2] for path in json.loads(sys.argv[1])} - {"default"}
+gone |= {"_unsafe_view"} if any("_unsafe_view" in path for path in json.loads(sys.argv[1])) else set()
+spec = importlib.util.spec_from_file_location("fastlora.compat", "fastlora/compat.py")
+compat = sys.modules["fastlora.compat"] = importlib.util.module_from_spec(spec)
+compat.hasattr = lambda owner, name: name not in gone and hasattr(owner, name)
+spec.loader.exec_module(compat)
+
+import fastlora
+from accuracy import linear_4bit
+from blocks import HIDDEN, Block, randomise
+
+torch.manual_seed(0)
+block = Block()
+config = peft.LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.25)
+block.attention.o_proj = linear_4bit(block.attention.o_proj.weight.detach())
+model = randomise(peft.get_peft_model(torch.nn.Sequential(block), config))
+assert not fastlora.patch(model).skipped
+found = {}
+for training in (False, True):
+    model.train(training)
+    for how in ("plain", "again", "checkpoint", "autocast", "create graph", "no grad"):
+        torch.manual_seed(1)
+        x = torch.randn(2, 5, HIDDEN, requires_grad=True)
+        h = x * 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"), torch.set_grad_enabled(how != "no grad"):
+            y = checkpoint(model, h, use_reentrant=False) if how == "checkpoint" else model(h)
+        found.setdefault(how, []).append(y.double().sum().item())
+        if how != "no grad":
+            model.zero_grad()
+            y.float().square().sum().backward(create_graph=how == "create graph")
+            found[how] += [t.grad.double().abs().sum().item() for t in (x, *model.parameters()) if t.grad is not None]
+assert all(calls.own == 0 for calls in fastlora.report(model).layers.values()) or "functorch" in sys.argv[1]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return results_without([])
+
+
+def results_without(names: list[str]) -> dict[str, torch.Tensor]:
+    command = [sys.executable, "-c", PROGRAM, json.dumps(names)]
+    env = os.environ | {"PYTHONPATH": "."}
+    ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    dtypes = {"autocast": torch.bfloat16}  # computed in, and so compared in
+    return {how: torch.tensor(values, dtype=dtypes.get(how, torch.float32)) for how, values in found.items()}
+
+
+@pytest.mark.parametrize("names", list(GONE.values())[1:], ids=list(GONE)[1:])
+def test_what_replaces_a_private_name_gives_the_same(names, expected):
+    torch.testing.assert_close(results_without(names), expected)
+
+
+def test_this_torch_has_every_name():
+    """Otherwise something is slower than it need be: see what `fastlora.compat` says of it."""
+    for path in [name for names in GONE.values() for name in names]:
+        module, _, rest = path.partition(".")
+        assert compat.find({"torch": torch, "peft": peft}[module], rest, None) is not None, path
+
+
+def test_a_dual_level_is_found_by_probing():
+    probe = compat._ProbedLevel()
+    assert probe._current_level < 0
+    with torch.autograd.forward_ad.dual_level():
+        assert probe._current_level >= 0
+    assert probe._current_level < 0
+
+
+def test_storages_are_told_apart():
+    t = torch.zeros(4)
+    assert compat.share_storage(t, t[1:]) and not compat.share_storage(t, torch.zeros(4))
+    meta = torch.zeros(4, device="meta")
+    assert compat.share_storage(meta, meta[1:]) and not compat.share_storage(meta, torch.zeros(4, device="meta"))
+
+
+READ = {  # hashes of PEFT's forward, without comments and layout, in the versions whose source was read
+    "Linear": {"0a8b96d29dea80c2"},
+    "Linear4bit": {"c4e3e7885324d1bb"},
+}
+
+
+@pytest.mark.parametrize("layer", [PeftLinear, PeftLinear4bit], ids=READ)
+def test_the_forward_of_peft_is_the_one_that_was_read(layer):
+    if layer is None:
+        pytest.skip("bitsandbytes is not installed")
+    source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(layer.forward))))
+    found = hashlib.sha256(source.encode()).hexdigest()[:16]
+    assert found in READ[layer.__name__], (
+        f"PEFT {peft.__version__} has another lora.{layer.__name__}.forward ({found}). Read it for anything that "
+        "fastlora.peft would ignore: a new condition before the base layer is called, a new argument, another cast of "
+        "x or of the result, another kind of adapter. Make `why_peft` and `_operands_now` refuse what is new, compare "
+        "the results (tests/test_peft.py), and add the hash here."
+    )
