@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.functional import is_finite_number
 from fastlora.model import all_linear, from_pattern, match_regex, matches_whole, plain_names
 from fastlora.nn import LoRALinear
 
@@ -60,9 +61,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _check(_is_rank(self.r), "r", "a positive integer", self.r)
-        _check(_is_number(self.lora_alpha), "lora_alpha", "a finite number", self.lora_alpha)
+        _check(is_finite_number(self.lora_alpha), "lora_alpha", "a finite number", self.lora_alpha)
         dropout = self.lora_dropout
-        _check(_is_number(dropout) and 0 <= dropout < 1, "lora_dropout", "a number in [0, 1)", dropout)
+        _check(is_finite_number(dropout) and 0 <= dropout < 1, "lora_dropout", "a number in [0, 1)", dropout)
         _check(isinstance(self.use_rslora, bool), "use_rslora", "true or false", self.use_rslora)
         _check(self.bias in _BIASES, "bias", f"one of {', '.join(_BIASES)}", self.bias)
         init = self.init_lora_weights
@@ -77,7 +78,7 @@ class AdapterConfig:
         )
         if isinstance(self.target_modules, str) and (self.layers_pattern or self.layers_to_transform is not None):
             raise ValueError("layers_to_transform and layers_pattern need target_modules to be a list")
-        for name, is_value in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        for name, is_value in (("rank_pattern", _is_rank), ("alpha_pattern", is_finite_number)):
             pattern = getattr(self, name)
             valid = isinstance(pattern, dict) and all(is_value(value) for value in pattern.values())
             _check(
@@ -214,15 +215,6 @@ def _is_integer(value: Any) -> bool:
 
 def _is_rank(value: Any) -> bool:
     return _is_integer(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    if not _is_integer(value) and not isinstance(value, float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond any float
-        return False
 
 
 def _are_names(value: Any) -> bool:

@@ -3,6 +3,7 @@
 Counted for eager calls only: a count that changed inside a compiled graph would make torch.compile start over.
 """
 
+import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
@@ -44,7 +45,20 @@ class Calls:
         self.reason = reason
         if self.strict:
             raise RuntimeError(f"fastlora: a module patched with strict=True cannot run fused: {reason}")
-        warnings.warn(f"fastlora: a patched module runs its own forward: {reason}", stacklevel=3)
+        message = f"fastlora: a patched module runs its own forward: {reason}"
+        warnings.warn(message, stacklevel=_caller_of_the_model())
+
+
+_LIBRARIES = ("fastlora", "torch", "peft", "transformers", "trl", "accelerate", "lightning")
+
+
+def _caller_of_the_model() -> int:
+    """The ``stacklevel``, for who calls this, of the innermost call that is made by none of the libraries between the
+    user and a layer: `warnings` shows and filters by that line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def calls_of(module: Any) -> Calls:

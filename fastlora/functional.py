@@ -334,7 +334,7 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:
             raise ValueError(f"scaling must be one number, got a tensor {list(scaling.shape)}")
     elif isinstance(scaling, bool) or not isinstance(scaling, int | float):
         raise TypeError(f"scaling must be a number or a one-element tensor, got {type(scaling).__name__}")
-    elif not math.isfinite(scaling):
+    elif not is_finite_number(scaling):
         raise ValueError(f"scaling must be finite, got {scaling}")
     check_dropout(dropout_p)
 
@@ -342,3 +342,13 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:
 def check_dropout(p: float) -> None:
     if not isinstance(p, int | float) or not 0.0 <= p < 1.0:
         raise ValueError(f"dropout probability must be in [0, 1), got {p!r}")
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether it is an integer or a float, no bool, that a finite float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False

@@ -16,6 +16,7 @@ from fastlora.functional import (
     adapted_forward,
     base_kind,
     check_dropout,
+    is_finite_number,
     is_hooked,
     mlp_forward,
     refuse_transforms,
@@ -101,8 +102,6 @@ class LoRALinear(nn.Module):
             raise TypeError(f"r must be an integer, got {r!r}")
         if r <= 0:
             raise ValueError(f"r must be positive, got {r}")
-        if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
-            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         check_dropout(lora_dropout)
         if init_lora_weights not in (True, "kaiming", "gaussian"):
             raise ValueError(f'init_lora_weights must be True, "kaiming" or "gaussian", got {init_lora_weights!r}')
@@ -130,7 +129,9 @@ class LoRALinear(nn.Module):
         self._siblings: Siblings | None = None  # set by add_lora, which knows the tree
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
-        """``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with use_rslora."""
+        """``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with use_rslora. ValueError unless it is finite."""
+        if not is_finite_number(lora_alpha):
+            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.scaling = lora_alpha / math.sqrt(self.r) if use_rslora else lora_alpha / self.r
 

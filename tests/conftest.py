@@ -1,5 +1,6 @@
 """Settings for all tests: nothing is fetched, every test starts from the same seed, GPU and slow tests are opt-in."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,6 +62,13 @@ def pytest_collection_modifyitems(config, items):
         slow = item.get_closest_marker("slow") or (interpreted and item.get_closest_marker("slow_in_interpreter"))
         if slow and not config.getoption("--slow"):
             item.add_marker(not_now)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def old_objects_are_not_searched():
+    """What was imported so far is millions of objects, through which every ``gc.collect()`` would go."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

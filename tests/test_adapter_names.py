@@ -139,7 +139,7 @@ def test_targets_are_a_list_of_names_where_that_is_enough(tmp_path):
         (lambda layer: setattr(layer, "lora_dropout", 0.5), "one lora_dropout for all layers"),
         (lambda layer: layer.set_scaling(3, use_rslora=True), "one use_rslora for all layers"),
         (lambda layer: setattr(layer, "scaling", 0.7), "'fc' rank 2 and scaling 1.5; it has rank 2 and scaling 0.7"),
-        (lambda layer: layer.set_scaling(float("nan")), "alpha_pattern must be"),
+        (lambda layer: setattr(layer, "lora_alpha", float("nan")), "alpha_pattern must be"),
         (lambda layer: layer.to("meta"), "'fc' has no values here"),
     ],
 )

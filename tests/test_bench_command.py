@@ -24,7 +24,9 @@ def small_rates(monkeypatch):
     monkeypatch.setattr(protocol, "measure_rates", partial(protocol.measure_rates, size=64))
 
 
-@pytest.mark.parametrize("verb", ["linear", "block", "model", "decode"])
+@pytest.mark.parametrize(
+    "verb", ["linear", "decode", *(pytest.param(v, marks=pytest.mark.slow) for v in ("block", "model"))]
+)
 def test_writes_rows_environment_and_picture(verb, tmp_path, capsys):
     bases, names = ("nf4", "bitsandbytes,fastlora") if verb == "decode" else ("bf16", "frozen,peft,fastlora")
     chosen = [*TINY, "--base", bases, "--providers", names, "--out", str(tmp_path)]

@@ -156,7 +156,9 @@ def test_a_compiled_checkpoint_is_right():
 
 
 @pytest.mark.skipif(ops.NO_CPU_KERNELS is not None, reason="what a step keeps does not depend on who computes it")
-@pytest.mark.parametrize("way", ["plain", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize(
+    "way", ["non-reentrant", *(pytest.param(w, marks=pytest.mark.slow) for w in ("plain", "reentrant"))]
+)
 def test_memory_does_not_grow(way):
     """Forty steps take what ten take. One step's activations are some 3 MB, of which not even a tenth may stay."""
     model = nn.Sequential(block(lora_dropout=0.1), block())

@@ -39,8 +39,8 @@ GONE = {  # what is taken away before fastlora is imported
     ],
 }
 
-# In a process of its own, which loads what takes long and then forks once for every case: there `fastlora.compat` is loaded
-# before fastlora, with a ``hasattr`` that denies these names.
+# In a process of its own, which loads what takes long and then forks once for every case. There
+# `fastlora.compat` is loaded before fastlora, with a ``hasattr`` that denies these names.
 PROGRAM = """
 import importlib.util, json, os, sys, traceback
 sys.path.insert(0, "tests")

@@ -28,6 +28,7 @@ def compiled(*args):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_an_elementwise_kernel_on_every_architecture():
     rows = compiled("--kernel", "swiglu")
     assert {row["arch"] for row in rows} == {"sm_80", "sm_86", "sm_90", "sm_100", "gfx942"}

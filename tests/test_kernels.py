@@ -137,6 +137,7 @@ class TestDropout:
             assert dropout.dropout_scale(p) == expected
 
 
+@pytest.mark.one_case_in(3)
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -238,7 +239,7 @@ def copies(request, monkeypatch):
 
 @pytest.mark.usefixtures("copies")
 class TestLoRAMatmul:
-    @pytest.mark.one_case_in(3)
+    @pytest.mark.one_case_in(6)
     @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
     @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -247,6 +248,7 @@ class TestLoRAMatmul:
         x, w, xa, b = normal(M, K), normal(N, K), normal(M, 5, dtype=adapter_dtype), normal(N, 5, dtype=adapter_dtype)
         check_lora_matmul(x.to(dtype), w.to(dtype), xa, b, None if p else normal(N, dtype=adapter_dtype), p)
 
+    @pytest.mark.one_case_in(2)
     @pytest.mark.parametrize("r", RANKS)
     def test_any_rank(self, r):
         check_lora_matmul(normal(40, 48).half(), normal(72, 48).half(), normal(40, r), normal(72, r))
@@ -331,7 +333,7 @@ def test_both_factors_of_the_adapter_keep_more_than_half_precision(which, dtype)
 
 
 class TestLoRAGrad:
-    @pytest.mark.one_case_in(3)
+    @pytest.mark.one_case_in(6)
     @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
     @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -340,6 +342,7 @@ class TestLoRAGrad:
         dy, x, b, xa = normal(M, N), normal(M, K), normal(N, 5, dtype=adapter_dtype), normal(M, 5, dtype=adapter_dtype)
         check_lora_grad(dy.to(dtype), x.to(dtype), b, xa, 0.7, p)
 
+    @pytest.mark.one_case_in(2)
     @pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "two passes"])
     @pytest.mark.parametrize("r", RANKS)
     def test_any_rank(self, r, one_pass):

@@ -32,6 +32,7 @@ def decode(weight, dtype, a=None, b=None, s=1.0):
 @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 class TestDecode:
+    @pytest.mark.one_case_in(2)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]} by {s[2]}")
     def test_is_that_of_the_reference_rounded_once(self, shape, quant_type, nested, dtype):
@@ -54,6 +55,7 @@ class TestDecode:
         assert torch.equal(decode(weight, torch.float32, a, b), w)
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_merge_is_that_of_the_reference(dtype, r):
@@ -107,7 +109,7 @@ def lookup(request, monkeypatch):
 
 @pytest.mark.usefixtures("lookup")
 class TestNF4Matmul:
-    @pytest.mark.one_case_in(3)
+    @pytest.mark.one_case_in(5)
     @pytest.mark.parametrize("splits", [1, 3])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ class TestNF4Matmul:
         assert y.dtype == dtype
         check(y, eager, truth, K)
 
-    @pytest.mark.one_case_in(3)
+    @pytest.mark.one_case_in(7)
     @pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
     @pytest.mark.parametrize("blocksize", [64, 128, 512, 4096])
     @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -100,6 +100,8 @@ def test_dropout_only_while_training():
         (lambda: LoRALinear(8, 8, r=2, lora_dropout=1.0), ValueError, r"in \[0, 1\), got 1.0"),
         (lambda: LoRALinear(8, 8, r=2, lora_dropout=-0.1), ValueError, r"in \[0, 1\), got -0.1"),
         (lambda: LoRALinear(8, 8, r=2, lora_alpha=float("nan")), ValueError, "lora_alpha must be a finite number"),
+        (lambda: LoRALinear(8, 8, r=2, lora_alpha=10**400), ValueError, "lora_alpha must be a finite number"),
+        (lambda: LoRALinear(8, 8, r=2).set_scaling(None), ValueError, "lora_alpha must be a finite number, got None"),
         (lambda: LoRALinear(8, 8, r=2, init_lora_weights="pissa"), ValueError, "init_lora_weights must be"),
         (lambda: LoRALinear.from_linear(nn.LayerNorm(8), r=2), TypeError, "got LayerNorm"),
         (lambda: LoRALinear.from_linear(int8_linear(), r=2), TypeError, "floating point, got torch.int8"),

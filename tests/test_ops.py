@@ -76,7 +76,7 @@ DTYPES = {
 }
 
 
-@pytest.mark.one_case_in(2)
+@pytest.mark.one_case_in(3)
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("call", calls(torch.float32, torch.float32))
 def test_opcheck(call, dtypes):

@@ -89,7 +89,7 @@ def test_falling_back_is_said_once_a_reason():
     with pytest.warns(UserWarning, match="base weight requires grad") as said:
         for _ in range(3):
             model(x)
-    assert len(said) == 1
+    assert len(said) == 1 and said[0].filename.endswith("blocks.py"), "where the layer is called"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with model.disable_adapter():
@@ -204,13 +204,14 @@ def test_an_exported_model_holds_the_ops(strict):
     assert fastlora.report(model).mlps["base_model.model.0.mlp"].fused == 1, "tracing leaves the block as it was"
 
 
-@pytest.mark.one_case_in(2)
-@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without gradients"])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["grad", "no grad"])
 @pytest.mark.parametrize(
-    "family", ["llama", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("opt", "phi3"))]
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gpt2", "opt", "phi3"))]
 )
 def test_compiled_to_no_more_graphs_than_peft(family, grad):
-    model = adapted(AutoModel.from_config(CONFIGS[family]), fan_in_fan_out=family == "gpt2").eval()
+    config = copy.deepcopy(CONFIGS[family])
+    config.num_hidden_layers = 1
+    model = adapted(AutoModel.from_config(config), fan_in_fan_out=family == "gpt2").eval()
     ids = torch.arange(6).view(1, 6)
     graphs, outputs = [], []
     for patch in (False, True):
