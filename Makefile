@@ -80,6 +80,7 @@ bench: setup
 	$(BIN)/fastlora profile --sequence 128,256,512 --budget 2GB --out $(RESULTS)/profile
 	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
+	$(BIN)/fastlora bench generate --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/bench/speed.json
 	$(BIN)/python benchmarks/host_overhead.py --out $(RESULTS)/host_overhead.json

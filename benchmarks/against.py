@@ -158,8 +158,8 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
 
     from fastlora.benchmarks import protocol
     from fastlora.benchmarks.cases import modules
+    from fastlora.benchmarks.environment import keep_freed_memory
     from fastlora.benchmarks.providers import PROVIDERS
-    from fastlora.benchmarks.training import keep_freed_memory
 
     keep_freed_memory()
     device, provider = torch.device("cpu"), PROVIDERS["fastlora"]

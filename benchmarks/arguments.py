@@ -59,9 +59,9 @@ example:
   fastlora tune --model llama-3-8b --dry-run
       the plans and what the roofline predicts for them, without a GPU"""
 _BENCH = """\
-Measure an adapted linear layer, a decoder block, a training step of a model, or the decoding of 4-bit weights, by
-every provider: the frozen layer (the limit), PEFT, fastlora and what else is installed. One that is less exact than
-PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
+Measure an adapted linear layer, a decoder block, a training step of a model, generation, or the decoding of 4-bit
+weights, by every provider: the frozen layer (the limit), PEFT, fastlora and what else is installed. One that is less
+exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
 what was measured."""
 _BENCH_EXAMPLE = """\
 example:
@@ -71,7 +71,7 @@ example:
   fastlora bench decode --model-shape llama-2-7b --base fp4
   fastlora bench linear --quick --against HEAD~1
       this code and another revision's, in turn"""
-VERBS = ("linear", "block", "model", "decode")
+VERBS = ("linear", "block", "model", "generate", "decode")
 MODES = ("forward", "backward", "step")
 TUNABLE = ("bf16", "fp16", "fp32", "nf4")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
@@ -211,20 +211,33 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("verb", choices=VERBS, metavar="VERB", help=f"one of {', '.join(VERBS)}")
     add(
         "--model-shape", type=_list(_one_of(SHAPES)), metavar="NAMES",
-        help=f"of {', '.join(SHAPES)} (default: smollm2-135m on a CPU, llama-3-8b on a GPU)",
+        help=f"of {', '.join(SHAPES)} (default: by device, see --quick)",
     )  # fmt: skip
-    add("--m", type=_list(_integer(1)), metavar="TOKENS", help="rows of x (default: by device, see --quick)")
+    add(
+        "--m",
+        type=_list(_integer(1)),
+        metavar="TOKENS",
+        help="rows of x; for generate, texts at once",
+    )
     add("--r", type=_list(_integer(1)), default=[16], help="ranks of the adapters (default: 16)")
-    add("--base", type=_list(_one_of(BASES)), help=f"of {', '.join(BASES)} (default: bf16,nf4)")
+    add(
+        "--base",
+        type=_list(_one_of(BASES)),
+        help=f"of {', '.join(BASES)} (default: bf16 and nf4; on a CPU without bf16, fp32 and nf4)",
+    )
     add("--dropout", type=_list(_probability), default=[0.0], help="probabilities in [0, 1) (default: 0)")
     add("--checkpointing", action="store_true", help="every layer or block is checkpointed")
     add(
         "--providers", type=_list(_one_of(PROVIDERS)), metavar="NAMES",
         help=f"of {', '.join(PROVIDERS)} (default: all; with --quick none that compiles)",
     )  # fmt: skip
-    add("--modes", type=_list(_one_of(MODES)), default=list(MODES), help=f"of {', '.join(MODES)} (default: all)")
+    add(
+        "--modes",
+        type=_list(_one_of(MODES)),
+        help=f"of {', '.join(MODES)} (default: all; with --quick not backward)",
+    )
     add("--rounds", type=_integer(1), help="turns of every provider (default: 9; with --quick 5)")
-    add("--quick", action="store_true", help="a set that takes less than two minutes on two cores")
+    add("--quick", action="store_true", help="a set that takes one to four minutes on two cores")
     add("--against", metavar="REF", help="compare fastlora with its code at another git revision, interleaved")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     output = parser.add_mutually_exclusive_group()

@@ -1,5 +1,6 @@
 """Where and with what a measurement is made: what every report says of its environment."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ from fastlora import __version__, ops
 from fastlora.benchmarks.arguments import UsageError
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_allocator = "as it is"
 _LIBRARIES = ("torch", "triton", "bitsandbytes", "peft", "transformers")
 
 
@@ -25,9 +27,24 @@ def environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         **versions(),
+        "allocator": _allocator,
         "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
         "commit": commit(),
     }
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory instead of returning it to the system after every step; `environment` says so.
+
+    Otherwise the page faults of the logits' buffers, which every provider has alike, come and go from step to step and
+    drown what is measured. Does nothing with another C library.
+    """
+    global _allocator
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(parameter, 2**31 - 1)
+        _allocator = "glibc, freed memory kept (mallopt)"
 
 
 def versions() -> dict[str, str]:

@@ -247,6 +247,7 @@ def bench(rows: Rows, report: dict, path: Path) -> None:
         "linear": "the seven adapted linear layers of a block",
         "block": "an adapted decoder block",
         "model": "a model with adapters",
+        "generate": "generation by a model with adapters",
         "decode": "decoding 4-bit weights",
     }[report["verb"]]
     figure.suptitle(f"{what}: {shapes}\n{report['environment']['device']}")

@@ -207,7 +207,8 @@ def run(
     turns = interleave({at: way for at, way in ways.items() if at[1] in modes}, clock or clock_of(device), rounds)
     yield "memory", []  # last: hooks and profilers must not be what torch.compile has seen
     for name, (module, error) in modules.items():
-        facts = memory(subject, module, ways[name, "step"]) | {"relative_error": error}
+        facts = memory(subject, module, {at[1]: way for at, way in ways.items() if at[0] == name})
+        facts["relative_error"] = error
         if name.endswith("+compile") and device.type != "cuda":
             facts["launches"] = None  # what watches operators turns compilation off
         for mode in modes:
@@ -233,6 +234,12 @@ def ways_of(subject: Subject, provider: Provider, module: nn.Module) -> dict[str
         with provider.within():
             return subject.gradients(module, y)
 
+    def generate(_: Any) -> Tensor:
+        with provider.within():
+            return subject.generate(module)
+
+    if subject.case.verb == "generate":
+        return {"forward": Way(generate)}
     return {"forward": Way(forward), "backward": Way(backward, forward), "step": Way.of(lambda: backward(forward()))}
 
 
@@ -248,22 +255,20 @@ def derived(
         "speedup": ratio(peft, own) if peft else None,
         "of_limit": ratio(own, frozen) if frozen else None,
     }
-    if case.verb != "model":
+    if case.verb in ("linear", "block"):
         flops, moved, floor = roofline.least(case, mode, name != "frozen", rates)
         seconds = found["p50"]
         found |= {"tflops": flops / seconds / 1e12, "gbytes": moved / seconds / 1e9, "roofline": floor / seconds}
     return found
 
 
-def memory(subject: Subject, module: nn.Module, step: Way) -> dict[str, Any]:
-    """Bytes kept for backward, the peak of a step beyond what was there before, and what a step launches."""
-    device = subject.x.device
-    step()
-    return {
-        "saved_bytes": saved_bytes(module, lambda: subject.forward(module)),
-        "peak_bytes": peak_bytes(device, step),
-        "launches": launches(step, device),
-    }
+def memory(subject: Subject, module: nn.Module, ways: Mapping[str, Way]) -> dict[str, Any]:
+    """Bytes kept for backward, the peak of a step (of generation, where there is no step) beyond what was there before,
+    and what it launches."""
+    device, whole = subject.x.device, ways.get("step", ways["forward"])
+    whole()
+    kept = saved_bytes(module, lambda: subject.forward(module)) if "step" in ways else None
+    return {"saved_bytes": kept, "peak_bytes": peak_bytes(device, whole), "launches": launches(whole, device)}
 
 
 class _Count(TorchDispatchMode):

@@ -60,7 +60,12 @@ def fastlora(module: nn.Module, case: Case) -> nn.Module:
 
 
 def compiled(make: Callable[[Any, Case], nn.Module]) -> Callable[[Any, Case], nn.Module]:
-    return lambda module, case: torch.compile(make(module, case))  # type: ignore[return-value]
+    def make_compiled(module: Any, case: Case) -> nn.Module:
+        if case.verb == "generate":
+            raise NotApplicable("generate() calls the eager model")
+        return torch.compile(make(module, case))  # type: ignore[return-value]
+
+    return make_compiled
 
 
 class Addmm(Function):

@@ -25,7 +25,7 @@ from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.tables import NAMES, case_name, markdown, megabytes, power, setting_line, verdict
 from fastlora.files import replace_file
 
-BENCH = ("linear", "block", "model", "decode")
+BENCH = ("linear", "block", "model", "generate", "decode")
 HERE = Path(__file__).resolve().parent
 WIDTH = 120
 _EXAMPLE = """\

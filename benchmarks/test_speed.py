@@ -12,8 +12,8 @@ import torch
 
 from fastlora.benchmarks import protocol
 from fastlora.benchmarks.cases.modules import Case, linear_cases, make_subject
+from fastlora.benchmarks.environment import keep_freed_memory
 from fastlora.benchmarks.providers import PROVIDERS
-from fastlora.benchmarks.training import keep_freed_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS = 15

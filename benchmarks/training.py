@@ -1,8 +1,6 @@
 """Train the same adapted model with several providers, step by step in turn, and measure each."""
 
 import copy
-import ctypes
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -207,18 +205,6 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         current += event.nbytes()
         peak = max(peak, current)
     return peak
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory instead of returning it to the system after every step.
-
-    Otherwise the page faults of the logits' buffers, which every provider has alike, come and go from step to step and
-    drown what is measured. Does nothing with another C library.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(parameter, 2**31 - 1)
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from fastlora.benchmarks import against, arguments, pictures, protocol, providers, records
+from fastlora.benchmarks.cases.models import compute_dtype, default_bases
+from fastlora.benchmarks.commands import bench
 from fastlora.cli import main
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("bitsandbytes_eager")]
@@ -25,7 +27,7 @@ def small_rates(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "verb", ["linear", "decode", *(pytest.param(v, marks=pytest.mark.slow) for v in ("block", "model"))]
+    "verb", ["linear", "generate", "decode", *(pytest.param(v, marks=pytest.mark.slow) for v in ("block", "model"))]
 )
 def test_writes_rows_environment_and_picture(verb, tmp_path, capsys):
     bases, names = ("nf4", "bitsandbytes,fastlora") if verb == "decode" else ("bf16", "frozen,peft,fastlora")
@@ -33,6 +35,7 @@ def test_writes_rows_environment_and_picture(verb, tmp_path, capsys):
     assert main(["bench", verb, *chosen, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["complete"] and report["environment"]["torch"] == torch.__version__
+    assert report["environment"]["allocator"].endswith("(mallopt)") or sys.platform != "linux"
     assert report["rates"]["measured"] and report["rates"]["copy"] > 0
     rows = records.read_rows(tmp_path / f"{verb}.csv")
     assert len(rows) == len(report["rows"]) and all(row["error"] is None and row["p50"] > 0 for row in rows)
@@ -90,6 +93,7 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         (["everything"], "invalid choice"),
         (["decode", "--base", "bf16"], "--base must be nf4 or fp4"),
         (["decode", "--against", "HEAD"], "--against compares fastlora's linear, block and model"),
+        (["generate", "--against", "HEAD"], "--against compares fastlora's linear, block and model"),
         (["block", "--against", "HEAD", "--providers", "peft"], "--against compares"),
         (["block", "--against", "no-such-revision"], "--against no-such-revision: there is no such revision"),
         (["block", "--modes", "sideways"], "--modes must be of forward, backward, step"),
@@ -99,6 +103,15 @@ def test_unusable_arguments(chosen, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["bench", *chosen, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_quick_sets_have_curves_of_five_points_on_a_small_and_a_large_layer():
+    args = arguments.build_parser().parse_args(["bench", "linear", "--quick"])
+    cases = bench.cases_of(args, torch.device("cpu"))
+    assert {case.M for case in cases} == {1, 16, 64, 256, 1024}
+    assert {case.shape for case in cases} == {"smollm2-135m", "llama-3.2-1b"}
+    assert {case.base for case in cases} == set(default_bases("cpu"))
+    assert all(case.dtype == compute_dtype("cpu") for case in cases), "bf16 only where a CPU has instructions for it"
 
 
 def test_the_command_names_what_the_harness_has():

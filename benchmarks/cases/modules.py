@@ -16,6 +16,7 @@ from fastlora.benchmarks.training import copy_sharing_frozen
 from fastlora.fourbit import is_4bit, weight_4bit
 
 SCALING = 2  # lora_alpha / r
+PROMPT = 8  # tokens that generation reads, and writes
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class Case:
     N and K are the layer's, 0 where there are several; ``count`` is how many layers of this size a block has.
     """
 
-    verb: str  # linear, block or model
+    verb: str  # linear, block, model or generate
     shape: str
     layer: str
-    M: int  # tokens
+    M: int  # tokens; of generate, how many texts are written at once
     r: int
     base: str  # bf16, fp16, fp32, nf4 or fp4
     dropout: float = 0.0
@@ -36,6 +37,7 @@ class Case:
     N: int = 0
     K: int = 0
     count: int = 1
+    compute: str = "bf16"  # what a 4-bit base computes in
 
     def __str__(self) -> str:
         more = f" dropout={self.dropout:g}" if self.dropout else ""
@@ -46,7 +48,7 @@ class Case:
 
     @property
     def dtype(self) -> torch.dtype:
-        return models.DENSE.get(self.base, torch.bfloat16)
+        return models.DENSE[self.base if self.base in models.DENSE else self.compute]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -87,6 +89,16 @@ class Subject:
             return checkpoint(module, self.x, use_reentrant=False)  # type: ignore[return-value]
         return module(self.x)
 
+    def generate(self, module: Any) -> Tensor:
+        """Greedy decoding with a cache: `PROMPT` tokens of M texts are read, as many written."""
+        training = module.training
+        try:
+            with torch.no_grad():
+                sizes = {"min_new_tokens": PROMPT, "max_new_tokens": PROMPT}
+                return module.eval().generate(input_ids=self.x, do_sample=False, use_cache=True, **sizes)
+        finally:
+            module.train(training)
+
     def leaves(self, module: nn.Module) -> dict[str, Tensor]:
         """What gets a gradient: x, unless it is ids, and the adapters by their places in the module."""
         found = {"x": self.x} if self.dy is not None else {}
@@ -107,9 +119,10 @@ class Subject:
 def make_subject(case: Case, device: torch.device, seed: int = 0) -> Subject:
     """Weights, adapters (B as after some training, not zero) and inputs, from the seed."""
     torch.manual_seed(seed)
-    if case.verb == "model":
+    if case.verb in ("model", "generate"):
         base: nn.Module = _language_model(case, device)
-        tokens = torch.randint(base.config.vocab_size, (1, case.M), device=device)  # type: ignore[union-attr, arg-type]
+        size = (case.M, PROMPT) if case.verb == "generate" else (1, case.M)
+        tokens = torch.randint(base.config.vocab_size, size, device=device)  # type: ignore[union-attr, arg-type]
         if case.checkpointing:
             base.gradient_checkpointing_enable(  # type: ignore[operator]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -121,7 +134,7 @@ def make_subject(case: Case, device: torch.device, seed: int = 0) -> Subject:
     x = torch.randn(*shape, K, device=device).to(case.dtype).requires_grad_()
     dy = torch.randn(*shape, N, device=device).to(case.dtype)
     base = _Linear(N, K) if case.verb == "linear" else _Block(case.shape)
-    base = models.to_base(base.to(case.dtype).to(device), case.base).train()
+    base = models.to_base(base.to(case.dtype).to(device), case.base, case.dtype).train()
     return Subject(case, base, adapt(base, case).train(), x, dy)
 
 
@@ -136,7 +149,7 @@ def adapt(base: nn.Module, case: Case) -> nn.Module:
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1 * case.r**-0.5)
-    return wrapped.base_model.model if case.verb != "model" else wrapped  # type: ignore[return-value]
+    return wrapped.base_model.model if case.verb in ("linear", "block") else wrapped  # type: ignore[return-value]
 
 
 def _targets(base: nn.Module) -> list[str]:
@@ -201,7 +214,7 @@ def _language_model(case: Case, device: torch.device) -> Any:
         model = models.load_model("smollm2", case.dtype).model.to(device)
     else:
         model = models.random_model(case.shape, case.dtype, device, num_hidden_layers=2, vocab_size=512)
-    return models.to_base(model, case.base)
+    return models.to_base(model, case.base, case.dtype)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

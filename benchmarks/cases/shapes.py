@@ -51,6 +51,7 @@ SHAPES = {
     "llama-2-7b": Shape(4096, 11008, heads=32, kv_heads=32, model=_LLAMA_2),
     "mistral-7b": Shape(4096, 14336, heads=32, kv_heads=8),
     "qwen2.5-7b": Shape(3584, 18944, heads=28, kv_heads=4),
+    "llama-3.2-1b": Shape(2048, 8192, heads=32, kv_heads=8),
     "smollm2-135m": Shape(576, 1536, heads=9, kv_heads=3, model=_SMOLLM2),
     "tiny": Shape(64, 128, heads=2, kv_heads=1),  # for tests
 }

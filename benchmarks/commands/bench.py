@@ -13,36 +13,43 @@ from rich.table import Table
 
 from fastlora.benchmarks import against, decode, pictures, protocol, records
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
+from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.cases.modules import Case, linear_cases
 from fastlora.benchmarks.commands import common
-from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.environment import environment, keep_freed_memory
 from fastlora.benchmarks.providers import PROVIDERS, Provider
 from fastlora.benchmarks.tables import duration, megabytes, number, percent, terminal, verdict
-from fastlora.benchmarks.training import keep_freed_memory
 
 # What is measured unless the arguments say otherwise: on a CPU in minutes, quickly in two, on a GPU at real sizes.
-DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+_SMALL, _LARGE = "smollm2-135m", "llama-3.2-1b"
+_TOKENS = [1, 16, 64, 256, 1024]
+DEFAULTS: dict[str, dict[str, dict[str, list]]] = {
     "linear": {
-        "cpu": {"shapes": ["smollm2-135m"], "m": [1, 16, 128, 512, 2048], "base": ["bf16", "nf4"]},
-        "quick": {"shapes": ["smollm2-135m"], "m": [16, 256], "base": ["bf16", "nf4"]},
-        "cuda": {"shapes": ["llama-3-8b"], "m": [1, 16, 256, 1024, 4096, 8192, 16384], "base": ["bf16", "nf4"]},
+        "cpu": {"shapes": [_SMALL, _LARGE], "m": [*_TOKENS, 2048]},
+        "quick": {"shapes": [_SMALL, _LARGE], "m": _TOKENS},
+        "cuda": {"shapes": ["llama-3-8b"], "m": [1, 16, 256, 1024, 4096, 8192, 16384]},
     },
     "block": {
-        "cpu": {"shapes": ["smollm2-135m"], "m": [128, 512, 2048], "base": ["bf16", "nf4"]},
-        "quick": {"shapes": ["smollm2-135m"], "m": [64, 256], "base": ["bf16", "nf4"]},
-        "cuda": {"shapes": ["llama-3-8b"], "m": [1024, 4096, 8192, 16384], "base": ["bf16", "nf4"]},
+        "cpu": {"shapes": [_SMALL, _LARGE], "m": [*_TOKENS, 2048]},
+        "quick": {"shapes": [_SMALL, _LARGE], "m": _TOKENS},
+        "cuda": {"shapes": ["llama-3-8b"], "m": [1024, 4096, 8192, 16384]},
     },
     "model": {
-        "cpu": {"shapes": ["smollm2-135m"], "m": [128, 512], "base": ["bf16", "nf4"]},
-        "quick": {"shapes": ["smollm2-135m"], "m": [128], "base": ["bf16"]},
-        "cuda": {"shapes": ["llama-3-8b"], "m": [1024, 8192], "base": ["bf16", "nf4"]},
+        "cpu": {"shapes": [_SMALL], "m": [128, 512]},
+        "quick": {"shapes": [_SMALL], "m": [128]},
+        "cuda": {"shapes": ["llama-3-8b"], "m": [1024, 8192]},
+    },
+    "generate": {
+        "cpu": {"shapes": [_SMALL, _LARGE], "m": [1, 4, 16]},
+        "quick": {"shapes": [_SMALL, _LARGE], "m": [1, 16]},
+        "cuda": {"shapes": ["llama-3-8b"], "m": [1, 4, 16, 64]},
     },
     "decode": {
-        "cpu": {"shapes": ["smollm2-135m", "llama-3-8b"], "m": [0], "base": ["nf4", "fp4"]},
-        "quick": {"shapes": ["smollm2-135m"], "m": [0], "base": ["nf4"]},
+        "cpu": {"shapes": [_SMALL, _LARGE, "llama-3-8b"], "m": [0], "base": ["nf4", "fp4"]},
+        "quick": {"shapes": [_SMALL, _LARGE], "m": [0], "base": ["nf4"]},
         "cuda": {"shapes": ["llama-3-8b"], "m": [0], "base": ["nf4", "fp4"]},
     },
-}
+}  # bases: `models.default_bases`
 QUICK_ROUNDS = 5
 
 
@@ -78,7 +85,7 @@ def run(args: Namespace) -> int:
             rates = protocol.measure_rates(device, cases[0].dtype)
             report["rates"] = rates.to_json()
             for case in cases:
-                for text, found in measure(case, providers, args.modes, device, rates, rounds):
+                for text, found in measure(case, providers, modes_of(args), device, rates, rounds):
                     progress.update(task, description=f"{case}: {text}")
                     rows += found
                 write(out, args.verb, report, rows)
@@ -100,7 +107,7 @@ def run(args: Namespace) -> int:
 
 def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: Path, rounds: int) -> int:
     """Measure fastlora at another revision and here; write VERB-against.csv, .json and .png; print the table."""
-    if args.verb == "decode" or args.providers:
+    if args.verb in ("generate", "decode") or args.providers:
         raise UsageError("--against compares fastlora's linear, block and model with its own of another revision")
     notes = Console(file=sys.stderr, highlight=False)
     name = f"{args.verb}-against"
@@ -110,7 +117,7 @@ def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: 
     try:
         with common.progress(notes) as progress:
             task = progress.add_task("", total=len(cases))
-            for text, found in against.run(args.against, cases, device, rounds, args.modes):
+            for text, found in against.run(args.against, cases, device, rounds, modes_of(args)):
                 rows += found
                 progress.update(task, description=text, advance=bool(found))
     except against.RevisionError as error:
@@ -157,9 +164,9 @@ def measure(
 
 def cases_of(args: Namespace, device: torch.device) -> list[Case]:
     default = DEFAULTS[args.verb]["quick" if args.quick else device.type]
-    shapes, m, bases = (
-        getattr(args, name) or default[key] for name, key in (("model_shape", "shapes"), ("m", "m"), ("base", "base"))
-    )
+    shapes, m = args.model_shape or default["shapes"], args.m or default["m"]
+    bases = args.base or default.get("base") or models.default_bases(device)
+    compute = "bf16" if models.compute_dtype(device) == torch.bfloat16 else "fp32"
     if args.verb == "decode":
         m = [0]
         if any(base not in ("nf4", "fp4") for base in bases):
@@ -171,7 +178,8 @@ def cases_of(args: Namespace, device: torch.device) -> list[Case]:
                 for dropout in args.dropout:
                     for M in m:
                         fields: dict[str, Any] = {"M": M, "r": r, "base": base, "dropout": dropout}
-                        found += _cases(args.verb, shape, fields | {"checkpointing": args.checkpointing})
+                        fields |= {"checkpointing": args.checkpointing, "compute": compute}
+                        found += _cases(args.verb, shape, fields)
     return found
 
 
@@ -179,6 +187,13 @@ def _cases(verb: str, shape: str, fields: dict[str, Any]) -> Iterable[Case]:
     if verb in ("linear", "decode"):
         return [replace(case, verb=verb) for case in linear_cases(shape, **fields)]
     return [Case(verb, shape, verb, **fields)]
+
+
+def modes_of(args: Namespace) -> list[str]:
+    """All, but backward alone if there is little time; generation has no backward."""
+    if args.verb == "generate":
+        return ["forward"]
+    return args.modes or [mode for mode in protocol.MODES if not (args.quick and mode == "backward")]
 
 
 def providers_of(args: Namespace) -> list[Provider]:

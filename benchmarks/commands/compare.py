@@ -15,7 +15,7 @@ from fastlora.benchmarks import pictures, protocol, tables, training
 from fastlora.benchmarks.arguments import INTERRUPTED
 from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.commands import common
-from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.environment import environment, keep_freed_memory
 from fastlora.benchmarks.records import to_json, write_json
 from fastlora.benchmarks.tables import megabytes, number
 from fastlora.benchmarks.training import Measurements
@@ -31,7 +31,7 @@ def run(args: Namespace) -> int:
     common.check_bases(args.base)
     common.make_folder(args.out)
 
-    training.keep_freed_memory()
+    keep_freed_memory()
     report: dict[str, Any] = {
         "version": VERSION,
         "complete": False,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastlora.benchmarks import ledger, pictures, timeline, training
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
 from fastlora.benchmarks.commands import common, length
-from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.environment import environment, keep_freed_memory
 from fastlora.benchmarks.pictures import MEMORY, TIME
 from fastlora.benchmarks.records import to_json, write_json, write_rows
 from fastlora.benchmarks.tables import NAMES, case_name, megabytes, setting_line, terminal
@@ -43,7 +43,7 @@ def run(args: Namespace) -> int:
     common.check_bases([args.base])
     common.make_folder(args.out)
 
-    training.keep_freed_memory()
+    keep_freed_memory()
     report: dict[str, Any] = {
         "version": 2,
         "complete": False,

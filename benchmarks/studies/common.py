@@ -21,7 +21,7 @@ from fastlora.benchmarks import pictures, protocol, training
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError, _integer, _Parser, quieten
 from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.commands import common
-from fastlora.benchmarks.environment import environment
+from fastlora.benchmarks.environment import environment, keep_freed_memory
 from fastlora.benchmarks.ledger import state_bytes
 from fastlora.benchmarks.records import default_folder, read_rows, to_json, write_json, write_rows
 from fastlora.benchmarks.tables import NAMES, power, terminal
@@ -189,7 +189,7 @@ def main(*names: str, argv: Sequence[str] | None = None) -> int:
     parser = _parser(studies)
     args = parser.parse_args(argv)
     quieten()
-    training.keep_freed_memory()
+    keep_freed_memory()
     notes = Console(file=sys.stderr, highlight=False)
     try:
         device = common.device_of(args.device)
