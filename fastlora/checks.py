@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastlora.compat import share_storage
+from fastlora.kernels.limits import ACTIVATIONS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DECODED = FLOATS[:3]  # what a 4-bit weight can be decoded to
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 
 def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None = None) -> None:

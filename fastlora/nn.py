@@ -22,7 +22,8 @@ from fastlora.functional import (
     refuse_transforms,
 )
 from fastlora.fuse import mlp_layers
-from fastlora.proof import ACTIVATIONS, prove
+from fastlora.kernels.limits import ACTIVATIONS
+from fastlora.proof import prove
 from fastlora.reference import activate
 from fastlora.siblings import Siblings, siblings_among
 
@@ -246,7 +247,7 @@ class LoRAMLP(nn.Module):
     Args:
         in_features, hidden_features, out_features: of the layers made here; out_features is in_features unless given.
             See also `from_mlp`.
-        activation: ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``.
+        activation: ``"silu"``, ``"gelu"``, ``"gelu_tanh"``, ``"quick_gelu"``, ``"relu"`` or ``"relu2"``.
         gated: whether there is a gate_proj (SwiGLU, GeGLU).
         bias, device, dtype, and the adapters' arguments: as for `LoRALinear`.
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import checks, extension, flops, kernel_ops
-from fastlora.reference import dropout_mask, dropout_scale
+from fastlora.reference import activate, dropout_mask, dropout_scale
 
 _library = torch.library.Library("fastlora", "DEF")
 
@@ -223,6 +223,11 @@ def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = No
     return torch.mm(product.to(x.dtype).t(), _drop(x, p, seed)).to(dxa.dtype)
 
 
+def _quick_gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(1.702 * x)
+    return dy * (sigmoid * (1 + 1.702 * x * (1 - sigmoid)))
+
+
 _ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
@@ -230,6 +235,9 @@ _ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
         partial(F.gelu, approximate="tanh"),
         partial(torch.ops.aten.gelu_backward, approximate="tanh"),
     ),
+    "quick_gelu": (partial(activate, activation="quick_gelu"), _quick_gelu_backward),
+    "relu": (F.relu, partial(torch.ops.aten.threshold_backward, threshold=0)),
+    "relu2": (partial(activate, activation="relu2"), lambda dy, x: dy * (2 * F.relu(x))),
 }
 
 
@@ -238,7 +246,7 @@ _ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     fake=lambda gate, up, activation: gate.new_empty(gate.shape),
 )
 def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """``act(gate) * up``, or ``act(gate)`` without up: [M, K]. ``activation`` is "silu", "gelu" or "gelu_tanh"."""
+    """``act(gate) * up``, or ``act(gate)`` without up: [M, K]. ``activation``: `kernels.limits.ACTIVATIONS`."""
     value = _ACTIVATIONS[activation][0](gate).contiguous()
     return value if up is None else value.mul_(up)
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from fastlora.compat import without_modes
 from fastlora.functional import is_hooked
+from fastlora.kernels.limits import ACTIVATIONS
 from fastlora.reference import swiglu
-
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 class Block(NamedTuple):

@@ -107,9 +107,13 @@ def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = No
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:
-    """``act(gate)`` of a gated MLP: "silu", "gelu" or "gelu_tanh"."""
+    """``act(gate)`` of a gated MLP, for one of `fastlora.kernels.limits.ACTIVATIONS`."""
     if activation == "silu":
         return F.silu(gate)
+    if activation == "quick_gelu":
+        return gate * torch.sigmoid(1.702 * gate)
+    if activation in ("relu", "relu2"):
+        return F.relu(gate) if activation == "relu" else F.relu(gate).square()
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

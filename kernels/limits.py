@@ -1,11 +1,10 @@
 """What the kernels take, and into how many parts they cut a reduction: numbers that are known without Triton."""
 
 MAX_GROUP = 3  # layers whose dx `lora_matmul_group` sums in one launch: each is unrolled into the kernel
-FUSED_TOKENS, FUSED_XA = (
-    64,
-    2048,
-)  # at most, of nf4_matmul: tokens, and elements of xa that one program's registers hold
+FUSED_TOKENS, FUSED_XA = 64, 2048  # at most, of nf4_matmul: tokens, and elements of xa in one program's registers
 FUSED_STEP = 64  # weights of a row that nf4_matmul multiplies at once: of one block, in eight words
+# Of `swiglu`: F.silu, F.gelu, F.gelu(approximate="tanh"), x sigmoid(1.702 x), F.relu and its square.
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2")
 
 
 def cdiv(size: int, block: int) -> int:

@@ -6,11 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
-from fastlora.kernels.limits import cdiv
+from fastlora.kernels.limits import ACTIVATIONS, cdiv
 from fastlora.kernels.operands import check_operands
 from fastlora.kernels.tiles import Tile, tile
-
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")  # as F.silu, F.gelu, F.gelu(approximate="tanh")
 
 
 @triton.jit
@@ -24,6 +22,17 @@ def _activation(x, ACTIVATION: tl.constexpr):
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         value = x * cdf
         slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "quick_gelu":
+        sigmoid = tl.sigmoid(1.702 * x)
+        value = x * sigmoid
+        slope = sigmoid + 1.702 * value * (1.0 - sigmoid)
+    elif ACTIVATION == "relu":
+        value = tl.where(x <= 0.0, 0.0, x)  # NaN stays NaN
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu2":
+        positive = tl.where(x <= 0.0, 0.0, x)
+        value = positive * positive
+        slope = 2.0 * positive
     else:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         cdf = tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh(inner))

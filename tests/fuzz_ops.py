@@ -19,6 +19,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastlora import fourbit, kernel_ops, ops, ops_4bit
+from fastlora.kernels.limits import ACTIVATIONS
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OTHERS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -108,7 +109,7 @@ class Calls:
 
     def swiglu(self):
         shape, dtype = self.sizes()[:2], self.one_of(FLOATS)
-        activation = self.one_of(["silu", "gelu", "gelu_tanh"])
+        activation = self.one_of(ACTIVATIONS)
         return [self.matrix(shape, dtype), self.maybe(self.matrix(shape, dtype)), activation]
 
     def swiglu_backward_(self):
@@ -116,7 +117,7 @@ class Calls:
         both, third = self.values((M, 2 * K), dtype), self.matrix((M, K), dtype)
         gate, up = both[:, :K], both[:, K - self.one_of([0, 0, 0, 1]) :][:, :K]
         dh = self.one_of([third, third, third, gate, up])
-        return [dh, gate, self.maybe(up), self.one_of(["silu", "gelu", "gelu_tanh"])]
+        return [dh, gate, self.maybe(up), self.one_of(ACTIVATIONS)]
 
     def weight(self, N=None, K=None):
         N, K = (self.one_of([*SIZES, 128]) if size is None else size for size in (N, K))

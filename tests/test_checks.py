@@ -121,14 +121,14 @@ REFUSALS = {
         ({"gate": x[0], "up": None}, "gate must be [*, *], got [32]"),
         ({"up": x[:, 1:]}, "up must be [12, 32], got [12, 31]"),
         ({"up": x.bfloat16()}, "up must be "),
-        ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_tanh, got relu"),
+        ({"activation": "tanh"}, "activation must be one of silu, gelu, gelu_tanh, quick_gelu, relu, relu2, got tanh"),
     ],
     "swiglu_backward_": [
         ({"dh": x[1:]}, "dh must be [12, 32], got [11, 32]"),
         ({"dh": x.double()}, "dh must be "),
         ({"up": x[:, 1:]}, "up must be [12, 32], got [12, 31]"),
         ({"gate": x[:1].expand(M, K)}, "elements of gate of strides"),
-        ({"activation": ""}, "activation must be one of silu, gelu, gelu_tanh, got "),
+        ({"activation": ""}, "activation must be one of silu, gelu, gelu_tanh, quick_gelu, relu, relu2, got "),
     ],
     "decode_4bit": [*WEIGHT, ({"dtype": torch.int32}, "dtype must be"), ({"dtype": torch.float64}, "dtype must be")],
     "nf4_matmul": [

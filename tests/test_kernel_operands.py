@@ -63,7 +63,7 @@ class TestRefusals:
             "dxa": (lambda: op.lora_grad_a(xa[1:], x), "dxa must be [5, 6]"),
             "up": (lambda: op.swiglu(x, x[1:], "silu"), "up must be [5, 128]"),
             "dh": (lambda: op.swiglu_backward_(x[1:], x, x, "silu"), "dh must be [5, 128]"),
-            "activation": (lambda: op.swiglu(x, x, "relu"), "activation must be one of silu, gelu"),
+            "activation": (lambda: op.swiglu(x, x, "tanh"), "activation must be one of silu, gelu"),
             "quant_type": (lambda: w4._replace(quant_type="int4").decode(x.dtype), "quant_type must be nf4 or fp4"),
             "a of a merge": (lambda: w4.decode_merged(x.dtype, a[:, 1:], b, 1.0), "a must be [6, 128]"),
             "x of nf4_matmul": (lambda: op.nf4_matmul(x[:, 64:], *w4, a, b, 1.0), "x must be [5, 128]"),

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <string_view>
 
 #include "checks.h"
@@ -56,6 +57,36 @@ struct GeluTanh {  // (1 + tanh(z)) / 2 is sigmoid(2 z)
   }
 };
 
+struct QuickGelu {
+  template <typename Vec, bool FAST, bool SLOPE>
+  static std::pair<Vec, Vec> at(const Vec& x) {
+    const Vec scale(1.702);
+    const auto [s, rest] = sigmoid<Vec, FAST>(scale * x);
+    const Vec value = x * s;
+    return {value, SLOPE ? s + scale * value * rest : value};
+  }
+};
+
+template <typename Vec>
+Vec positive(const Vec& x, const Vec& then) {  // NaN is kept
+  return Vec::blendv(then, Vec(0), x <= Vec(0));
+}
+
+struct Relu {
+  template <typename Vec, bool FAST, bool SLOPE>
+  static std::pair<Vec, Vec> at(const Vec& x) {
+    return {positive(x, x), positive(x, Vec(1))};
+  }
+};
+
+struct ReluSquared {
+  template <typename Vec, bool FAST, bool SLOPE>
+  static std::pair<Vec, Vec> at(const Vec& x) {
+    const Vec kept = positive(x, x);
+    return {kept * kept, kept + kept};
+  }
+};
+
 constexpr int64_t CHUNK = 256;  // elements of a row that are in fp32 at a time, in the first-level cache
 
 // h = act(gate) * up, without up act(gate); BACKWARD: h holds dh before, and gate and up their gradients afterwards.
@@ -103,7 +134,10 @@ void run(const Tensor& gate, const OptionalTensor& up, const Tensor& h, std::str
   FASTLORA_DISPATCH(gate.scalar_type(), [&] {
     if (activation == "silu") return rows<scalar_t, Silu, BACKWARD>(gate, up, h);
     if (activation == "gelu") return rows<scalar_t, Gelu, BACKWARD>(gate, up, h);
-    rows<scalar_t, GeluTanh, BACKWARD>(gate, up, h);
+    if (activation == "gelu_tanh") return rows<scalar_t, GeluTanh, BACKWARD>(gate, up, h);
+    if (activation == "quick_gelu") return rows<scalar_t, QuickGelu, BACKWARD>(gate, up, h);
+    if (activation == "relu") return rows<scalar_t, Relu, BACKWARD>(gate, up, h);
+    rows<scalar_t, ReluSquared, BACKWARD>(gate, up, h);
   });
 }
 
@@ -113,8 +147,10 @@ void check(
   operands.matrix("gate", gate);
   if (up.has_value()) operands.matrix("up", *up, gate.size(0), gate.size(1), gate.scalar_type());
   operands.matrix("dh", dh, gate.size(0), gate.size(1), gate.scalar_type());
-  const bool known = activation == "silu" || activation == "gelu" || activation == "gelu_tanh";
-  TORCH_CHECK(known, "fastlora: ", operands.op, ": activation must be one of silu, gelu, gelu_tanh, got ", activation);
+  const std::string_view names[] = {"silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"};
+  TORCH_CHECK(
+      std::find(std::begin(names), std::end(names), activation) != std::end(names), "fastlora: ", operands.op,
+      ": activation must be one of silu, gelu, gelu_tanh, quick_gelu, relu, relu2, got ", activation);
 }
 
 Tensor swiglu_op(const Tensor& gate, const OptionalTensor& up, std::string_view activation) {
