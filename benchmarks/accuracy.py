@@ -89,13 +89,15 @@ def same(t: Tensor, other: Tensor, dtype: torch.dtype | None = None, longest: in
     In the Frobenius norm, for elements may cancel.
 
     Args:
-        dtype: what is computed in, if not t's own dtype.
+        dtype: what is computed in, if not the dtype of both, which has to be one without it.
         longest: terms in the longest sum, if the two ways add them up in another order: in fp32, or in ``dtype`` if
             that is finer.
     """
+    if t.shape != other.shape or (dtype is None and t.dtype != other.dtype):
+        return False
     eps = torch.finfo(dtype or t.dtype).eps
     allowed = ROUNDINGS * eps + math.sqrt(longest) * min(eps, torch.finfo(torch.float32).eps)
-    return t.shape == other.shape and relative_error(t.double(), other.double()) <= allowed
+    return relative_error(t.double(), other.double()) <= allowed
 
 
 @contextmanager
