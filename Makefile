@@ -28,16 +28,18 @@ demo: setup
 
 # In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
+LAYERS := autograd siblings siblings_memory mlp fuse
 test: setup
 	$(PYTEST)
-	$(PYTEST) --no-cpu-kernels $(addprefix tests/test_,$(addsuffix .py,ops autograd accuracy siblings mlp checkpointing))
-	$(PYTEST) --kernels-in-interpreter $(addprefix tests/test_,$(addsuffix .py,functional autograd siblings mlp))
+	$(PYTEST) --no-cpu-kernels $(call tests,$(LAYERS) ops accuracy checkpointing)
+	$(PYTEST) --kernels-in-interpreter $(call tests,$(LAYERS) functional)
 
 # The oldest versions that pyproject.toml allows, in a virtual environment of their own, and the tests of what depends on
 # them. It downloads another PyTorch, a build for CUDA unless PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS leads to one for CPUs.
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,peft trainer adapter_files examples nf4_kernels))
+OLDEST_TESTS := $(call tests,peft_patch peft_fallback peft_adapters trainer adapter_files examples nf4_kernels)
 # PEFT 0.18 writes the biases of bias="lora_only" under names that it does not read, and bitsandbytes 0.49 does not quantise
 # an odd number of weights on a CPU.
 NOT_WITH_OLDEST := lora_only or 5x7 or 1x1 or 9x513

@@ -83,11 +83,21 @@ def inexact(
     return None
 
 
-def same(t: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether one computation, done in two ways, differs by no more than the roundings of either (of ``dtype``, if not
-    of t's own): in the Frobenius norm, for elements may cancel."""
+def same(t: Tensor, other: Tensor, dtype: torch.dtype | None = None, longest: int = 0) -> bool:
+    """Whether one computation, done in two ways, differs by no more than the roundings of either.
+
+    In the Frobenius norm, for elements may cancel.
+
+    Args:
+        dtype: what is computed in, if not the dtype of both, which has to be one without it.
+        longest: terms in the longest sum, if the two ways add them up in another order: in fp32, or in ``dtype`` if
+            that is finer.
+    """
+    if t.shape != other.shape or (dtype is None and t.dtype != other.dtype):
+        return False
     eps = torch.finfo(dtype or t.dtype).eps
-    return t.shape == other.shape and relative_error(t.double(), other.double()) <= ROUNDINGS * eps
+    allowed = ROUNDINGS * eps + math.sqrt(longest) * min(eps, torch.finfo(torch.float32).eps)
+    return relative_error(t.double(), other.double()) <= allowed
 
 
 @contextmanager

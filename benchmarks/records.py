@@ -62,6 +62,10 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, lambda temporary: temporary.write_text(to_json(value) + "\n", encoding="utf-8"))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def to_json(value: Any) -> str:
     """JSON has no NaN and no infinity: null stands for them."""
 

@@ -1,16 +1,11 @@
 """Writes benchmarks/RESULTS.md, and what README.md says of measurements, from the files in benchmarks/results.
 
-Pictures whose data have changed since they were drawn are drawn again. README.md's measured parts stand between
-<!-- name --> and <!-- /name -->; nothing there or in RESULTS.md is typed."""
+Pictures whose data have changed since they were drawn are drawn again. Nothing in RESULTS.md, or in the parts of
+README.md that `fastlora.benchmarks.readme` writes, is typed."""
 
 import argparse
-import json
-import math
-import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,14 +15,24 @@ from fastlora.benchmarks import pictures
 from fastlora.benchmarks.commands import profile
 from fastlora.benchmarks.pictures import MEMORY, TIME
 from fastlora.benchmarks.providers import PROVIDERS
-from fastlora.benchmarks.records import Rows, read_rows, write_json
+from fastlora.benchmarks.readme import readme_md
+from fastlora.benchmarks.records import Rows, read_json, read_rows, write_json
 from fastlora.benchmarks.studies import common
-from fastlora.benchmarks.tables import NAMES, case_name, markdown, megabytes, power, setting_line, verdict
+from fastlora.benchmarks.tables import (
+    NAMES,
+    case_name,
+    compare_table,
+    markdown,
+    megabytes,
+    our_speedup,
+    setting,
+    setting_line,
+    where,
+)
 from fastlora.files import replace_file
 
 BENCH = ("linear", "block", "model", "generate", "decode")
 HERE = Path(__file__).resolve().parent
-WIDTH = 120
 _EXAMPLE = """\
 example:
   python -m benchmarks.report            write what is stale
@@ -65,7 +70,7 @@ def compare_section(folder: Path, results: Path) -> Iterator[str]:
     if paths:
         yield "### Fine-tuning with PEFT and with PEFT + fastlora (`fastlora compare`)"
     for path in paths:
-        report = _read(path)
+        report = read_json(path)
         yield setting(report) + "."
         yield compare_table([report])
         yield _image("time, memory and losses", path.with_name("compare.png"), results)
@@ -112,7 +117,7 @@ def overhead_section(folder: Path, results: Path) -> Iterator[str]:
 
 def bench_section(folder: Path, results: Path) -> Iterator[str]:
     for data in bench_rows(folder):
-        report = _read(data.with_suffix(".json"))
+        report = read_json(data.with_suffix(".json"))
         yield f"### `fastlora bench {report['verb']}`"
         yield _image(f"bench {report['verb']}", data.with_suffix(".png"), results)
         yield f"Speed-up over {'bitsandbytes' if report['verb'] == 'decode' else 'PEFT'}, the median over layers:"
@@ -132,16 +137,10 @@ def speedups(rows: Rows) -> str:
     def cell(name: str, ratios: list[float] | None) -> str:
         if ratios is None:
             return "-"
-        return ours(median(ratios)) if name.startswith("fastlora") else f"{median(ratios):.2f}"
+        return our_speedup(median(ratios)) if name.startswith("fastlora") else f"{median(ratios):.2f}"
 
     body = [[case, *(cell(name, each.get(name)) for name in names)] for case, each in found.items()]
     return markdown(["case", *(PROVIDERS[name].label for name in names)], body)
-
-
-def ours(speedup: float, unit: str = "") -> str:
-    """fastlora's, with the word for it where it is no gain."""
-    word = verdict(speedup)
-    return f"{speedup:.2f}{unit}" + ("" if word == "a gain" else f" ({word})")
 
 
 def studies_section(folder: Path, results: Path) -> Iterator[str]:
@@ -162,143 +161,6 @@ def studies_section(folder: Path, results: Path) -> Iterator[str]:
 
 
 SECTIONS = (compare_section, profile_section, overhead_section, bench_section, studies_section)
-
-
-# What README.md says, by the name of its markers, from the results of one device.
-
-
-def compare_fragment(folder: Path) -> str:
-    report, checkpointing = _read(folder / "report.json"), _read(folder / "checkpointing" / "report.json")
-    env, settings = report["environment"], report["settings"]
-    text = (
-        f"{setting(report)}, {env['cores']} cores of an {env['device']}, torch {env['torch'].partition('+')[0]}, PEFT "
-        f"{env['peft']}, {_date(env)}; medians of {settings['steps'] - settings['warmup']} interleaved steps "
-        f"([report.json](benchmarks/results/{folder.name}/report.json), "
-        f"[with checkpointing](benchmarks/results/{folder.name}/checkpointing/report.json)):"
-    )
-    return f"{_fill(text)}\n\n{compare_table([report, checkpointing])}"
-
-
-def memory_fragment(folder: Path) -> str:
-    providers = _read(folder / "profile" / "profile.json")["memory"]
-    frozen, ours = (providers[name]["saved for backward"] for name in ("frozen", "fastlora"))
-    less = "less, since the MLP's inner activations are computed again" if ours < frozen else "no less"
-    return _fill(
-        f"The frozen model itself keeps {megabytes(frozen)} MB for backward; with fastlora, training adapters on it "
-        f"keeps {megabytes(ours)} MB: {less} ([the ledger](benchmarks/results/{folder.name}/profile/profile.json), by "
-        "`fastlora profile`):"
-    )
-
-
-def losses_fragment(folder: Path) -> str:
-    report = _read(folder / "report.json")
-    cases = [case for case in report["cases"] if not case["dropout"]]
-    bounds = [
-        f"{math.ceil(100 * case['providers']['fastlora']['max_loss_difference']) / 100:.2f} on {_base(case)}"
-        for case in cases
-    ]
-    steps = report["settings"]["steps"]
-    return _fill(f"Where dropout is off, the {steps} losses differ from PEFT's by at most {' and '.join(bounds)}.")
-
-
-def overhead_fragment(folder: Path) -> str:
-    modes = _read(folder / "host_overhead.json")["microseconds"]["bf16 base, dropout 0.0"]
-    forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
-    return _fill(
-        f"Where there is little to compute, little is gained or some is lost. On tensors too small to matter, one "
-        f"thread, a forward without gradients takes {forward:.2f} of PEFT's time ({verdict(1 / forward)}), forward "
-        f"and backward {both:.2f} ({verdict(1 / both)}; "
-        f"[host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json)). {few_tokens(folder)}"
-    )
-
-
-def few_tokens(folder: Path) -> str:
-    """How a layer's training step compares with PEFT's at the fewest tokens that were measured."""
-    rows = [
-        row
-        for row in read_rows(folder / "bench" / "linear.csv")
-        if row["provider"] == "fastlora" and row["mode"] == "step" and row["speedup"] is not None
-    ]
-    fewest = min(row["M"] for row in rows)
-    found: dict[str, list[float]] = {}
-    for row in rows:
-        if row["M"] == fewest:
-            found.setdefault(row["base"], []).append(row["speedup"])
-    each = [f"{median(ratios):.2f} on {base} ({verdict(median(ratios))})" for base, ratios in found.items()]
-    return f"With {fewest} tokens a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
-
-
-def small_updates_fragment(folder: Path) -> str:
-    study = common.load("small_updates")
-    rows = read_rows(folder / "studies" / "small_updates.csv")
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    by_magnitude: dict[float, list[str]] = {}
-    for row in rows:
-        by_magnitude.setdefault(row["magnitude_of_B"], []).append(f"{row['share_kept']:.2f}")
-    body = [[power(magnitude), *shares] for magnitude, shares in by_magnitude.items()]
-    sentence, _, _ = study.finding(rows).partition(". ")
-    head = ["magnitude of B", f"share of the adapter's contribution kept: {layers[0]}", *layers[1:]]
-    return f"{_fill(f'{sentence}:')}\n\n{markdown(head, body)}"
-
-
-FRAGMENTS = {
-    "compare": compare_fragment,
-    "memory": memory_fragment,
-    "losses": losses_fragment,
-    "overhead": overhead_fragment,
-    "small updates": small_updates_fragment,
-}
-
-
-def readme_md(text: str, folder: Path) -> str:
-    """README.md with its measured parts as the results in the folder have them.
-
-    Raises ValueError if markers are missing, open or unknown.
-    """
-    names = re.findall(r"<!-- ([^/].*?) -->", text)
-    if sorted(names) != sorted(FRAGMENTS):
-        raise ValueError(f"README.md must have the markers {', '.join(FRAGMENTS)}, each once, got {', '.join(names)}")
-    for name, fragment in FRAGMENTS.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        _, closed, after = rest.partition(end)
-        if not closed:
-            raise ValueError(f"README.md must have {end} after {start}")
-        text = f"{before}{start}\n{fragment(folder)}\n{end}{after}"
-    return text
-
-
-def compare_table(reports: list[dict]) -> str:
-    head = ["base, dropout", "seconds a step: frozen (the limit)", "PEFT", "PEFT + fastlora", "faster"]
-    head += ["saved for backward: PEFT", "PEFT + fastlora", "ratio"]
-    rows = []
-    for case in (case for report in reports for case in report["cases"]):
-        frozen, peft, fast = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
-        rows.append(
-            [
-                f"{_base(case)}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
-                *(f"{p['p50']:.3f}" for p in (frozen, peft, fast)),
-                ours(fast["speedup"], "×"),
-                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, fast)),
-                f"{fast['saved_ratio']:.2f}",
-            ]
-        )
-    return markdown(head, rows)
-
-
-def setting(report: dict) -> str:
-    settings = report["settings"]
-    return (
-        f"{report['model']}, r={settings['r']} on every linear layer, fp32 adapters, {settings['batch']} × "
-        f"{settings['tokens']} tokens a step"
-    )
-
-
-def where(env: dict) -> str:
-    """The environment in a line."""
-    libraries = ", ".join(f"{name} {env[name]}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
-    commit = f", commit {env['commit'][:10]}{'-dirty' * env['commit'].endswith('dirty')}" if env["commit"] else ""
-    return f"{env['device']}, {env['threads']} threads, {libraries}{commit}, {_date(env)}."
 
 
 def compare_reports(folder: Path) -> list[Path]:
@@ -329,11 +191,11 @@ def drawings(results: Path) -> list[Picture]:
 
 
 def _draw_bench(data: Path) -> None:
-    pictures.bench(read_rows(data), _read(data.with_suffix(".json")), data.with_suffix(".png"))
+    pictures.bench(read_rows(data), read_json(data.with_suffix(".json")), data.with_suffix(".png"))
 
 
 def _draw(draw: Callable[[dict, Path], None], data: Path, name: str) -> None:
-    draw(_read(data), data.with_name(name))
+    draw(read_json(data), data.with_name(name))
 
 
 def study_reports(results: Path) -> Iterator[tuple[Path, dict]]:
@@ -341,7 +203,7 @@ def study_reports(results: Path) -> Iterator[tuple[Path, dict]]:
     for name in common.STUDIES:
         for data in sorted(results.glob(f"*/studies/{name}.csv")):
             report_file = data.with_suffix(".json")
-            report, finding = _read(report_file), common.load(name).finding(read_rows(data))
+            report, finding = read_json(report_file), common.load(name).finding(read_rows(data))
             if report["finding"] != finding:
                 yield report_file, {**report, "finding": finding}
 
@@ -387,28 +249,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _json(path: Path) -> dict | None:
-    return _read(path) if path.is_file() else None
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path) if path.is_file() else None
 
 
 def _image(text: str, path: Path, results: Path) -> str:
     return f"![{text}]({path.relative_to(results.parent).as_posix()})"
-
-
-def _base(case: dict) -> str:
-    return case["base"].upper() if case["base"].endswith("4") else case["base"]
-
-
-def _date(env: dict) -> str:
-    date = datetime.fromisoformat(env["date"])
-    return f"{date.day} {date:%B %Y}"
-
-
-def _fill(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 
 from rich.table import Table
 
@@ -40,12 +41,55 @@ def verdict(speedup: float) -> str:
     return "a tie" if abs(speedup - 1) <= TIE else "a gain" if speedup > 1 else "a loss"
 
 
+def our_speedup(speedup: float, unit: str = "") -> str:
+    """A speed-up of fastlora's, with the word for it where it is no gain."""
+    word = verdict(speedup)
+    return f"{speedup:.2f}{unit}" + ("" if word == "a gain" else f" ({word})")
+
+
 def case_name(case: dict) -> str:
     return f"{case['base']}, dropout {case['dropout']:g}{', checkpointing' * case['checkpointing']}"
 
 
 def setting_line(settings: dict) -> str:
     return f"r = {settings['r']}, {settings['batch']} x {settings['tokens']} tokens a step"
+
+
+def base_name(case: dict) -> str:
+    return case["base"].upper() if case["base"].endswith("4") else case["base"]
+
+
+def compare_table(reports: list[dict]) -> str:
+    head = ["base, dropout", "seconds a step: frozen (the limit)", "PEFT", "PEFT + fastlora", "faster"]
+    head += ["saved for backward: PEFT", "PEFT + fastlora", "ratio"]
+    rows = []
+    for case in (case for report in reports for case in report["cases"]):
+        frozen, peft, fast = (case["providers"][name] for name in ("frozen", "peft", "fastlora"))
+        rows.append(
+            [
+                f"{base_name(case)}, {case['dropout']:g}{', checkpointing' * case['checkpointing']}",
+                *(f"{p['p50']:.3f}" for p in (frozen, peft, fast)),
+                our_speedup(fast["speedup"], "×"),
+                *(f"{megabytes(p['saved_bytes'])} MB" for p in (peft, fast)),
+                f"{fast['saved_ratio']:.2f}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+def setting(report: dict) -> str:
+    settings = report["settings"]
+    return (
+        f"{report['model']}, r={settings['r']} on every linear layer, fp32 adapters, {settings['batch']} × "
+        f"{settings['tokens']} tokens a step"
+    )
+
+
+def where(env: dict) -> str:
+    """The environment in a line."""
+    libraries = ", ".join(f"{name} {env[name]}" for name in ("torch", "peft", "bitsandbytes", "transformers"))
+    commit = f", commit {env['commit'][:10]}{'-dirty' * env['commit'].endswith('dirty')}" if env["commit"] else ""
+    return f"{env['device']}, {env['threads']} threads, {libraries}{commit}, {date(env)}."
 
 
 def megabytes(count: float | None) -> str:
@@ -72,6 +116,11 @@ def ends_at(report: dict, name: str) -> str:
     positions = report["length"].get("positions")
     beyond = f", beyond the model's {positions:,} positions" if positions and found["sequence"] > positions else ""
     return f"{found['sequence']:,} tokens ({found['how']}{beyond})"
+
+
+def date(env: dict) -> str:
+    day = datetime.fromisoformat(env["date"])
+    return f"{day.day} {day:%B %Y}"
 
 
 def duration(seconds: float) -> str:

@@ -12,27 +12,29 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastlora.autograd import (
-    DxTerm,
-    Weight,
     adapter_grads,
     deferred_product,
-    fields_of,
     guarded,
-    input_gradient,
     is_eager,
-    is_merged,
-    like_rows_of,
     needs_guard,
-    product,
     saved_tensor_hooks_active,
     shrink,
-    weight_of,
     without_autocast,
     zero_storage_output,
 )
 from fastlora.compat import apply_of, keeps_graph
 from fastlora.fourbit import WEIGHT_TENSORS
 from fastlora.ops import overload
+from fastlora.products import (
+    DxTerm,
+    Weight,
+    fields_of,
+    input_gradient,
+    is_merged,
+    like_rows_of,
+    product,
+    weight_of,
+)
 
 shrink_group = overload("shrink_group")
 swiglu = overload("swiglu")

@@ -193,7 +193,8 @@ def difference(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
     if not torch.equal(ours.isfinite(), theirs.isfinite()):
         return float("inf")
     ours, theirs = (t.double().where(t.isfinite(), 0.0) for t in (ours, theirs))
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(max(floor, 1e-12))).item()
+    norm = theirs.norm().clamp_min(max(floor, 1e-12))  # where theirs is zero, ours has to be
+    return ((ours - theirs).norm() / norm).item()
 
 
 def compare(model_type: str) -> Result:

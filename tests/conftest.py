@@ -85,6 +85,17 @@ def nan_in_empty():
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The file of measured plans in an empty cache directory, and a process that has not read it."""
+    from fastlora import plans
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plans.forget()
+    yield tmp_path / "fastlora" / "plans.json"
+    plans.forget()
+
+
+@pytest.fixture
 def bitsandbytes_eager():
     """bitsandbytes compiles its generic decoding anew for every shape: not while many shapes are tested."""
     with torch.compiler.set_stance("force_eager"):

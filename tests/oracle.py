@@ -5,10 +5,8 @@ After each action `Twins.do` compares what the action gave, the state of the two
 calls of hooks), and then, in a pass forward and backward, the output and every gradient. Where plain PEFT raises, the
 patched model has to raise, too.
 
-What is computed in fp32 or fp64 is compared with plain PEFT's to 1000 eps: a model adds up a few dozen products of at
-most 128 terms each in another order, where sqrt(128) eps each is usual; a term that is missing or wrong shows in the
-second digit. What is computed in half precision anywhere is judged by `accuracy.check_model`, the truth being plain
-PEFT in fp64. Both take a training step with the
+What is computed in fp32 or fp64 is compared with plain PEFT's to `ROUNDINGS` eps. What is computed in half precision
+anywhere is judged by `accuracy.check_model`, the truth being plain PEFT in fp64. Both take a training step with the
 gradients of plain PEFT, so that rounding never adds up over steps.
 """
 
@@ -41,6 +39,10 @@ Results = dict[str, Any]
 HIDDEN, MLP, VOCAB = 64, 128, 32  # whole blocks of 64 for 4-bit weights
 LONGEST = MLP  # of all sums
 HALF_EPS = 1e-4  # between those of half precision and that of fp32
+# Of eps: a model adds up a few dozen products of at most 128 terms in another order, which is off by sqrt(128) eps a
+# product. A term that is missing or wrong shows in the second digit.
+ROUNDINGS = 1000
+CANCELLED = 1e-3  # of the largest gradient: the terms of one that is nearly zero are as large as those of others
 SHAPE = dict(vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=MLP, num_attention_heads=4, num_hidden_layers=1)
 HOOKS = {"forward": "_forward_hooks", "forward_pre": "_forward_pre_hooks", "full_backward": "_backward_hooks"}
 
@@ -346,6 +348,8 @@ def compare(what: str, plain: Results, fast: Results, eps: float = 0.0, truth: R
         return
     largest = max((t.nan_to_num().norm().item() for name, t in plain.items() if name != "y"), default=0.0)
     for name, t in plain.items():
-        scale = t.nan_to_num().norm().item() + (0.0 if name == "y" else 1e-3 * largest)  # some cancel to nearly zero
+        scale = t.nan_to_num().norm().item() + (0.0 if name == "y" else CANCELLED * largest)
         error = (fast[name] - t).nan_to_num().norm().item()
-        assert error <= 1000 * eps * scale, f"{what} {name} differs from plain PEFT's by {error:.1e} of {scale:.1e}"
+        assert error <= ROUNDINGS * eps * scale, (
+            f"{what} {name} differs from plain PEFT's by {error:.1e} of {scale:.1e}"
+        )

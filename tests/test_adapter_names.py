@@ -15,6 +15,7 @@ from torch import nn
 import fastlora
 from fastlora.adapter_config import AdapterConfig
 from fastlora.adapter_files import CONFIG
+from fastlora.benchmarks.accuracy import same
 from fastlora.model import from_pattern, lora_layers
 
 
@@ -111,7 +112,7 @@ def test_round_trip(names, seed, tmp_path):
 
     theirs = peft.PeftModel.from_pretrained(Tree(names), tmp_path)
     assert meaning_in_peft(theirs) == meaning(ours)
-    torch.testing.assert_close(theirs(x), ours(x))
+    assert same(theirs(x), ours(x), torch.float32), "up to 36 layers in a row, in fp64"
 
     again = fastlora.load_adapter(Tree(names), tmp_path).eval()
     assert meaning(again) == meaning(ours) and torch.equal(again(x), ours(x))

@@ -52,12 +52,14 @@ class TestMethod:
     def test_against_itself_it_is_one(self):
         ways, clock = self.ways(a=1e-3, b=1e-3, c=1e-3)
         turns = protocol.interleave(ways, clock, 21)
+        # A call varies by up to a tenth, of which the median over 21 rounds leaves about a hundredth.
         assert protocol.ratio(turns["a"], turns["b"]) == pytest.approx(1, abs=0.03)
         assert protocol.ratio(turns["c"], turns["a"]) == pytest.approx(1, abs=0.03)
 
     def test_what_is_slower_is_found_to_be(self):
         ways, clock = self.ways(a=1e-3, b=1.2e-3)
         turns = protocol.interleave(ways, clock, 21)
+        # As above, times 1.2.
         assert protocol.ratio(turns["b"], turns["a"]) == pytest.approx(1.2, abs=0.04)
 
     def test_one_after_the_other_would_not_do(self):
@@ -290,7 +292,7 @@ class TestNumbers:
         flops, moved, seconds = roofline.least(case, "step", True, H100)
         assert flops == 2 * 64 * (2 * 128 * 32 + 3 * 8 * (128 + 32))
         assert moved == 2 * (64 * (32 + 128) + 64 * (2 * 32 + 128) + 2 * 128 * 32)
-        assert seconds == pytest.approx(moved / H100.copy, rel=1e-6)
+        assert seconds == pytest.approx(moved / H100.copy)
         modes = [roofline.least(case, mode, True, H100)[0] for mode in ("forward", "backward")]
         assert flops == sum(modes)
         assert roofline.least(case, "step", False, H100)[0] == 2 * 64 * 2 * 128 * 32, "frozen: no adapter"

@@ -6,7 +6,7 @@ import resource
 import peft
 import pytest
 import torch
-from blocks import HIDDEN, Block, CountOps, gradients, randomise
+from blocks import HIDDEN, MLP, Block, CountOps, gradients, randomise
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import (
 
 import fastlora
 from fastlora import autograd, ops
+from fastlora.benchmarks.accuracy import same
 
 LAYERS = 7  # of a block
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -152,7 +153,7 @@ def test_a_compiled_checkpoint_is_right():
     x = torch.randn(2, 5, HIDDEN)
     compiled = torch.compile(WAYS["non-reentrant"](model), backend="aot_eager")
     for ours, theirs in zip(outcomes(model, compiled, x), outcomes(model, model, x), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert same(ours, theirs, longest=MLP)
 
 
 @pytest.mark.skipif(ops.NO_CPU_KERNELS is not None, reason="what a step keeps does not depend on who computes it")

@@ -19,6 +19,7 @@ LAYERS = [  # each may import what stands before it
     {"ops"},
     {"fourbit"},
     {"ops_4bit"},
+    {"products"},
     {"siblings"},
     {"autograd"},
     {"mlp"},

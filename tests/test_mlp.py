@@ -1,29 +1,20 @@
-"""The MLP as one function: `fastlora.mlp`, `LoRAMLP`, and how blocks are found and fused."""
+"""The MLP as one function: `fastlora.mlp` and `LoRAMLP`."""
 
-import copy
 import gc
-import pickle
 
-import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from accuracy import linear_4bit
-from blocks import HIDDEN, MLP, CountOps, SwiGLU, gradients, randomise
+from blocks import HIDDEN, MLP, CountOps, gradients, randomise
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
-from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXConfig, GPTNeoXMLP
-from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
-from transformers.models.phi.modeling_phi import PhiConfig, PhiMLP
 
-import fastlora
-from fastlora import LoRAMLP, fuse, proof, reference
+from fastlora import LoRAMLP, proof, reference
+from fastlora.benchmarks.accuracy import inexact, same
 from fastlora.fourbit import is_4bit, weight_4bit
 
-SHAPE = dict(hidden_size=HIDDEN, intermediate_size=MLP)
 KINDS = ["dense", "nf4"]
 
 
@@ -40,13 +31,13 @@ def make(gated=True, activation="silu", kind="dense", dtype=torch.float64, **arg
     return randomise(module)
 
 
-def truth(module, x, seeds, p):
-    """The MLP by `reference` in fp64, with dropout by these seeds."""
+def by_reference(module, x, seeds, p):
+    """The MLP by `reference` in the dtype of x, with dropout by these seeds."""
 
     def layer(layer, x, seed):
         weight = layer.base_layer.weight
-        w = (weight_4bit(weight).decode(torch.float32) if is_4bit(weight) else weight).double()
-        a, b, bias = layer.lora_A.double(), layer.lora_B.double(), layer.base_layer.bias.double()
+        w = (weight_4bit(weight).decode(torch.float32) if is_4bit(weight) else weight).to(x.dtype)
+        a, b, bias = (t.to(x.dtype) for t in (layer.lora_A, layer.lora_B, layer.base_layer.bias))
         return reference.lora_linear(x, w, a, b, layer.scaling, bias, p, seed)
 
     first = [child for child in (module.gate_proj, module.up_proj) if child is not None]
@@ -62,20 +53,24 @@ def truth(module, x, seeds, p):
 def test_is_that_of_the_reference(gated, activation, kind, p):
     dtype = torch.float64 if kind == "dense" else torch.float32
     module = make(gated, activation, kind, dtype, lora_dropout=p)
-    x = torch.randn(3, 7, HIDDEN, dtype=dtype).requires_grad_()
-    dy = torch.randn(3, 7, 24, dtype=dtype)
-    torch.manual_seed(5)
-    y = module(x)
-    ours = [y, *torch.autograd.grad(y, [x, *(q for q in module.parameters() if q.requires_grad)], dy)]
+    x, dy = torch.randn(3, 7, HIDDEN, dtype=dtype), torch.randn(3, 7, 24, dtype=dtype)
     torch.manual_seed(5)
     seeds = [torch.randint(0, (1 << 63) - 1, ()) for _ in range(3 if gated else 2)]
-    wide = x.detach().double().requires_grad_()
-    y = truth(module, wide.view(-1, HIDDEN), seeds, p).view(3, 7, 24)
-    parameters = [q for q in module.parameters() if q.requires_grad]
-    theirs = [y, *torch.autograd.grad(y, [wide, *parameters], dy.double())]
-    assert len(ours) == len(theirs) == 2 + 3 * (3 if gated else 2)
-    for t, expected in zip(ours, theirs, strict=True):
-        assert (t - expected).norm() <= (1e-12 if dtype == torch.float64 else 2e-6) * expected.norm()
+
+    def results(forward, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        y = forward(leaf.view(-1, HIDDEN)).view(3, 7, 24)
+        return y, *torch.autograd.grad(y, [leaf, *(q for q in module.parameters() if q.requires_grad)], dy.to(dtype))
+
+    torch.manual_seed(5)
+    ours = results(module, dtype)
+    eager, truth = (results(lambda x: by_reference(module, x, seeds, p), wide) for wide in (dtype, torch.float64))
+    assert len(ours) == len(truth) == 2 + 3 * (3 if gated else 2)
+    if dtype == torch.float64:
+        assert all(same(t, expected, longest=MLP) for t, expected in zip(ours, truth, strict=True))
+    else:
+        reason = inexact(ours, eager, truth, MLP)
+        assert reason is None, reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,7 +84,7 @@ def test_any_gradient_alone(kind):
         for other in tensors:
             other.requires_grad_(other is t)
         (ours,) = torch.autograd.grad(module(x).square().sum(), t)
-        torch.testing.assert_close(ours, grad)
+        assert same(ours, grad, longest=MLP)
 
 
 @pytest.mark.parametrize("rows", [(0,), (1,), (2, 0, 3)], ids=str)
@@ -187,7 +182,7 @@ def test_compiles_to_one_graph(kind):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     eager, ours = (torch.autograd.grad(f(x).square().sum(), tensors) for f in (module, compiled))
     for a, b in zip(eager, ours, strict=True):
-        torch.testing.assert_close(a, b)
+        assert same(a, b, longest=MLP)
 
 
 def test_autocast():
@@ -196,8 +191,7 @@ def test_autocast():
     expected = module(x)
     with torch.autocast("cpu", torch.bfloat16):
         y = module(x)
-    assert y.dtype == torch.bfloat16
-    assert (y - expected).norm() < 0.02 * expected.norm()
+    assert y.dtype == torch.bfloat16 and same(y, expected, torch.bfloat16)
     y.sum().backward()
     assert x.grad.dtype == torch.float32
 
@@ -208,11 +202,11 @@ def test_unusual_layers_run_by_themselves():
     x = torch.randn(4, HIDDEN, dtype=torch.float64)
     expected = module(x)
     module.up_proj.merge()
-    torch.testing.assert_close(module(x), expected)
+    assert same(module(x), expected, longest=MLP)
     module.up_proj.unmerge()
     seen = []
     handle = module.gate_proj.register_forward_hook(lambda *_: seen.append(1))
-    torch.testing.assert_close(module(x), expected)
+    assert same(module(x), expected, longest=MLP)
     assert seen
     handle.remove()
 
@@ -225,211 +219,22 @@ def test_unusual_layers_run_by_themselves():
     module.up_proj.base_layer = other
     with torch.no_grad():
         other.bias -= 1
-    torch.testing.assert_close(module(x), expected)
+    assert same(module(x), expected, longest=MLP)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(activation="relu"), "activation must be one of silu, gelu_tanh, gelu, got 'relu'"),
+        (
+            dict(activation="tanh"),
+            "activation must be one of silu, gelu, gelu_tanh, quick_gelu, relu, relu2, got 'tanh'",
+        ),
         (dict(r=0), "r must be positive"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         LoRAMLP(8, 16, **arguments)
-
-
-# ---- blocks of models
-
-
-class Functional(SwiGLU):
-    """Its activation is not a module."""
-
-
-class Strange(SwiGLU):
-    def forward(self, x):
-        return 2 * self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Dropping(SwiGLU):
-    def forward(self, x):
-        return F.dropout(super().forward(x), 0.5, self.training)
-
-
-class Relu(SwiGLU):
-    def forward(self, x):
-        return self.down_proj(F.relu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class UpFirst(SwiGLU):
-    """The layer called up_proj is what others call gate."""
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x))
-
-
-class Failing(SwiGLU):
-    def forward(self, x):
-        raise KeyError("mask")
-
-
-def phi(activation):
-    return PhiMLP(PhiConfig(**SHAPE, hidden_act=activation))
-
-
-FUSED = {
-    "llama": (lambda: LlamaMLP(LlamaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "silu"),
-    "gemma": (lambda: GemmaMLP(GemmaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "gelu_tanh"),
-    "neox": (
-        lambda: GPTNeoXMLP(GPTNeoXConfig(**SHAPE, num_attention_heads=4)),
-        ("dense_h_to_4h", "dense_4h_to_h"),
-        "gelu",
-    ),
-    "phi": (lambda: phi("gelu_new"), ("fc1", "fc2"), "gelu_tanh"),
-    "functional": (Functional, ("gate_proj", "up_proj", "down_proj"), "silu"),
-    "down first": (lambda: DownFirst(), ("up", "down"), "silu"),
-    "up first": (UpFirst, ("up_proj", "gate_proj", "down_proj"), "silu"),
-}
-
-
-class DownFirst(nn.Module):
-    """Registered in another order than called."""
-
-    def __init__(self):
-        super().__init__()
-        self.down, self.up = nn.Linear(MLP, HIDDEN), nn.Linear(HIDDEN, MLP)
-
-    def forward(self, x):
-        return self.down(F.silu(self.up(x)))
-
-
-KEPT = {
-    "scaled": (Strange, "not that of an MLP"),
-    "dropout": (Dropping, "another one in training"),
-    "relu": (Relu, "not that of an MLP"),
-    "quick gelu": (lambda: phi("quick_gelu"), "not that of an MLP"),
-    "failing": (Failing, "a probe of its forward failed: 'mask'"),
-}
-
-
-def in_model(make, dtype=torch.float32, **config):
-    """A PEFT model with this block."""
-    model = nn.Sequential(nn.Identity(), make()).to(dtype)
-    targets = [name for name, child in model.named_modules() if isinstance(child, nn.Linear)]
-    return randomise(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, **config)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
-def test_blocks_are_found_and_fused(case, dtype):
-    make, layers, activation = case
-    model = in_model(make, dtype)
-    x = torch.randn(2, 3, HIDDEN, dtype=dtype)
-    expected = model(x)
-    state = torch.get_rng_state()
-    report = fastlora.patch(model)
-    assert torch.equal(torch.get_rng_state(), state), "probing draws from a generator of its own"
-    assert report.fused == ["base_model.model.1"] and not report.skipped and not report.not_fused
-    assert fuse.fusion_of(model.base_model.model[1]).block == proof.Block(layers, activation)
-    y = model(x)
-    assert "MLP" in type(y.grad_fn).__name__
-    assert (y - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()
-    assert fastlora.patch(model).fused == report.fused, "again"
-    fastlora.unpatch(model)
-    assert fuse.fusion_of(model.base_model.model[1]) is None
-    torch.testing.assert_close(model(x), expected)
-
-
-@pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
-def test_other_blocks_are_kept_and_the_reason_is_told(case):
-    make, reason = case
-    model = in_model(make)
-    training = {name: m.training for name, m in model.named_modules()}
-    report = fastlora.patch(model)
-    assert not report.fused and reason in report.not_fused["base_model.model.1"]
-    assert not report.skipped, "its layers are patched all the same"
-    assert reason in str(report)
-    assert training == {name: m.training for name, m in model.named_modules()}
-
-
-def test_a_block_that_is_wrapped_is_kept():
-    model = in_model(SwiGLU)
-    block = model.base_model.model[1]
-    block.forward = block.forward
-    assert "wrapped on the instance" in fastlora.patch(model).not_fused["base_model.model.1"]
-
-
-def test_attention_is_no_mlp():
-    from blocks import Attention
-
-    assert not fastlora.patch(in_model(Attention)).fused
-
-
-@pytest.mark.parametrize("p", [0.0, 0.2])
-@pytest.mark.parametrize("case", ["disabled", "merged", "hooked", "two adapters", "switched"])
-def test_a_fused_block_follows_peft(case, p):
-    """Whatever is done to the PEFT model, the block gives what PEFT gives."""
-    model = in_model(SwiGLU, torch.float64, lora_dropout=p)
-    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]))
-    randomise(model)
-    model.eval()
-    original = copy.deepcopy(model)
-    fastlora.patch(model)
-    for m in (model, original):
-        if case == "disabled":
-            m.disable_adapter_layers()
-        elif case == "merged":
-            m.merge_adapter()
-        elif case == "hooked":
-            m.base_model.model[1].up_proj.register_forward_hook(lambda module, args, y: y * 2)
-        elif case == "two adapters":
-            m.base_model.set_adapter(["default", "other"])
-        else:
-            m.set_adapter("other")
-    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
-    torch.testing.assert_close(model(x), original(x))
-
-
-def test_a_fused_model_can_be_copied_and_pickled():
-    model = fastlora.add_lora(nn.Sequential(SwiGLU()), r=4, target_modules="all-linear")
-    x = torch.randn(2, HIDDEN)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert fuse.fusion_of(other[0]) is not None
-        with torch.no_grad():
-            other[0].up_proj.lora_B.fill_(1)
-        assert not torch.equal(other(x), model(x)), "the copy computes with its own layers"
-
-
-def test_add_lora_fuses_and_unloading_takes_it_apart():
-    model = randomise(fastlora.add_lora(nn.Sequential(SwiGLU()), r=4, target_modules="all-linear"))
-    x = torch.randn(2, HIDDEN)
-    y = model(x)
-    assert "MLP" in type(y.grad_fn).__name__
-    fastlora.merge(model, unload=True)
-    assert fuse.fusion_of(model[0]) is None
-    torch.testing.assert_close(model(x), y)
-
-
-@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
-def test_from_mlp(case):
-    make, names, activation = case
-    block = make()
-    x = torch.randn(3, HIDDEN)
-    expected = block(x)
-    module = LoRAMLP.from_mlp(block, r=4)
-    assert module.activation == activation and module.down_proj.base_layer is block.get_submodule(names[-1])
-    torch.testing.assert_close(module(x), expected)
-    assert {layer.r for layer in module.children()} == {4}
-
-
-def test_from_mlp_of_something_else_changes_nothing():
-    block = Strange()
-    with pytest.raises(ValueError, match="cannot make a LoRAMLP of this Strange: its forward is not that of an MLP"):
-        LoRAMLP.from_mlp(block)
-    assert type(block.gate_proj) is nn.Linear and block.gate_proj.weight.requires_grad
-    with pytest.raises(ValueError, match="not two or three linear layers"):
-        LoRAMLP.from_mlp(nn.Sequential(nn.Linear(4, 4)))
 
 
 def test_activations_are_those_of_transformers():
@@ -439,8 +244,11 @@ def test_activations_are_those_of_transformers():
         "gelu": "gelu",
         "gelu_new": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh",
+        "quick_gelu": "quick_gelu",
+        "relu": "relu",
+        "relu2": "relu2",
     }.items():
-        torch.testing.assert_close(ACT2FN[name](z), reference.activate(z, ours))
+        assert same(ACT2FN[name](z), reference.activate(z, ours))
 
 
 def test_func_grad():
@@ -454,24 +262,7 @@ def test_func_grad():
     ours, dx = torch.func.grad(loss, argnums=(0, 1))(parameters, x)
     leaf = x.clone().requires_grad_()
     module(leaf).square().sum().backward()
-    torch.testing.assert_close(dx, leaf.grad)
+    assert same(dx, leaf.grad, longest=MLP)
     for name, p in module.named_parameters():
         if name in ours:
-            torch.testing.assert_close(ours[name], p.grad)
-
-
-def test_a_buffer_changed_often_before_is_no_change():
-    """Its version is an integer that Python makes anew at each reading."""
-
-    class Scaled(SwiGLU):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("steps", torch.zeros(()))
-
-    block = Scaled()
-    for _ in range(300):
-        block.steps += 1
-    model = fastlora.add_lora(nn.Sequential(block), r=2)
-    for _ in range(8):
-        model(torch.randn(2, 3, HIDDEN))
-    assert fastlora.report(model).mlps["0"].fused == 8
+            assert same(ours[name], p.grad, longest=MLP)

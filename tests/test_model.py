@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
 from fastlora import LoRALinear
+from fastlora.benchmarks.accuracy import same
 from fastlora.model import lora_layers
 
 
@@ -64,7 +65,7 @@ def test_patterns_and_scaling():
     )
     layers = dict(lora_layers(model))
     assert layers["model.layers.0.self_attn.q_proj"].r == 2
-    assert layers["model.layers.0.self_attn.q_proj"].scaling == pytest.approx(16 / 2**0.5)
+    assert layers["model.layers.0.self_attn.q_proj"].scaling == 16 / 2**0.5
     assert layers["model.layers.1.mlp.up_proj"].r == 1 and layers["model.layers.0.mlp.up_proj"].r == 4
     assert layers["model.layers.0.mlp.up_proj"].scaling == 4.0
 
@@ -207,11 +208,11 @@ def test_merge_unmerge_unload():
     with torch.no_grad():
         y = model(input_ids=ids).logits
         fastlora.merge(model)
-        torch.testing.assert_close(model(input_ids=ids).logits, y, rtol=1e-4, atol=1e-5)
+        assert same(model(input_ids=ids).logits, y, longest=48)
         fastlora.unmerge(model)
         assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
         plain = fastlora.merge(copy.deepcopy(model), unload=True)
-        torch.testing.assert_close(plain(input_ids=ids).logits, y, rtol=1e-4, atol=1e-5)
+        assert same(plain(input_ids=ids).logits, y, longest=48)
     assert not any(isinstance(m, LoRALinear) for m in plain.modules())
     assert plain.state_dict().keys() == tiny_llama().state_dict().keys()
 
@@ -240,7 +241,7 @@ def test_compiles_without_graph_breaks():
     x = torch.randn(5, 16)
     y = model(x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), y)
+    assert same(compiled(x), y, longest=24)
     grads = torch.autograd.grad(
         compiled(x).sum(), list(p for p in model.parameters() if p.requires_grad and p.dim() > 1)
     )
@@ -248,4 +249,4 @@ def test_compiles_without_graph_breaks():
         model(x).sum(), list(p for p in model.parameters() if p.requires_grad and p.dim() > 1)
     )
     for g, e in zip(grads, expected, strict=True):
-        torch.testing.assert_close(g, e)
+        assert same(g, e, longest=24)

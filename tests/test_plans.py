@@ -19,13 +19,7 @@ pytest.importorskip("triton")
 GPU = "NVIDIA H100 80GB HBM3"
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache directory, and a process that has not read it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    plans.forget()
-    yield tmp_path / "fastlora" / "plans.json"
-    plans.forget()
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_every_plan_chosen_is_possible():

@@ -1,0 +1,120 @@
+"""What README.md says of measurements, from the results of one device.
+
+Its measured parts stand between <!-- name --> and <!-- /name -->; `fastlora.benchmarks.report` rewrites them."""
+
+import math
+import re
+import textwrap
+from pathlib import Path
+from statistics import median
+
+from fastlora.benchmarks.records import read_json, read_rows
+from fastlora.benchmarks.studies import common
+from fastlora.benchmarks.tables import base_name, compare_table, date, markdown, megabytes, power, setting, verdict
+
+WIDTH = 120
+
+
+def compare_fragment(folder: Path) -> str:
+    report, checkpointing = read_json(folder / "report.json"), read_json(folder / "checkpointing" / "report.json")
+    env, settings = report["environment"], report["settings"]
+    text = (
+        f"{setting(report)}, {env['cores']} cores of an {env['device']}, torch {env['torch'].partition('+')[0]}, PEFT "
+        f"{env['peft']}, {date(env)}; medians of {settings['steps'] - settings['warmup']} interleaved steps "
+        f"([report.json](benchmarks/results/{folder.name}/report.json), "
+        f"[with checkpointing](benchmarks/results/{folder.name}/checkpointing/report.json)):"
+    )
+    return f"{_fill(text)}\n\n{compare_table([report, checkpointing])}"
+
+
+def memory_fragment(folder: Path) -> str:
+    providers = read_json(folder / "profile" / "profile.json")["memory"]
+    frozen, ours = (providers[name]["saved for backward"] for name in ("frozen", "fastlora"))
+    less = "less, since the MLP's inner activations are computed again" if ours < frozen else "no less"
+    return _fill(
+        f"The frozen model itself keeps {megabytes(frozen)} MB for backward; with fastlora, training adapters on it "
+        f"keeps {megabytes(ours)} MB: {less} ([the ledger](benchmarks/results/{folder.name}/profile/profile.json), by "
+        "`fastlora profile`):"
+    )
+
+
+def losses_fragment(folder: Path) -> str:
+    report = read_json(folder / "report.json")
+    cases = [case for case in report["cases"] if not case["dropout"]]
+    bounds = [
+        f"{math.ceil(100 * case['providers']['fastlora']['max_loss_difference']) / 100:.2f} on {base_name(case)}"
+        for case in cases
+    ]
+    steps = report["settings"]["steps"]
+    return _fill(f"Where dropout is off, the {steps} losses differ from PEFT's by at most {' and '.join(bounds)}.")
+
+
+def overhead_fragment(folder: Path) -> str:
+    modes = read_json(folder / "host_overhead.json")["microseconds"]["bf16 base, dropout 0.0"]
+    forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
+    return _fill(
+        f"Where there is little to compute, little is gained or some is lost. On tensors too small to matter, one "
+        f"thread, a forward without gradients takes {forward:.2f} of PEFT's time ({verdict(1 / forward)}), forward "
+        f"and backward {both:.2f} ({verdict(1 / both)}; "
+        f"[host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json)). {few_tokens(folder)}"
+    )
+
+
+def few_tokens(folder: Path) -> str:
+    """How a layer's training step compares with PEFT's at the fewest tokens that were measured."""
+    rows = [
+        row
+        for row in read_rows(folder / "bench" / "linear.csv")
+        if row["provider"] == "fastlora" and row["mode"] == "step" and row["speedup"] is not None
+    ]
+    fewest = min(row["M"] for row in rows)
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row["M"] == fewest:
+            found.setdefault(row["base"], []).append(row["speedup"])
+    each = [f"{median(ratios):.2f} on {base} ({verdict(median(ratios))})" for base, ratios in found.items()]
+    return f"With {fewest} tokens a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
+
+
+def small_updates_fragment(folder: Path) -> str:
+    study = common.load("small_updates")
+    rows = read_rows(folder / "studies" / "small_updates.csv")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    by_magnitude: dict[float, list[str]] = {}
+    for row in rows:
+        by_magnitude.setdefault(row["magnitude_of_B"], []).append(f"{row['share_kept']:.2f}")
+    body = [[power(magnitude), *shares] for magnitude, shares in by_magnitude.items()]
+    sentence, _, _ = study.finding(rows).partition(". ")
+    head = ["magnitude of B", f"share of the adapter's contribution kept: {layers[0]}", *layers[1:]]
+    return f"{_fill(f'{sentence}:')}\n\n{markdown(head, body)}"
+
+
+FRAGMENTS = {
+    "compare": compare_fragment,
+    "memory": memory_fragment,
+    "losses": losses_fragment,
+    "overhead": overhead_fragment,
+    "small updates": small_updates_fragment,
+}
+
+
+def readme_md(text: str, folder: Path) -> str:
+    """README.md with its measured parts as the results in the folder have them.
+
+    Raises ValueError if markers are missing, open or unknown.
+    """
+    names = re.findall(r"<!-- ([^/].*?) -->", text)
+    if sorted(names) != sorted(FRAGMENTS):
+        raise ValueError(f"README.md must have the markers {', '.join(FRAGMENTS)}, each once, got {', '.join(names)}")
+    for name, fragment in FRAGMENTS.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"README.md must have {end} after {start}")
+        text = f"{before}{start}\n{fragment(folder)}\n{end}{after}"
+    return text
+
+
+def _fill(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,229 @@
+"""How the MLP blocks of a model are found and fused, and which are kept as they are."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks import HIDDEN, MLP, SwiGLU, randomise
+from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXConfig, GPTNeoXMLP
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
+from transformers.models.phi.modeling_phi import PhiConfig, PhiMLP
+
+import fastlora
+from fastlora import LoRAMLP, fuse, proof
+from fastlora.benchmarks.accuracy import same
+
+SHAPE = dict(hidden_size=HIDDEN, intermediate_size=MLP)
+
+
+class Functional(SwiGLU):
+    """Its activation is not a module."""
+
+
+class Strange(SwiGLU):
+    def forward(self, x):
+        return 2 * self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Dropping(SwiGLU):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Tanh(SwiGLU):
+    def forward(self, x):
+        return self.down_proj(F.tanh(self.gate_proj(x)) * self.up_proj(x))
+
+
+class UpFirst(SwiGLU):
+    """The layer called up_proj is what others call gate."""
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Failing(SwiGLU):
+    def forward(self, x):
+        raise KeyError("mask")
+
+
+def phi(activation):
+    return PhiMLP(PhiConfig(**SHAPE, hidden_act=activation))
+
+
+FUSED = {
+    "llama": (lambda: LlamaMLP(LlamaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "silu"),
+    "gemma": (lambda: GemmaMLP(GemmaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "gelu_tanh"),
+    "neox": (
+        lambda: GPTNeoXMLP(GPTNeoXConfig(**SHAPE, num_attention_heads=4)),
+        ("dense_h_to_4h", "dense_4h_to_h"),
+        "gelu",
+    ),
+    "phi": (lambda: phi("gelu_new"), ("fc1", "fc2"), "gelu_tanh"),
+    "quick gelu": (lambda: phi("quick_gelu"), ("fc1", "fc2"), "quick_gelu"),
+    "relu": (lambda: phi("relu"), ("fc1", "fc2"), "relu"),
+    "squared relu": (lambda: phi("relu2"), ("fc1", "fc2"), "relu2"),
+    "functional": (Functional, ("gate_proj", "up_proj", "down_proj"), "silu"),
+    "down first": (lambda: DownFirst(), ("up", "down"), "silu"),
+    "up first": (UpFirst, ("up_proj", "gate_proj", "down_proj"), "silu"),
+}
+
+
+class DownFirst(nn.Module):
+    """Registered in another order than called."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Linear(MLP, HIDDEN), nn.Linear(HIDDEN, MLP)
+
+    def forward(self, x):
+        return self.down(F.silu(self.up(x)))
+
+
+KEPT = {
+    "scaled": (Strange, "not that of an MLP"),
+    "dropout": (Dropping, "another one in training"),
+    "tanh": (Tanh, "not that of an MLP"),
+    "failing": (Failing, "a probe of its forward failed: 'mask'"),
+}
+
+
+def in_model(make, dtype=torch.float32, **config):
+    """A PEFT model with this block."""
+    model = nn.Sequential(nn.Identity(), make()).to(dtype)
+    targets = [name for name, child in model.named_modules() if isinstance(child, nn.Linear)]
+    return randomise(peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, **config)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
+def test_blocks_are_found_and_fused(case, dtype):
+    make, layers, activation = case
+    model = in_model(make, dtype)
+    x = torch.randn(2, 3, HIDDEN, dtype=dtype)
+    expected = model(x)
+    state = torch.get_rng_state()
+    report = fastlora.patch(model)
+    assert torch.equal(torch.get_rng_state(), state), "probing draws from a generator of its own"
+    assert report.fused == ["base_model.model.1"] and not report.skipped and not report.not_fused
+    assert fuse.fusion_of(model.base_model.model[1]).block == proof.Block(layers, activation)
+    y = model(x)
+    assert "MLP" in type(y.grad_fn).__name__
+    assert same(y, expected, longest=MLP)
+    assert fastlora.patch(model).fused == report.fused, "again"
+    fastlora.unpatch(model)
+    assert fuse.fusion_of(model.base_model.model[1]) is None
+    assert same(model(x), expected, longest=MLP)
+
+
+@pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
+def test_other_blocks_are_kept_and_the_reason_is_told(case):
+    make, reason = case
+    model = in_model(make)
+    training = {name: m.training for name, m in model.named_modules()}
+    report = fastlora.patch(model)
+    assert not report.fused and reason in report.not_fused["base_model.model.1"]
+    assert not report.skipped, "its layers are patched all the same"
+    assert reason in str(report)
+    assert training == {name: m.training for name, m in model.named_modules()}
+
+
+def test_a_block_that_is_wrapped_is_kept():
+    model = in_model(SwiGLU)
+    block = model.base_model.model[1]
+    block.forward = block.forward
+    assert "wrapped on the instance" in fastlora.patch(model).not_fused["base_model.model.1"]
+
+
+def test_attention_is_no_mlp():
+    from blocks import Attention
+
+    assert not fastlora.patch(in_model(Attention)).fused
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@pytest.mark.parametrize("case", ["disabled", "merged", "hooked", "two adapters", "switched"])
+def test_a_fused_block_follows_peft(case, p):
+    """Whatever is done to the PEFT model, the block gives what PEFT gives."""
+    model = in_model(SwiGLU, torch.float64, lora_dropout=p)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"]))
+    randomise(model)
+    model.eval()
+    original = copy.deepcopy(model)
+    fastlora.patch(model)
+    for m in (model, original):
+        if case == "disabled":
+            m.disable_adapter_layers()
+        elif case == "merged":
+            m.merge_adapter()
+        elif case == "hooked":
+            m.base_model.model[1].up_proj.register_forward_hook(lambda module, args, y: y * 2)
+        elif case == "two adapters":
+            m.base_model.set_adapter(["default", "other"])
+        else:
+            m.set_adapter("other")
+    x = torch.randn(2, 3, HIDDEN, dtype=torch.float64)
+    assert same(model(x), original(x), longest=MLP)
+
+
+def test_a_fused_model_can_be_copied_and_pickled():
+    model = fastlora.add_lora(nn.Sequential(SwiGLU()), r=4, target_modules="all-linear")
+    x = torch.randn(2, HIDDEN)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fuse.fusion_of(other[0]) is not None
+        with torch.no_grad():
+            other[0].up_proj.lora_B.fill_(1)
+        assert not torch.equal(other(x), model(x)), "the copy computes with its own layers"
+
+
+def test_add_lora_fuses_and_unloading_takes_it_apart():
+    model = randomise(fastlora.add_lora(nn.Sequential(SwiGLU()), r=4, target_modules="all-linear"))
+    x = torch.randn(2, HIDDEN)
+    y = model(x)
+    assert "MLP" in type(y.grad_fn).__name__
+    fastlora.merge(model, unload=True)
+    assert fuse.fusion_of(model[0]) is None
+    assert same(model(x), y, longest=MLP)
+
+
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
+def test_from_mlp(case):
+    make, names, activation = case
+    block = make()
+    x = torch.randn(3, HIDDEN)
+    expected = block(x)
+    module = LoRAMLP.from_mlp(block, r=4)
+    assert module.activation == activation and module.down_proj.base_layer is block.get_submodule(names[-1])
+    assert same(module(x), expected, longest=MLP)
+    assert {layer.r for layer in module.children()} == {4}
+
+
+def test_from_mlp_of_something_else_changes_nothing():
+    block = Strange()
+    with pytest.raises(ValueError, match="cannot make a LoRAMLP of this Strange: its forward is not that of an MLP"):
+        LoRAMLP.from_mlp(block)
+    assert type(block.gate_proj) is nn.Linear and block.gate_proj.weight.requires_grad
+    with pytest.raises(ValueError, match="not two or three linear layers"):
+        LoRAMLP.from_mlp(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_a_buffer_changed_often_before_is_no_change():
+    """Its version is an integer that Python makes anew at each reading."""
+
+    class Scaled(SwiGLU):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+    block = Scaled()
+    for _ in range(300):
+        block.steps += 1
+    model = fastlora.add_lora(nn.Sequential(block), r=2)
+    for _ in range(8):
+        model(torch.randn(2, 3, HIDDEN))
+    assert fastlora.report(model).mlps["0"].fused == 8
