@@ -13,12 +13,12 @@ FAST = {  # model type: the number of MLP blocks that are computed as one in the
     "gemma2": 2,
     "olmo": 2,  # clamps q, k and v in place
     "phi3": 0,  # gate and up are one layer
-    "opt": 0,  # relu
+    "opt": 0,  # its layers are those of the decoder layer
     "bert": 0,  # the MLP is no module of its own
-    "t5": 0,
+    "t5": 4,  # relu
     "whisper": 0,
-    "clip": 0,  # quick_gelu
-    "qwen2_vl": 2,  # text, and images as patches
+    "clip": 4,  # quick_gelu
+    "qwen2_vl": 4,  # text (silu), and images as patches (quick_gelu)
     "mamba": 0,
     "wav2vec2": 2,  # masks features in place
     "longformer": 0,  # divides q in place
