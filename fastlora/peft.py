@@ -161,8 +161,9 @@ def why_peft(layer: LoraLayer) -> str | None:
 def _base_reason(base: nn.Module) -> str | None:
     reason = _sharding(base)
     if is_hooked(base):
-        what = "has hooks, which" if reason is None else "is sharded by itself, through hooks that"
-        return f"its base layer {what} only run when it is called"
+        if reason is not None:
+            return "its base layer is sharded by itself, through hooks that only run when it is called"
+        return "its base layer has hooks, which only run when it is called"
     weight = base.__dict__["_parameters"].get("weight")
     if weight is not None and weight.requires_grad and reason in (None, SHARDED):
         return "its base weight requires grad: PEFT's forward trains it"
@@ -205,7 +206,7 @@ def _sharding(module: nn.Module) -> str | None:
         return SHARDED
     if weight is None:
         return None
-    if hasattr(weight, "ds_id") and getattr(getattr(weight, "ds_status", None), "name", None) != "AVAILABLE":
+    if hasattr(weight, "ds_id"):
         return "sharded by ZeRO-3"
     return "on the meta device (offloaded or sharded): fused once its numbers are here" if weight.is_meta else None
 
@@ -301,11 +302,12 @@ def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
         else:
             calls.ran(base_kind(base))
     if reason is not None:
-        return layer.theirs.forward(layer, x, *args, **kwargs)
+        return type(layer).theirs.forward(layer, x, *args, **kwargs)  # type: ignore[attr-defined]
     adapters = _adapters(layer)
     if not adapters:
         return base(x)
-    siblings = None if layer._forward_pre_hooks else layer.__dict__.get(_SIBLINGS)
+    d = layer.__dict__
+    siblings = None if d["_forward_pre_hooks"] else d.get(_SIBLINGS)
     y = adapted_forward(base, x, adapters[0], siblings, layer)
     for a, b, scaling, p, bias in adapters[1:]:  # each with a dropout mask of its own
         y = add_adapter_output(y, x, a, b, scaling, p)
