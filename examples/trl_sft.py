@@ -1,8 +1,7 @@
 """Supervised fine-tuning with TRL's SFTTrainer, computed by fastlora.
 
-SFTTrainer puts PEFT's adapters into the model itself, so the model is patched after the trainer has been made. Without
---model it trains a tiny Llama with random weights on random tokens, offline; with --model a folder of transformers.
-Needs: pip install trl
+SFTTrainer puts PEFT's adapters into the model itself; the callback patches the result. Without --model it trains a tiny
+Llama with random weights on random tokens, offline; with --model a folder of transformers. Needs: pip install trl
 """
 
 import argparse
@@ -57,8 +56,8 @@ def main(argv: list[str] | None = None) -> float:
         train_dataset=Dataset.from_dict({"input_ids": rows}),
         processing_class=processing,
         peft_config=peft.LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear"),
+        callbacks=[fastlora.Callback()],  # patches the model, and logs after the first step what ran fused
     )
-    print(fastlora.patch(trainer.model))
     loss = trainer.train().training_loss
     print(fastlora.report(trainer.model))
     trainer.save_model(args.output)

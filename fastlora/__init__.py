@@ -4,6 +4,7 @@ report = fastlora.patch(peft_model)          # a PEFT model, in place
 fastlora.add_lora(model, r=16)               # or without PEFT
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastlora.adapter_files import load_adapter, save_adapter
@@ -15,10 +16,12 @@ from fastlora.trainer import AdapterCheckpoints
 from fastlora.version import __version__
 
 if TYPE_CHECKING:
+    from fastlora.callback import Callback
     from fastlora.peft import PatchReport, patch, unpatch
 
 __all__ = [
     "AdapterCheckpoints",
+    "Callback",
     "LoRALinear",
     "LoRAMLP",
     "PatchReport",
@@ -35,13 +38,11 @@ __all__ = [
     "unpatch",
 ]
 
-_FROM_PEFT = ("PatchReport", "patch", "unpatch")
+_LAZY = {"PatchReport": "peft", "patch": "peft", "unpatch": "peft", "Callback": "callback"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import PEFT, which takes seconds and is optional, only when something of it is asked for."""
-    if name in _FROM_PEFT:
-        from fastlora import peft
-
-        return getattr(peft, name)
+    """Import PEFT and transformers, which take seconds and are optional, when something of them is asked for."""
+    if name in _LAZY:
+        return getattr(import_module(f"fastlora.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

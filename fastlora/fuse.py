@@ -21,6 +21,7 @@ from fastlora.compat import constant_while_tracing, functorch_is_active
 from fastlora.functional import autocast_dtype, is_hooked, mlp_forward
 from fastlora.proof import Block, prove
 
+HOOKED = "one of its layers has hooks, which only run when it is called"
 PROOFS = 4  # of a block that changes at every call, before it is left to its own forward
 
 
@@ -42,6 +43,8 @@ def fuse_mlps(model: nn.Module, is_layer: Callable[[Any], bool], strict: bool = 
                 )
             continue
         reason = _fuse(module, layers, strict)
+        if reason is None and any(map(is_hooked, layers.values())):
+            reason = HOOKED
         if reason is None:
             fused.append(name)
         elif widens(layers.values()):
@@ -271,7 +274,10 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     layers: list[Any] = [module._modules[name] for name in block.layers]
     operands = [layer.operands(x) for layer in layers]
     if any(operand is None for operand in operands):
-        calls.own += 1  # the layer whose operands cannot be had says why
+        if any(map(is_hooked, layers)):
+            calls.falls_back(HOOKED)
+        else:
+            calls.own += 1  # the layer whose operands cannot be had says why
         return None
     y = mlp_forward(x, operands, block.activation)
     if y is None:

@@ -18,7 +18,7 @@ from fastlora.autograd import transform_without_rule
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
 from fastlora.compat import attribute, forward_ad, functorch_is_active
 from fastlora.functional import Adapter, adapted_forward, add_adapter_output, base_kind, fused_forward, is_hooked
-from fastlora.fuse import fuse_mlps, unfuse_mlps
+from fastlora.fuse import fuse_mlps, is_adapted, unfuse_mlps
 from fastlora.siblings import siblings_among
 
 try:
@@ -29,10 +29,12 @@ except ImportError:  # bitsandbytes is not installed
 
 @dataclass
 class PatchReport:
-    """What `patch` did, by name: layers ``patched``, and those ``skipped`` with the reason why each is left to PEFT;
-    MLP blocks ``fused`` into one function, and those ``not_fused`` with the reason why each runs its own forward."""
+    """What `patch` did, by name: layers ``patched``, of them those ``sharded`` now, which run fused when their weights
+    are gathered for a call, and layers ``skipped`` with the reason why each is left to PEFT; MLP blocks ``fused`` into
+    one function, and those ``not_fused`` with the reason why each runs its own forward."""
 
     patched: list[str] = field(default_factory=list)
+    sharded: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     fused: list[str] = field(default_factory=list)
     not_fused: dict[str, str] = field(default_factory=dict)
@@ -42,6 +44,8 @@ class PatchReport:
             return "fastlora: nothing to patch: the model has no PEFT LoRA layers"
         waiting = sum(name in self.skipped for name in self.patched)
         lines = [f"fastlora: {len(self.patched)} LoRA layers patched, {len(self.skipped) - waiting} left to PEFT"]
+        if self.sharded:
+            lines.append(f"{len(self.sharded)} of the patched layers are sharded now, and fused when they are gathered")
         if waiting:
             lines.append(f"{waiting} of the patched layers run PEFT's own forward for now")
         lines += grouped(self.skipped)
@@ -67,19 +71,23 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     """
     layers = dict(_lora_layers(model))
     report = PatchReport(patched=[name for name, layer in layers.items() if _cannot_swap(layer) is None])
-    reasons = {name: _cannot_swap(layer) or why_peft(layer) for name, layer in layers.items()}
-    report.skipped.update({name: reason for name, reason in reasons.items() if reason is not None})
+    for name, layer in layers.items():
+        reason = _cannot_swap(layer) or why_peft(layer)
+        if reason is not None and reason.endswith(SHARDED):
+            report.sharded.append(name)
+        elif reason is not None:
+            report.skipped[name] = reason
     refused = {name: reason for name, reason in report.skipped.items() if reason not in ASKED_FOR}
     if strict and refused:
         title = "fastlora.patch(strict=True): layers that would run PEFT's own forward:"
         raise ValueError("\n".join([title, *grouped(refused)]))
     for name in report.patched:
         layer = layers[name]
-        layer.__class__ = _OURS.get(type(layer), type(layer))
+        layer.__class__ = _exchanged(type(layer), _OURS) or type(layer)
         calls_of(layer).strict = strict
     for layer, siblings in siblings_among({name: layers[name] for name in report.patched}):
         layer.__dict__[_SIBLINGS] = siblings
-    fused, kept = fuse_mlps(model, lambda module: type(module) in _THEIRS, strict)
+    fused, kept = fuse_mlps(model, is_adapted, strict)
     report.fused.extend(fused)
     report.not_fused.update(kept)
     return report
@@ -89,8 +97,9 @@ def unpatch(model: nn.Module) -> list[str]:
     """Undo `patch`: give every patched layer its PEFT class back. Returns the names of those layers."""
     names = []
     for name, layer in _lora_layers(model):
-        if type(layer) in _THEIRS:
-            layer.__class__ = _THEIRS[type(layer)]
+        theirs = _exchanged(type(layer), _THEIRS)
+        if theirs is not None:
+            layer.__class__ = theirs
             for attribute in (_SIBLINGS, ATTRIBUTE):
                 layer.__dict__.pop(attribute, None)
             names.append(name)
@@ -105,10 +114,24 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _cannot_swap(layer: LoraLayer) -> str | None:
-    if type(layer) not in _OURS and type(layer) not in _THEIRS:
+    if not is_adapted(layer) and _exchanged(type(layer), _OURS) is None:
         return f"{type(layer).__module__}.{type(layer).__name__} is not a layer type that fastlora replaces"
     if "forward" in layer.__dict__:
         return "its forward was already wrapped on the instance (accelerate hooks?): patch before that"
+    return None
+
+
+def _exchanged(cls: type, other: dict[type, type]) -> type | None:
+    """The class to put in the place of this class of a layer; None if there is none.
+
+    FSDP2 gives a module that is sharded by itself a class derived from its own: there the base class is exchanged.
+    """
+    if cls in other:
+        return other[cls]
+    mixin, *rest = cls.__bases__
+    if len(rest) == 1 and mixin.__name__ == "FSDPModule" and rest[0] in other:
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        return type(cls.__name__, (mixin, other[rest[0]]), own)
     return None
 
 
@@ -136,14 +159,14 @@ def why_peft(layer: LoraLayer) -> str | None:
 
 
 def _base_reason(base: nn.Module) -> str | None:
+    reason = _sharding(base)
     if is_hooked(base):
+        if reason is not None:
+            return "its base layer is sharded by itself, through hooks that only run when it is called"
         return "its base layer has hooks, which only run when it is called"
     weight = base.__dict__["_parameters"].get("weight")
-    if weight is None:
-        return None  # the opaque plan
-    if weight.requires_grad:
+    if weight is not None and weight.requires_grad and reason in (None, SHARDED):
         return "its base weight requires grad: PEFT's forward trains it"
-    reason = _sharding(weight)
     return reason and f"its base weight is {reason}"
 
 
@@ -158,10 +181,11 @@ def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
             return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
         if is_hooked(module):
             return f"{part} of adapter {name!r} has hooks, which only run when it is called"
-        weight = module._parameters.get("weight")
-        reason = "not a parameter (FSDP1 keeps it elsewhere)" if weight is None else _sharding(weight)
+        reason = _sharding(module)
         if reason is not None:
             return f"{part} of adapter {name!r} is {reason}"
+        if module._parameters.get("weight") is None:
+            return f"{part} of adapter {name!r} has a weight that is not a parameter"
     dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
         return f"dropout of adapter {name!r} is {dropout}"
@@ -170,15 +194,21 @@ def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
     return None
 
 
-def _sharding(weight: Tensor) -> str | None:
-    """Why the values of this weight are not in it: it is on the meta device, or sharded by ZeRO-3 or as a DTensor."""
-    if weight.is_meta:
-        return "on the meta device (offloaded or sharded): fused once its numbers are here"
+SHARDED = "sharded now, and fused when it is gathered for a call"
+
+
+def _sharding(module: nn.Module) -> str | None:
+    """Why the values of this module's weight are not in a parameter of it."""
+    if "weight" in module.__dict__:
+        return "in a flat parameter of FSDP1"
+    weight = module._parameters.get("weight")
+    if type(weight).__name__ == "DTensor":
+        return SHARDED
+    if weight is None:
+        return None
     if hasattr(weight, "ds_id"):
         return "sharded by ZeRO-3"
-    if type(weight).__name__ == "DTensor":
-        return "sharded (a DTensor): fused if it is whole when the layer is called, as under FSDP2"
-    return None
+    return "on the meta device (offloaded or sharded): fused once its numbers are here" if weight.is_meta else None
 
 
 _ACTIVE = attribute(LoraLayer, "_active_adapter", "active_adapters")
@@ -226,6 +256,7 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
             or d["_backward_pre_hooks"]
             or "_hf_hook" in d
             or "forward" in d
+            or "weight" in d  # `_sharding`
         ):
             return None
     weight: Any = base._parameters.get("weight")
@@ -254,7 +285,8 @@ def _forward(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
                 d = layer.__dict__
                 calls = d.get(ATTRIBUTE) or calls_of(layer)
                 calls.fused += 1
-                return fused_forward(base, kind, x, adapter, d.get(_SIBLINGS), layer, True)
+                siblings = None if d["_forward_pre_hooks"] else d.get(_SIBLINGS)
+                return fused_forward(base, kind, x, adapter, siblings, layer, True)
     return _forward_checked(layer, x, *args, **kwargs)
 
 
@@ -270,11 +302,13 @@ def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
         else:
             calls.ran(base_kind(base))
     if reason is not None:
-        return _THEIRS[type(layer)].forward(layer, x, *args, **kwargs)
+        return type(layer).theirs.forward(layer, x, *args, **kwargs)  # type: ignore[attr-defined]
     adapters = _adapters(layer)
     if not adapters:
         return base(x)
-    y = adapted_forward(base, x, adapters[0], layer.__dict__.get(_SIBLINGS), layer)
+    d = layer.__dict__
+    siblings = None if d["_forward_pre_hooks"] else d.get(_SIBLINGS)
+    y = adapted_forward(base, x, adapters[0], siblings, layer)
     for a, b, scaling, p, bias in adapters[1:]:  # each with a dropout mask of its own
         y = add_adapter_output(y, x, a, b, scaling, p)
         if bias is not None:
@@ -321,7 +355,9 @@ def _stack(adapters: list[Adapter]) -> Adapter:
     return Adapter(a, b, 1.0, 0.0, torch.stack(biases).sum(0) if biases else None)
 
 
-_SIBLINGS = "_fastlora_siblings"  # where a patched layer keeps its `Siblings`
+# Where a patched layer keeps its `Siblings`. A layer with pre-hooks does not use them: it may be sharded by itself, and
+# its weights are then gathered for its own forward and backward only.
+_SIBLINGS = "_fastlora_siblings"
 
 
 def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
@@ -341,6 +377,7 @@ def _operands(layer: LoraLayer, x: Tensor) -> tuple[nn.Module, Adapter] | None:
 class FastLinear(PeftLinear):
     """`peft.tuners.lora.Linear` computed by fastlora."""
 
+    theirs = PeftLinear
     forward = _forward
     operands = _operands
     operands_now = _operands_now
@@ -356,6 +393,7 @@ if PeftLinear4bit is not None:
     class FastLinear4bit(PeftLinear4bit):
         """`peft.tuners.lora.Linear4bit` computed by fastlora."""
 
+        theirs = PeftLinear4bit
         forward = _forward
         operands = _operands
         operands_now = _operands_now
@@ -365,4 +403,4 @@ if PeftLinear4bit is not None:
 
     _OURS[PeftLinear4bit] = FastLinear4bit
 
-_THEIRS: dict[type, Any] = {ours: theirs for theirs, ours in _OURS.items()}
+_THEIRS: dict[type, type] = {ours: theirs for theirs, ours in _OURS.items()}

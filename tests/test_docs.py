@@ -19,7 +19,7 @@ LINKED = [
     *PAGES,
     *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "kernels/README.md")),
 ]
-NOT_RUN = {"recipes.md": 1}  # blocks that are marked by <!-- not run: reason -->
+NOT_RUN = {"trainers.md": 4}  # blocks that are marked by <!-- not run: reason -->
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```)?",
     re.MULTILINE | re.DOTALL,

@@ -113,6 +113,20 @@ def test_strict_refuses_what_peft_would_compute():
         model(torch.randn(2, 3, HIDDEN))
 
 
+def test_a_layer_whose_hooks_gather_its_weight_says_so():
+    """As under ZeRO-3, here without DeepSpeed: its parameters have a ``ds_id`` and its modules have hooks."""
+    model = adapted(nn.Sequential(Attention()))
+    layer = model.base_model.model[0].q_proj
+    layer.base_layer.weight.ds_id = 1
+    assert fastlora.patch(model).skipped == {"base_model.model.0.q_proj": "its base weight is sharded by ZeRO-3"}
+    layer.base_layer.register_forward_pre_hook(lambda *_: None)
+    x = torch.randn(2, 3, HIDDEN)
+    with pytest.warns(UserWarning, match="its base layer is sharded by itself, through hooks") as said:
+        model(x)
+        model(x)
+    assert len(said) == 1
+
+
 NOT_FUSED = {
     "bert": ("encoder.layer.0", "its MLP (intermediate.dense, output.dense) is not a module of its own"),
     "opt": ("decoder.layers.1", "its MLP (fc1, fc2) is not a module of its own"),
