@@ -10,8 +10,8 @@ import fastlora
 PACKAGE = Path(fastlora.__file__).parent
 LAYERS = [  # each may import what stands before it
     {"compat"},
-    {"version", "files", "extension", "calls", "checks", "flops"},
     {"kernels"},
+    {"version", "files", "extension", "calls", "checks", "flops"},
     {"reference"},
     {"costs"},
     {"plans"},
