@@ -69,7 +69,7 @@ def test_layer_gives_what_the_compositions_give(in_interpreter):
     ours = forward_and_backward(t, 0.0)
     double = {name: v.detach().double().requires_grad_(v.requires_grad) for name, v in t.items()}
     for value, expected in zip(ours, forward_and_backward(double, 0.0), strict=True):  # fp64: the compositions
-        assert same(value, expected)
+        assert same(value, expected, torch.float32)
 
 
 @pytest.mark.parametrize("lora_grad", plans.PLANS["lora_grad"])
@@ -196,7 +196,7 @@ def test_nf4_matmul_by_every_plan(in_interpreter, plan, quant_type):
     with plans.use(linear_4bit=plan):
         y = torch.ops.fastlora.nf4_matmul(x, *weight, a, b, 0.3, bias)
     expected = x.double() @ (w.double() + 0.3 * b.double() @ a.double()).t() + bias
-    assert same(y, expected)
+    assert same(y, expected, torch.float32)
 
 
 def test_few_tokens_are_multiplied_without_a_decoded_weight(in_interpreter, monkeypatch):
