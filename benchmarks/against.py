@@ -65,8 +65,8 @@ def _check_imports(tree: Path, revision: str) -> None:
     if ran.returncode:
         raise RevisionError(
             f"--against {revision}: the benchmarks of this checkout do not run on the code of that revision "
-            f"({_last_line(ran.stderr)}). Choose a later one, in which the modules that benchmarks import have the same "
-            "names as here"
+            f"({_last_line(ran.stderr)}). Choose a later one, in which the modules that benchmarks import have the "
+            "same names as here"
         )
 
 
