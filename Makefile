@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
+INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check --constraint
+PIP := $(BIN)/python $(INSTALL) constraints.txt
 
-.PHONY: setup demo test test-oldest fuzz-asan lint docs bench studies report gpu clean
+.PHONY: setup demo test test-oldest fuzz-asan lint docs wheel bench studies report gpu clean
 
 setup: $(READY)
 
@@ -27,7 +28,8 @@ demo: setup
 	$(BIN)/fastlora compare --steps 8
 
 # In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+IN_TWO := --numprocesses=2 --dist=loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_TWO)
 tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 LAYERS := autograd siblings siblings_memory mlp fuse
 test: setup
@@ -35,22 +37,25 @@ test: setup
 	$(PYTEST) --no-cpu-kernels $(call tests,$(LAYERS) ops accuracy checkpointing)
 	$(PYTEST) --kernels-in-interpreter $(call tests,$(LAYERS) functional)
 
-# The oldest versions that pyproject.toml allows, in a virtual environment of their own, and the tests of what depends on
-# them. It downloads another PyTorch, a build for CUDA unless PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS leads to one for CPUs.
-OLDEST := .venv-oldest
-OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt
-OLDEST_TESTS := $(call tests,peft_patch peft_fallback peft_adapters trainer adapter_files examples nf4_kernels)
-# PEFT 0.18 writes the biases of bias="lora_only" under names that it does not read, and bitsandbytes 0.49 does not quantise
-# an odd number of weights on a CPU.
-NOT_WITH_OLDEST := lora_only or 5x7 or 1x1 or 9x513
+# The tests with the oldest versions that pyproject.toml allows: in a virtual environment of their own, and on a copy of
+# the tracked files, because CPU kernels compiled against one version of PyTorch do not load with another. It downloads
+# another PyTorch, a build for CUDA unless PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS leads to one for CPUs.
+OLDEST := $(CURDIR)/.venv-oldest
+OLDEST_BUILD := $(CURDIR)/build/oldest
+OLDEST_PIP := $(OLDEST)/bin/python $(INSTALL) constraints-oldest.txt
+COPY_TO_OLDEST = rm -rf $(OLDEST_BUILD)/tree && mkdir -p $(OLDEST_BUILD)/tree && \
+	git ls-files -z | tar --create --null --files-from=- | tar --extract --directory=$(OLDEST_BUILD)/tree
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS) -k 'not ($(NOT_WITH_OLDEST))'
+	$(COPY_TO_OLDEST)
+	cd $(OLDEST_BUILD)/tree && $(OLDEST)/bin/python setup.py -q build_ext --inplace --build-temp $(OLDEST_BUILD)/objects
+	cd $(OLDEST_BUILD)/tree && OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(IN_TWO)
 
-$(OLDEST)/.ready: pyproject.toml setup.py constraints-oldest.txt $(wildcard kernels/cpu/*)
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST_PIP) setuptools ninja numpy
 	$(OLDEST_PIP) torch
-	$(OLDEST_PIP) --no-build-isolation --editable '.[peft,qlora,test]' transformers accelerate
+	$(COPY_TO_OLDEST)
+	FASTLORA_CPU_CAPABILITY=none $(OLDEST_PIP) --no-build-isolation --editable '$(OLDEST_BUILD)/tree[cli,test]'
 	touch $@
 
 # Random calls of the ops through CPU kernels that the compiler's sanitizers watch: a quarter of an hour, most of it to
@@ -74,6 +79,26 @@ docs: setup
 	$(PIP) mkdocs mkdocs-material 'mkdocstrings[python]' # the extra "docs", without building the package again
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The source distribution, and from it the wheel with the CPU kernels of these instruction sets, into dist/. Then the
+# wheel is installed beside torch in an empty virtual environment, and tests and a benchmark run from another folder.
+CAPABILITIES := AVX2,AVX512,AVX512_BF16
+SMOKE := $(CURDIR)/build/smoke
+SMOKE_PIP := $(SMOKE)/bin/python $(INSTALL) constraints.txt
+wheel: setup
+	$(PIP) build
+	rm -rf dist $(SMOKE)
+	FASTLORA_CPU_CAPABILITY=$(CAPABILITIES) $(BIN)/python -m build --no-isolation
+	for name in $$(echo $(CAPABILITIES) | tr A-Z, 'a-z '); do \
+		$(BIN)/python -m zipfile -l dist/*.whl | grep "fastlora/_cpu_$$name.so" || exit 1; done
+	$(BIN)/python -m venv $(SMOKE)
+	$(SMOKE_PIP) torch
+	$(SMOKE_PIP) dist/*.whl
+	cd $(SMOKE) && bin/fastlora info | grep 'cpu kernels *loaded'
+	$(SMOKE_PIP) "$$(echo dist/*.whl)[cli,test]"
+	cd $(SMOKE) && OMP_NUM_THREADS=1 bin/python -P -m pytest --override-ini=pythonpath=tests \
+		$(addprefix $(CURDIR)/tests/test_,$(addsuffix .py,examples peft trainer))
+	cd $(SMOKE) && bin/fastlora bench linear --quick --out bench
+
 # The measurements behind the README's tables and pictures: under ten minutes on two cores.
 RESULTS := benchmarks/results/cpu
 bench: setup
@@ -84,7 +109,6 @@ bench: setup
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench generate --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=$(RESULTS)/bench/speed.json
 	$(BIN)/python benchmarks/host_overhead.py --out $(RESULTS)/host_overhead.json
 	$(BIN)/python -m benchmarks.report
 

@@ -21,6 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 OTHER, THIS = "other", "this"
 
 
+# `python -m fastlora.benchmarks.against`, without the finder of an editable installation: that finds this checkout's
+# modules where a revision has none of that name.
+_START = """
+import runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "fastlora" not in getattr(finder, "__module__", "")]
+runpy.run_module("fastlora.benchmarks.against", run_name="__main__", alter_sys=True)
+"""
+
+
 class RevisionError(ValueError):
     """The revision does not exist, or cannot be measured by this harness. The message says why."""
 
@@ -42,11 +51,35 @@ def checkout(revision: str) -> Iterator[tuple[Path, str]]:
         link = tree / "fastlora" / "benchmarks"
         if not link.is_symlink():
             link.symlink_to("../benchmarks")
+        _check_imports(tree, revision)
         _extension(tree, commit)
         yield tree, commit
     finally:
         git("worktree", "remove", "--force", str(tree))
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_imports(tree: Path, revision: str) -> None:
+    """Raise RevisionError if this harness cannot import the revision's modules, before its extension is compiled."""
+    ran = subprocess.run(**_harness(tree), input="", capture_output=True)  # without a question it only imports
+    if ran.returncode:
+        raise RevisionError(
+            f"--against {revision}: the benchmarks of this checkout do not run on the code of that revision "
+            f"({_last_line(ran.stderr)}). Choose a later one, in which the modules that benchmarks import have the "
+            "same names as here"
+        )
+
+
+def _harness(tree: Path) -> dict[str, Any]:
+    """The arguments of subprocess that run `serve` with the code of one tree."""
+    path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # A thread that waits for the next question must not spin on a core that the other revision is timed on.
+    environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
+    return {"args": [sys.executable, "-P", "-c", _START], "cwd": tree, "env": environment, "text": True}
+
+
+def _last_line(stderr: str) -> str:
+    return (stderr.strip().splitlines() or ["it printed no reason"])[-1]
 
 
 def _extension(tree: Path, commit: str) -> None:
@@ -75,13 +108,8 @@ class Worker:
     """A process that measures with the code of one tree, a question at a time."""
 
     def __init__(self, tree: Path) -> None:
-        path = os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # A thread that waits for the next question must not spin on a core that the other revision is timed on.
-        environment = os.environ | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "fastlora.benchmarks.against"],
-            cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        pipe = subprocess.PIPE
+        self.process: subprocess.Popen[str] = subprocess.Popen(**_harness(tree), stdin=pipe, stdout=pipe, stderr=pipe)
 
     def ask(self, **question: Any) -> Any:
         assert self.process.stdin and self.process.stdout and self.process.stderr
@@ -91,8 +119,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            lines = self.process.stderr.read().strip().splitlines() or ["it printed no reason"]
-            raise RevisionError(lines[-1])
+            raise RevisionError(_last_line(self.process.stderr.read()))
         return json.loads(line)
 
     def __enter__(self) -> "Worker":

@@ -12,5 +12,5 @@ def pytest_benchmark_scale_unit(config, unit, benchmarks, best, worst, sort):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What is compared and committed names no machine."""
+    """What is kept to compare with names no machine."""
     machine_info.pop("node", None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -134,6 +135,21 @@ class TestAgainst:
         assert against.git("rev-parse", "HEAD").startswith(row["against"])
         assert (tmp_path / "block-against.png").exists() and (tmp_path / "block-against.csv").exists()
         assert not list(folder.iterdir()), "nothing is left behind"
+
+    def test_a_revision_without_the_modules_that_benchmarks_import(self, tmp_path, capsys, monkeypatch):
+        def git(*command):  # a worktree of a revision from before fastlora/costs.py
+            if command[:2] == ("worktree", "add"):
+                package = shutil.copytree(ROOT / "fastlora", Path(command[-2]) / "fastlora", symlinks=True)
+                (package / "costs.py").unlink()
+            return "0123abcd"
+
+        monkeypatch.setattr(against, "git", git)
+        monkeypatch.setattr(against, "_extension", lambda *_: pytest.fail("compiled in vain"))
+        with pytest.raises(SystemExit) as stop:
+            main(["bench", "block", "--against", "old", "--out", str(tmp_path)])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and "--against old: the benchmarks of this checkout do not run" in message
+        assert "cannot import name 'costs'" in message and "Choose a later one" in message
 
     def test_a_worker_that_ends_says_why(self, tmp_path):
         (tmp_path / "fastlora").mkdir()

@@ -1,6 +1,7 @@
 import bitsandbytes as bnb
 import pytest
 import torch
+from accuracy import need_quantised
 from dispatch import RecordOps
 from torch.library import opcheck
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -26,6 +27,7 @@ def tensors(dtype=torch.float32, adapter_dtype=None, M=M, K=K, N=N, r=r):
 
 def weight_4bit(N=N, K=K, blocksize=64, quant_type="nf4", nested=True, storage=torch.uint8, dtype=torch.float32):
     """A quantised weight and its decoding by `reference`."""
+    need_quantised(N * K)
     packed, state = bnb.functional.quantize_4bit(
         torch.randn(N, K).to(dtype),
         blocksize=blocksize,
