@@ -31,7 +31,7 @@ demo: setup
 IN_TWO := --numprocesses=2 --dist=loadfile
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_TWO)
 tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
-LAYERS := autograd siblings siblings_memory mlp fuse
+LAYERS := autograd siblings mlp
 test: setup
 	$(PYTEST)
 	$(PYTEST) --no-cpu-kernels $(call tests,$(LAYERS) ops accuracy checkpointing)

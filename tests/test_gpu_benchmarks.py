@@ -42,7 +42,7 @@ def rows(out, step):
     return records.read_rows(out / "cpu" / f"{step}.csv")
 
 
-@pytest.mark.parametrize("step", ["environment", "rates", "decode", "graph", "tune"])
+@pytest.mark.parametrize("step", ["environment", "rates", "decode"])
 def test_step(step, tmp_path, capsys):
     assert run(tmp_path, "--only", step) == 0
     assert f"{step}: complete" in capsys.readouterr().out
@@ -180,7 +180,7 @@ class TestOnlyOnAGPU:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["smoke", "correctness", "sweep", "profile", "compare"])
+@pytest.mark.parametrize("step", ["smoke", "correctness", "graph", "tune", "sweep", "profile", "compare"])
 def test_slow_step(step, tmp_path):
     test_step(step, tmp_path, SimpleNamespace(readouterr=lambda: SimpleNamespace(out=f"{step}: complete, from")))
 
@@ -421,6 +421,7 @@ class TestGoals:
         graph = [{"outcome": o} for o in (True, False, None)]
         assert self.of(sweep={}, graph=graph)["checks of CUDA graphs that hold"] == (0.5, False)
 
+    @pytest.mark.slow
     def test_tiny_sizes_meet_no_goal(self, tmp_path, capsys):
         assert run(tmp_path, "--only", "decode") == 0
         assert run(tmp_path, "--summary") == 0
