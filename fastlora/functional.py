@@ -181,8 +181,11 @@ def _references(make: Callable[[], Tensor]) -> int:
 _REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that is the only one
 
 
-def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activation: str) -> Tensor | None:
+def mlp_forward(
+    x: Tensor, operands: list[tuple[Any, Adapter] | None], activation: str, gate_first: bool | None = None
+) -> Tensor | None:
     """``down(act(gate(x)) * up(x))`` for (gate, up, down), ``down(act(up(x)))`` for (up, down): bases and adapters.
+    ``gate_first`` as in `fastlora.proof.Block`.
 
     None if they cannot be computed as one: one is None, or its base layer is opaque, or they do not all compute in one
     dtype. 4-bit layers compute in their own dtype, whatever that of x; the tensors between them then stay in it.
@@ -196,7 +199,7 @@ def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activatio
     if len(dtypes) > 1 or None in dtypes:
         return None
     if x.dim() == 1:
-        y = mlp_forward(x.unsqueeze(0), operands, activation)
+        y = mlp_forward(x.unsqueeze(0), operands, activation, gate_first)
         return None if y is None else y.squeeze(0)
     dtype: Any = dtypes.pop()
     projections = []
@@ -209,7 +212,7 @@ def mlp_forward(x: Tensor, operands: list[tuple[Any, Adapter] | None], activatio
         bias = whole_bias(base_layer, adapter)
         projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
     *first, down = projections
-    result = mlp.fused_mlp(x.to(dtype), first, down, activation)
+    result = mlp.fused_mlp(x.to(dtype), first, down, activation, gate_first)
     return result if autocast_dtype(x) is not None else result.to(x.dtype)
 
 

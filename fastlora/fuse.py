@@ -2,9 +2,10 @@
 
 A block is a module whose only layers with parameters are two or three adapted ones of the right shapes. It is fused if
 its own forward is shown to be ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))`` for one of the known activations:
-see `prove`. The module keeps its class, parameters and children; only this instance's forward is replaced. Whenever
-its layers cannot be computed as one (adapters merged or disabled, hooks on a layer), or something that the proof
-depends on has changed (`Fusion.block_now`), it runs its own forward.
+see `prove`. Gate and up may be one layer that gives both side by side. The module keeps its class, parameters and
+children; only this instance's forward is replaced. Whenever its layers cannot be computed as one (adapters merged or
+disabled, hooks on a layer), or something that the proof depends on has changed (`Fusion.block_now`), it runs its own
+forward.
 """
 
 import operator
@@ -233,7 +234,7 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(block, str):
         return None
     operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
-    return mlp_forward(x, operands, block.activation)
+    return mlp_forward(x, operands, block.activation, block.gate_first)
 
 
 @constant_while_tracing
@@ -279,7 +280,7 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
         else:
             calls.own += 1  # the layer whose operands cannot be had says why
         return None
-    y = mlp_forward(x, operands, block.activation)
+    y = mlp_forward(x, operands, block.activation, block.gate_first)
     if y is None:
         dtype = autocast_dtype(x) or x.dtype
         calls.falls_back(f"not all of its layers compute in {dtype}, or one is of a type that computes itself")
@@ -319,7 +320,10 @@ def _orders(layers: list[Any]) -> list[list[Any]]:
     found = []
     for down in layers:
         first = [layer for layer in layers if layer is not down]
-        if {(layer.in_features, layer.out_features) for layer in first} == {(down.out_features, down.in_features)}:
+        widths = {(layer.in_features, layer.out_features) for layer in first}
+        if widths == {(down.out_features, down.in_features)} or (
+            len(first) == 1 and widths == {(down.out_features, 2 * down.in_features)}  # gate and up side by side
+        ):
             found.append([*first, down])
     return found
 

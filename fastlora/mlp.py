@@ -1,5 +1,7 @@
 """The MLP of a transformer block as one autograd Function: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``.
 
+One layer may give gate and up side by side, as in Phi-3 and GLM.
+
 The input of down, h, is not saved for backward. Backward recomputes it in the same pass over gate and up that computes
 their gradients, in place.
 """
@@ -35,6 +37,7 @@ from fastlora.products import (
     product,
     weight_of,
 )
+from fastlora.reference import halves
 
 shrink_group = overload("shrink_group")
 swiglu = overload("swiglu")
@@ -89,8 +92,11 @@ def shrink_all(rows: Tensor, layers: list[Projection]) -> list[Tensor]:
 
 
 @without_autocast
-def fused_mlp(x: Tensor, first: list[Projection], down: Projection, activation: str) -> Tensor:
-    """``down(swiglu(*(layer(x) for layer in first), activation))``: ``first`` is gate and up, or up alone.
+def fused_mlp(
+    x: Tensor, first: list[Projection], down: Projection, activation: str, gate_first: bool | None = None
+) -> Tensor:
+    """``down(swiglu(*(layer(x) for layer in first), activation))``: ``first`` is gate and up, or up alone, or one layer
+    that gives both side by side (`fastlora.reference.halves`).
 
     Saves x and the outputs of the first layers. ``activation`` as in `fastlora.reference.activate`.
     """
@@ -99,28 +105,35 @@ def fused_mlp(x: Tensor, first: list[Projection], down: Projection, activation: 
         computed = iter(shrink_all(rows, [layer for layer in first if not layer.merged]))
         xas = [None if layer.merged else next(computed) for layer in first]
         zs = [layer.forward(rows, xa) for layer, xa in zip(first, xas, strict=True)]
-        h = like_rows_of(x.shape, swiglu(zs[0], zs[1] if len(zs) == 2 else None, activation))
+        h = like_rows_of(x.shape, swiglu(*gate_and_up(zs, gate_first), activation))
         xa = shrink(h.flatten(0, -2), down.a, down.s, down.p, down.seed)  # merged or not, backward needs it
     if not torch.is_grad_enabled():
         return down.forward(h, xa)
     tensors, numbers = zip(*(layer.flat() for layer in (*first, down)), strict=True)
     eager, deferred = is_eager(), saved_tensor_hooks_active()
     apply = _apply_fused_mlp if eager else FusedMLP.apply
-    y = apply(x, activation, numbers, None if deferred else h, *sum(tensors, ()), *zs, *xas, xa)
+    y = apply(x, activation, gate_first, numbers, None if deferred else h, *sum(tensors, ()), *zs, *xas, xa)
     return deferred_product(y, partial(down.forward, h, xa), eager) if deferred else y
+
+
+def gate_and_up(zs: list[Tensor], gate_first: bool | None) -> tuple[Tensor, Tensor | None]:
+    """The two factors of h, of which the first is activated; None if there is one only."""
+    if gate_first is not None:
+        return halves(zs[0], gate_first)
+    return zs[0], zs[1] if len(zs) == 2 else None
 
 
 class FusedMLP(Function):
     """`fused_mlp`, given everything but its last product. Without h that is deferred (`DeferredProduct`)."""
 
     @staticmethod
-    def forward(x, activation, numbers, h, *tensors):
+    def forward(x, activation, gate_first, numbers, h, *tensors):
         down = unflat(tensors[SLOTS * (len(numbers) - 1) : SLOTS * len(numbers)], numbers[-1])
         return zero_storage_output(x, down.b.shape[0]) if h is None else down.forward(h, tensors[-1])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.activation, ctx.numbers, _, *tensors = inputs
+        x, ctx.activation, ctx.gate_first, ctx.numbers, _, *tensors = inputs
         ctx.x_shape = x.shape
         ctx.save_for_backward(x, *tensors)
         ctx.set_materialize_grads(False)
@@ -130,7 +143,7 @@ class FusedMLP(Function):
         if needs_guard(dy):
             return guarded(ctx, FusedMLP.backward, dy)
         n = len(ctx.numbers)
-        before, after = 4, 2 * n - 1  # other arguments
+        before, after = 5, 2 * n - 1  # other arguments
         if dy is None:
             return (None,) * (before + n * SLOTS + after)
         x, *tensors = ctx.saved_tensors
@@ -149,9 +162,9 @@ class FusedMLP(Function):
             h = input_gradient([down.dx_term(dy, dxa)])  # dh, until `swiglu_backward_` overwrites it
             if torch.compiler.is_compiling() or keeps_graph():
                 zs = [z.clone() for z in zs]  # another backward will read them
-            swiglu_backward_(h, zs[0], zs[1] if n == 3 else None, ctx.activation)
+            swiglu_backward_(h, *gate_and_up(zs, ctx.gate_first), ctx.activation)
         elif need.a:
-            h = swiglu(zs[0], zs[1] if n == 3 else None, ctx.activation)
+            h = swiglu(*gate_and_up(zs, ctx.gate_first), ctx.activation)
         if need.a:
             da = lora_grad_a(dxa, h, down.p, down.seed)
         of_down = gradients_of(down, need, dy, da, db)
@@ -177,7 +190,7 @@ class FusedMLP(Function):
             grads += gradients_of(layer, need, dz, da, db)
             terms.append(layer.dx_term(dz, dxa))
         dx = like_rows_of(ctx.x_shape, input_gradient(terms)) if need_dx else None
-        return dx, None, None, None, *grads, *of_down, *(None,) * after
+        return dx, None, None, None, None, *grads, *of_down, *(None,) * after
 
 
 _apply_fused_mlp = apply_of(FusedMLP)

@@ -283,6 +283,8 @@ class LoRAMLP(nn.Module):
         bases = mlp_layers(mlp, lambda child: hasattr(child, "in_features"))
         reason = "it has not two or three linear layers in the shape of an MLP"
         block = prove(mlp, bases) if bases else reason
+        if not isinstance(block, str) and block.gate_first is not None:
+            block = "one layer gives gate and up; `add_lora` computes it as one where it is"
         if isinstance(block, str):
             raise ValueError(f"cannot make a LoRAMLP of this {type(mlp).__name__}: {block}")
         with unchanged_on_error(mlp):

@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from fastlora.compat import without_modes
 from fastlora.functional import is_hooked
 from fastlora.kernels.limits import ACTIVATIONS
-from fastlora.reference import swiglu
+from fastlora.reference import halves, swiglu
 
 
 class Block(NamedTuple):
-    """The names of an MLP's layers, (gate, up, down) or (up, down), and its activation."""
+    """The names of an MLP's layers, (gate, up, down) or (up, down), and its activation. ``gate_first``: one layer, in
+    the place of up, gives gate and up side by side, in this order or, if False, in the other."""
 
     layers: tuple[str, ...]
     activation: str
+    gate_first: bool | None = None
 
 
 class Trial(NamedTuple):
@@ -150,11 +152,23 @@ def _read(x: Tensor, y: Any, scripted: dict[str, _Scripted]) -> set[Block]:
         if not all(_same(scripted[name].given[0], x) for name in first) or not _same(y, scripted[down].output):
             continue
         h = scripted[down].given[0]
-        for gate, *up in (first, first[::-1])[: len(first)]:
+        for (names, gate_first), (gate, up) in _gates_and_ups(first, scripted).items():
             for activation in ACTIVATIONS:
-                if _is_activated(h, scripted[gate].output, scripted[up[0]].output if up else None, activation):
-                    blocks.add(Block((gate, *up, down), activation))
+                if _is_activated(h, gate, up, activation):
+                    blocks.add(Block((*names, down), activation, gate_first))
     return blocks
+
+
+def _gates_and_ups(first: list[str], scripted: dict[str, _Scripted]) -> dict[tuple, tuple[Tensor, Tensor | None]]:
+    """What may be gate and up, by the names of the layers that give them and by `Block.gate_first`."""
+    outputs = [scripted[name].output for name in first]
+    if len(outputs) == 2:
+        return {((first[i], first[1 - i]), None): (outputs[i], outputs[1 - i]) for i in range(2)}
+    (z,) = outputs
+    found: dict[tuple, tuple[Tensor, Tensor | None]] = {((first[0],), None): (z, None)}
+    if z.shape[-1] % 2 == 0:
+        found |= {((first[0],), gate_first): halves(z, gate_first) for gate_first in (True, False)}
+    return found
 
 
 def _is_activated(h: Any, gate: Tensor, up: Tensor | None, activation: str) -> bool:

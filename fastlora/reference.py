@@ -117,6 +117,12 @@ def activate(gate: Tensor, activation: str) -> Tensor:
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
+def halves(z: Tensor, gate_first: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up of a layer that gives both side by side: views of its output."""
+    one, other = z.chunk(2, dim=-1)
+    return (one, other) if gate_first else (other, one)
+
+
 def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     """``act(gate) * up``, or ``act(gate)`` without up"""
     return activate(gate, activation) * (1 if up is None else up)

@@ -12,7 +12,7 @@ FAST = {  # model type: the number of MLP blocks that are computed as one in the
     "gpt2": 2,
     "gemma2": 2,
     "olmo": 2,  # clamps q, k and v in place
-    "phi3": 0,  # gate and up are one layer
+    "phi3": 2,  # gate and up are one layer
     "opt": 0,  # its layers are those of the decoder layer
     "bert": 0,  # the MLP is no module of its own
     "t5": 4,  # relu

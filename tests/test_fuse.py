@@ -7,15 +7,18 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import linear_4bit
 from blocks import HIDDEN, MLP, SwiGLU, randomise
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaMLP
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXConfig, GPTNeoXMLP
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 from transformers.models.phi.modeling_phi import PhiConfig, PhiMLP
+from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP
 
 import fastlora
-from fastlora import LoRAMLP, fuse, proof
+from fastlora import LoRAMLP, fuse
 from fastlora.benchmarks.accuracy import same
 
 SHAPE = dict(hidden_size=HIDDEN, intermediate_size=MLP)
@@ -56,6 +59,22 @@ def phi(activation):
     return PhiMLP(PhiConfig(**SHAPE, hidden_act=activation))
 
 
+def phi3():
+    return Phi3MLP(Phi3Config(**SHAPE, pad_token_id=0))
+
+
+class UpBeforeGate(nn.Module):
+    """One layer for both, and up is its first half."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.down = nn.Linear(HIDDEN, 2 * MLP), nn.Linear(MLP, HIDDEN)
+
+    def forward(self, x):
+        up, gate = self.both(x).split(MLP, dim=-1)
+        return self.down(F.gelu(gate) * up)
+
+
 FUSED = {
     "llama": (lambda: LlamaMLP(LlamaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "silu"),
     "gemma": (lambda: GemmaMLP(GemmaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "gelu_tanh"),
@@ -68,6 +87,8 @@ FUSED = {
     "quick gelu": (lambda: phi("quick_gelu"), ("fc1", "fc2"), "quick_gelu"),
     "relu": (lambda: phi("relu"), ("fc1", "fc2"), "relu"),
     "squared relu": (lambda: phi("relu2"), ("fc1", "fc2"), "relu2"),
+    "phi3": (phi3, ("gate_up_proj", "down_proj"), "silu"),
+    "up before gate": (UpBeforeGate, ("both", "down"), "gelu"),
     "functional": (Functional, ("gate_proj", "up_proj", "down_proj"), "silu"),
     "down first": (lambda: DownFirst(), ("up", "down"), "silu"),
     "up first": (UpFirst, ("up_proj", "gate_proj", "down_proj"), "silu"),
@@ -111,7 +132,7 @@ def test_blocks_are_found_and_fused(case, dtype):
     report = fastlora.patch(model)
     assert torch.equal(torch.get_rng_state(), state), "probing draws from a generator of its own"
     assert report.fused == ["base_model.model.1"] and not report.skipped and not report.not_fused
-    assert fuse.fusion_of(model.base_model.model[1]).block == proof.Block(layers, activation)
+    assert fuse.fusion_of(model.base_model.model[1]).block[:2] == (layers, activation)
     y = model(x)
     assert "MLP" in type(y.grad_fn).__name__
     assert same(y, expected, longest=MLP)
@@ -119,6 +140,38 @@ def test_blocks_are_found_and_fused(case, dtype):
     fastlora.unpatch(model)
     assert fuse.fusion_of(model.base_model.model[1]) is None
     assert same(model(x), expected, longest=MLP)
+
+
+def with_4bit_layers(module):
+    for name, layer in [(n, m) for n, m in module.named_modules() if type(m) is nn.Linear]:
+        module.set_submodule(name, linear_4bit(layer.weight.detach(), layer.bias))
+    return module
+
+
+ONE_PROJECTION = {"phi3": phi3, "up before gate": UpBeforeGate, "nf4": lambda: with_4bit_layers(UpBeforeGate())}
+WAYS = {
+    "plain": lambda model: model,
+    "checkpointed": lambda model: lambda x: checkpoint(model, x, use_reentrant=False),
+    "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "twice": lambda model: lambda x: (model(x).sum().backward(retain_graph=True), model(x))[1],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", ONE_PROJECTION.values(), ids=ONE_PROJECTION)
+def test_one_projection_for_gate_and_up_trains_as_with_peft(make, way):
+    model = in_model(make)
+    twin = copy.deepcopy(model)
+    assert fastlora.patch(model).fused
+    results = []
+    for each in (twin, model):
+        torch._dynamo.reset()
+        x = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = WAYS[way](each)(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
+    assert len(results[0]) == 6
+    assert all(same(ours, theirs, longest=10 * MLP) for theirs, ours in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
@@ -197,6 +250,10 @@ def test_from_mlp(case):
     block = make()
     x = torch.randn(3, HIDDEN)
     expected = block(x)
+    if len(names) == 2 and block.get_submodule(names[0]).out_features == 2 * MLP:
+        with pytest.raises(ValueError, match="one layer gives gate and up"):
+            LoRAMLP.from_mlp(block, r=4)
+        return
     module = LoRAMLP.from_mlp(block, r=4)
     assert module.activation == activation and module.down_proj.base_layer is block.get_submodule(names[-1])
     assert same(module(x), expected, longest=MLP)

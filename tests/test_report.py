@@ -130,7 +130,6 @@ def test_a_layer_whose_hooks_gather_its_weight_says_so():
 NOT_FUSED = {
     "bert": ("encoder.layer.0", "its MLP (intermediate.dense, output.dense) is not a module of its own"),
     "opt": ("decoder.layers.1", "its MLP (fc1, fc2) is not a module of its own"),
-    "phi3": ("layers.0.mlp", "one layer makes both halves"),
     "gpt2": ("h.0.mlp", "its forward is another one in training"),
 }
 
