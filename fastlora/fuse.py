@@ -123,6 +123,29 @@ class Fusion:
             self.accept(module, prove(module, layers) if layers else changed)
         return self.block if self.changes <= PROOFS else "its attributes change from call to call"
 
+    @constant_while_tracing
+    def block_while_tracing(self) -> tuple[Block | str, tuple]:
+        """The block, and for each of its submodules the path and the attributes that a graph can be guarded on. A block
+        that depends on anything else, such as the values of a buffer, is not computed as one in a graph.
+
+        It takes no argument, since PyTorch 2.11 passes no module to a function whose result is constant in a graph.
+        """
+        module = self.watched[0][0]
+        block = self.block_now(module)
+        if isinstance(block, str):
+            return block, ()
+        guarded = []
+        for name, each in module.named_modules():
+            if name.partition(".")[0] in block.layers:
+                continue
+            mentioned = _names_in(type(each).forward)
+            own = {k: value for k, value in each.__dict__.items() if k not in _MODULE_ATTRIBUTES and k != ATTRIBUTE}
+            plain = [k for k, value in own.items() if isinstance(value, bool | int | float | str) or callable(value)]
+            if each._buffers or any(k in mentioned and k not in plain for k in own):
+                return "it depends on what a graph is not guarded on", ()
+            guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training")))
+        return block, tuple(guarded)
+
 
 def are_same(now: list[Any], before: list[Any]) -> bool:
     """Whether the objects are the same ones; of integers, such as versions of buffers, whether they are equal."""
@@ -215,16 +238,16 @@ def forward_as_one(module: nn.Module, fusion: Fusion, x: Any, *args: Any, **kwar
     y = None
     if not args and not kwargs:
         if torch.compiler.is_compiling():
-            y = _as_one_compiled(module, x)
+            y = _as_one_compiled(module, fusion, x)
         elif type(x) is Tensor:
             y = _as_one(module, fusion, x)
     return type(module).forward(module, x, *args, **kwargs) if y is None else y
 
 
-def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
+def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     """The block as one function inside a graph. What it computes is determined once, while tracing; the attributes that
     this depends on are read here, so that the graph is guarded on them."""
-    block, guarded = _block_while_tracing(module)
+    block, guarded = fusion.block_while_tracing()
     for path, names in guarded:
         child = module
         for step in path:
@@ -235,27 +258,6 @@ def _as_one_compiled(module: nn.Module, x: Tensor) -> Tensor | None:
         return None
     operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
     return mlp_forward(x, operands, block.activation, block.gate_first)
-
-
-@constant_while_tracing
-def _block_while_tracing(module: nn.Module) -> tuple[Block | str, tuple]:
-    """The block, and for each of its submodules the path and the attributes that a graph can be guarded on. A block
-    that depends on anything else, such as the values of a buffer, is not computed as one in a graph."""
-    fusion = fusion_of(module)
-    block: Block | str = "it is not fused" if fusion is None else fusion.block_now(module)
-    if isinstance(block, str):
-        return block, ()
-    guarded = []
-    for name, each in module.named_modules():
-        if name.partition(".")[0] in block.layers:
-            continue
-        mentioned = _names_in(type(each).forward)
-        own = {key: value for key, value in each.__dict__.items() if key not in _MODULE_ATTRIBUTES and key != ATTRIBUTE}
-        plain = [key for key, value in own.items() if isinstance(value, bool | int | float | str) or callable(value)]
-        if each._buffers or any(key in mentioned and key not in plain for key in own):
-            return "it depends on what a graph is not guarded on", ()
-        guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training")))
-    return block, tuple(guarded)
 
 
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:

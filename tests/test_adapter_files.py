@@ -41,7 +41,12 @@ SETTINGS = {
         r=3, lora_alpha=6, target_modules="all-linear", rank_pattern={"blocks.1": 5}, alpha_pattern={"q": 9}
     ),
     "rslora": dict(r=4, lora_alpha=6, target_modules=["q"], use_rslora=True, lora_dropout=0.1),
-    "lora_only": dict(r=2, lora_alpha=2, target_modules=["q"], bias="lora_only"),
+    "lora_only": pytest.param(
+        dict(r=2, lora_alpha=2, target_modules=["q"], bias="lora_only"),
+        marks=pytest.mark.skipif(
+            peft.__version__.startswith("0.18."), reason="PEFT 0.18 saves these biases under names it does not read"
+        ),
+    ),
     "all biases": dict(r=2, lora_alpha=2, target_modules=["q"], bias="all"),
 }
 
