@@ -177,15 +177,29 @@ class Machine(RuleBasedStateMachine):
         self.do(act.merge_and_unload if merge else act.unload)
         self.over = True
 
+    @precondition(lambda self: self.over)
+    @rule()
+    def run_unloaded(self):
+        self.do(act.without_grad)
+
     def name(self, layer: str) -> str:
         """The end of the name of a layer of the case."""
         end = getattr(self.case, layer)
         return end if isinstance(end, str) else end[0]
 
 
-def run(case: str, max_examples: int, steps: int) -> None:
+class CompilingMachine(Machine):
+    """It also compiles the model, as it is then."""
+
+    @precondition(lambda self: not self.over)
+    @rule(grad=st.booleans())
+    def compiled(self, grad):
+        self.do(act.compiled, grad)
+
+
+def run(case: str, max_examples: int, steps: int, machine: type[Machine] = Machine) -> None:
     sizes = settings(max_examples=max_examples, stateful_step_count=steps)
-    run_state_machine_as_test(lambda: Machine(CASES[case]), settings=sizes)
+    run_state_machine_as_test(lambda: machine(CASES[case]), settings=sizes)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -197,6 +211,12 @@ def test_any_sequence(case, bitsandbytes_eager):
 @pytest.mark.parametrize("case", CASES)
 def test_any_long_sequence(case, bitsandbytes_eager):
     run(case, max_examples=200, steps=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_any_sequence_with_compiling(case, bitsandbytes_eager):
+    run(case, max_examples=40, steps=12, machine=CompilingMachine)
 
 
 Q, LAST = CASES["llama"].siblings[0], CASES["llama"].last
