@@ -99,12 +99,14 @@ wheel: setup
 		$(addprefix $(CURDIR)/tests/test_,$(addsuffix .py,examples peft trainer))
 	cd $(SMOKE) && bin/fastlora bench linear --quick --out bench
 
-# The measurements behind the README's tables and pictures: under ten minutes on two cores.
+# The measurements behind the README's tables and pictures. On a CPU without bf16 instructions, where bf16 is very slow:
+# make bench DENSE=fp32 RESULTS=benchmarks/results/cpu-avx2
 RESULTS := benchmarks/results/cpu
+DENSE := bf16
 bench: setup
-	$(BIN)/fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 11 --out $(RESULTS)
-	$(BIN)/fastlora compare --base bf16 --steps 9 --checkpointing --out $(RESULTS)/checkpointing
-	$(BIN)/fastlora profile --sequence 128,256,512 --budget 2GB --out $(RESULTS)/profile
+	$(BIN)/fastlora compare --base $(DENSE),nf4 --dropout 0,0.05 --steps 11 --out $(RESULTS)
+	$(BIN)/fastlora compare --base $(DENSE) --steps 9 --checkpointing --out $(RESULTS)/checkpointing
+	$(BIN)/fastlora profile --base $(DENSE) --sequence 128,256,512 --budget 2GB --out $(RESULTS)/profile
 	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench generate --quick --out $(RESULTS)/bench

@@ -10,7 +10,17 @@ from statistics import median
 
 from fastlora.benchmarks.records import read_json, read_rows
 from fastlora.benchmarks.studies import common
-from fastlora.benchmarks.tables import base_name, compare_table, date, markdown, megabytes, power, setting, verdict
+from fastlora.benchmarks.tables import (
+    base_name,
+    case_name,
+    compare_table,
+    date,
+    markdown,
+    megabytes,
+    power,
+    setting,
+    verdict,
+)
 
 WIDTH = 120
 
@@ -76,6 +86,25 @@ def few_tokens(folder: Path) -> str:
     return f"With {fewest} tokens a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
 
 
+def others_fragment(folder: Path) -> str:
+    """In a sentence each, the same comparison on other devices."""
+    paths = sorted(path for path in folder.parent.glob("*/report.json") if path.parent != folder)
+    sentences = [_on_another(read_json(path), path) for path in paths]
+    return _fill(" ".join(sentences) or "No other device has been measured.")
+
+
+def _on_another(report: dict, path: Path) -> str:
+    env = report["environment"]
+    speeds = []
+    for case in report["cases"]:
+        speed = case["providers"]["fastlora"]["speedup_paired"]
+        speeds.append(f"{speed:.2f} ({case_name(case)}: {verdict(speed)})")
+    return (
+        f"On {env['threads']} cores of an {env['device']}, {date(env)}, the same steps run at so many times PEFT's speed: "
+        f"{', '.join(speeds)} ([report.json](benchmarks/results/{path.parent.name}/report.json))."
+    )
+
+
 def small_updates_fragment(folder: Path) -> str:
     study = common.load("small_updates")
     rows = read_rows(folder / "studies" / "small_updates.csv")
@@ -93,6 +122,7 @@ FRAGMENTS = {
     "compare": compare_fragment,
     "memory": memory_fragment,
     "losses": losses_fragment,
+    "others": others_fragment,
     "overhead": overhead_fragment,
     "small updates": small_updates_fragment,
 }
