@@ -17,6 +17,7 @@ from fastlora.benchmarks.tables import (
     date,
     markdown,
     megabytes,
+    our_speedup,
     power,
     setting,
     verdict,
@@ -95,13 +96,12 @@ def others_fragment(folder: Path) -> str:
 
 def _on_another(report: dict, path: Path) -> str:
     env = report["environment"]
-    speeds = []
-    for case in report["cases"]:
-        speed = case["providers"]["fastlora"]["speedup_paired"]
-        speeds.append(f"{speed:.2f} ({case_name(case)}: {verdict(speed)})")
+    speeds = [
+        f"{case_name(case)}: {our_speedup(case['providers']['fastlora']['speedup_paired'])}" for case in report["cases"]
+    ]
     return (
-        f"On {env['threads']} cores of an {env['device']}, {date(env)}, the same steps run at so many times PEFT's speed: "
-        f"{', '.join(speeds)} ([report.json](benchmarks/results/{path.parent.name}/report.json))."
+        f"On {env['threads']} cores of an {env['device']}, {date(env)}, the same steps run at so many times PEFT's "
+        f"speed: {'; '.join(speeds)} ([report.json](benchmarks/results/{path.parent.name}/report.json))."
     )
 
 
