@@ -1,5 +1,6 @@
 """Whatever a folder holds: it is loaded, or refused with ValueError and the model is as it was."""
 
+import contextlib
 import json
 
 import pytest
@@ -101,7 +102,11 @@ def test_any_bytes(data, name, adapted, folder, tmp_path_factory):
 
 
 floating = [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn]
-dtypes = [*floating, torch.int8, torch.int64, torch.bool, torch.complex64, torch.uint16]
+dtypes = [*floating, torch.int8, torch.int64, torch.bool]
+for newer in (torch.complex64, torch.uint16):
+    with contextlib.suppress(KeyError):  # safetensors 0.5 does not save them
+        save({"": torch.zeros(1, dtype=newer)})
+        dtypes.append(newer)
 keys = st.sampled_from(
     [f"base_model.model.{name}" for name in ("fc.lora_A.weight", "up.lora_B.weight", "fc.base_layer.bias", "fc.bias")]
     + [f"base_model.model.{name}" for name in ("norm.bias", "norm.base_layer.bias", "norm.weight", ".lora_A.weight")]

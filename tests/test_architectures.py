@@ -5,6 +5,7 @@ Which run is printed by ``python tests/architectures.py``.
 
 import pytest
 import torch
+import transformers
 from architectures import EQUAL, Result, compare, difference, model_types, summary
 
 FAST = {  # model type: the number of MLP blocks that are computed as one in the tiny model
@@ -39,6 +40,8 @@ def on_one_thread(one_thread):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", FAST)
 def test_a_family_agrees_with_plain_peft(model_type):
+    if model_type == "qwen2_vl" and transformers.__version__.startswith("5.0."):
+        pytest.skip("the configuration of transformers 5.0 has no mrope_section unless it is given")
     result = compare(model_type)
     _agrees(result)
     assert result.fused == FAST[model_type], result.not_fused

@@ -101,7 +101,8 @@ def test_many_small_adapters_have_the_parameters_of_one(out):
     ours = pick(rows_of(out, "many_adapters"), provider="fastlora")
     for row, theirs in zip(ours, rows, strict=True):
         assert row["saved_bytes"] <= theirs["saved_bytes"]
-    stacked = ours[-1]["adapters_bytes"]  # several adapters are computed as one, whose A and B are kept
+    # Several adapters are computed as one, whose A and B are kept: in fp32, in which PEFT 0.18 has only the first.
+    stacked = ours[0]["adapters_bytes"]
     assert 0 < ours[-1]["saved_bytes"] - ours[0]["saved_bytes"] <= stacked
     assert column(rows, "over_one")[0] == 1
 
