@@ -109,7 +109,7 @@ def problem(
 @pytest.mark.parametrize("kind", ["dense", "nf4", "fp4"])
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_random_layers(dtypes, kind):
-    @settings(max_examples=16 if ops.NO_CPU_KERNELS is None else 8)
+    @settings(max_examples=12 if ops.NO_CPU_KERNELS is None else 8)
     @given(problems(dtypes, kind))
     def run(problem):
         check(problem)

@@ -138,6 +138,7 @@ class TestProviders:
         for key, value in attributes.items():
             setattr(sys.modules[name], key, value)
 
+    @pytest.mark.one_case_in(3)
     @pytest.mark.parametrize("case", [LINEAR, BLOCK], ids=str)
     @pytest.mark.parametrize("base", ["bf16", "fp32", "nf4", "fp4"])
     def test_everyone_is_exact_and_timed(self, case, base):

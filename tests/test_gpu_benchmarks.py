@@ -42,7 +42,7 @@ def rows(out, step):
     return records.read_rows(out / "cpu" / f"{step}.csv")
 
 
-@pytest.mark.parametrize("step", ["environment", "rates", "decode"])
+@pytest.mark.parametrize("step", ["environment", "rates"])
 def test_step(step, tmp_path, capsys):
     assert run(tmp_path, "--only", step) == 0
     assert f"{step}: complete" in capsys.readouterr().out
@@ -63,6 +63,7 @@ def one_layer(monkeypatch):
     monkeypatch.setattr(gpu_steps, "layers_of", lambda run, **fields: [replace(one, **fields)])
 
 
+@pytest.mark.slow
 def test_sweep_compares_every_provider(one_layer, tmp_path):
     assert run(tmp_path, "--only", "sweep") == 0
     found = rows(tmp_path, "sweep")
@@ -180,7 +181,7 @@ class TestOnlyOnAGPU:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["smoke", "correctness", "graph", "tune", "sweep", "profile", "compare"])
+@pytest.mark.parametrize("step", ["smoke", "correctness", "decode", "graph", "tune", "sweep", "profile", "compare"])
 def test_slow_step(step, tmp_path):
     test_step(step, tmp_path, SimpleNamespace(readouterr=lambda: SimpleNamespace(out=f"{step}: complete, from")))
 

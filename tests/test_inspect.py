@@ -54,6 +54,7 @@ def per_weight(row, instructions):
     return row[instructions] * row["threads"] * row["warps"] / (row["tile"]["BLOCK_N"] * row["tile"]["BLOCK_K"])
 
 
+@pytest.mark.slow
 def test_decoding_loads_and_stores_whole_vectors_in_few_instructions():
     rows = compiled("--arch", "sm_90", "--kernel", "decode_4bit")
     usual = [row for row in rows if "rows" not in row["case"]]

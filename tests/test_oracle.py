@@ -204,7 +204,7 @@ def run(case: str, max_examples: int, steps: int, machine: type[Machine] = Machi
 
 @pytest.mark.parametrize("case", CASES)
 def test_any_sequence(case, bitsandbytes_eager):
-    run(case, max_examples=4, steps=12)
+    run(case, max_examples=3, steps=12)
 
 
 @pytest.mark.slow

@@ -284,6 +284,7 @@ def test_memory_grows_with_the_sequence(profiled):
     assert ends["frozen"] > ends["fastlora"] > ends["peft"] > 0
 
 
+@pytest.mark.slow
 def test_profile_prints_tables_or_json(tiny, tmp_path, capsys):
     arguments = [
         "profile",
@@ -344,6 +345,7 @@ PARTS_AFTER = [
 ]
 
 
+@pytest.mark.one_case_in(3)
 @pytest.mark.parametrize(("after", "parts"), PARTS_AFTER)
 def test_interrupted_report_has_what_was_measured(tiny, tmp_path, monkeypatch, capsys, after, parts):
     (tmp_path / "time.png").touch()  # of a run before

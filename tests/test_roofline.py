@@ -146,7 +146,7 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.one_case_in(4)
+@pytest.mark.one_case_in(7)
 @pytest.mark.parametrize("c", PROBLEMS, ids=lambda c: f"{c.M}x{c.N}x{c.K} r={c.r}, {c.itemsize} bytes")
 @pytest.mark.parametrize(("op", "plan"), COSTS, ids=map(" ".join, COSTS))
 def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):

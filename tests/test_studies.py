@@ -35,6 +35,7 @@ def rows_of(out, name):
     return read_rows(out / f"{name}.csv")
 
 
+@pytest.mark.slow
 def test_each_writes_three_files_and_no_folder_of_this_machine(out):
     expected = {f"{name}.{ending}" for name in common.STUDIES for ending in ("csv", "json", "png")}
     assert {path.name for path in out.iterdir()} == expected
@@ -46,6 +47,7 @@ def test_each_writes_three_files_and_no_folder_of_this_machine(out):
         assert pictures.is_drawn_from(out / f"{name}.png", out / f"{name}.csv")
 
 
+@pytest.mark.slow
 def test_memory_falls_with_position_and_is_flat_with_checkpointing(out):
     rows = rows_of(out, "position")
     assert column(rows, "layer", provider="peft", checkpointing="no") == list(range(LAYERS))
@@ -60,6 +62,7 @@ def test_memory_falls_with_position_and_is_flat_with_checkpointing(out):
         assert row["trainable_parameters"] == 16 * (4 * (64 + 64) + 3 * (64 + 128))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank", "targets"])
 def test_parameters_and_states_are_exact(out, name):
     rows = [row for row in rows_of(out, name) if row["provider"] != "frozen"]
@@ -75,6 +78,7 @@ def test_parameters_and_states_are_exact(out, name):
         assert ours["saved_bytes"] < peft["saved_bytes"]
 
 
+@pytest.mark.slow
 def test_rank_scales_what_it_should(out):
     (low, *_, high) = pick(rows_of(out, "rank"), provider="fastlora")
     assert high["trainable_parameters"] * low["r"] == low["trainable_parameters"] * high["r"]
@@ -94,6 +98,7 @@ def test_parameters_of_llama_2_7b_are_those_published(modules, r, published):
     assert targets.llama_2_7b_parameters(modules, r) == published
 
 
+@pytest.mark.slow
 def test_many_small_adapters_have_the_parameters_of_one(out):
     rows = pick(rows_of(out, "many_adapters"), provider="peft")
     assert column(rows, "adapters") == [1, 4]
@@ -107,6 +112,7 @@ def test_many_small_adapters_have_the_parameters_of_one(out):
     assert column(rows, "over_one")[0] == 1
 
 
+@pytest.mark.slow
 def test_4_bit_bases_are_smaller_by_what_their_weights_are(out):
     rows = rows_of(out, "bases")
     dense, nf4, fp4 = (pick(rows, base=base, provider="fastlora")[0] for base in ("bf16", "nf4", "fp4"))
@@ -117,6 +123,7 @@ def test_4_bit_bases_are_smaller_by_what_their_weights_are(out):
         assert fourbit["optimizer_bytes"] == dense["optimizer_bytes"]
 
 
+@pytest.mark.slow
 def test_optimizer_bytes_are_the_formula(out):
     rows = rows_of(out, "optimizers")
     assert len(rows) == 6
@@ -126,6 +133,7 @@ def test_optimizer_bytes_are_the_formula(out):
     assert rows[3]["optimizer_bytes"] == pytest.approx(16.78e6, rel=1e-3)  # as published
 
 
+@pytest.mark.slow
 def test_small_updates_survive_where_they_should(out):
     kept = {row["layer"]: row["share_kept"] for row in pick(rows_of(out, "small_updates"), magnitude_of_B=1e-4)}
     assert kept["unfused bf16 layer"] < 0.5
@@ -153,6 +161,7 @@ def changed(rows, column, change, **where):
     ]
 
 
+@pytest.mark.slow
 def test_findings_follow_the_numbers(out):
     """Rows that say otherwise are described otherwise."""
 
