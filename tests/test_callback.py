@@ -57,9 +57,12 @@ def logged():
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()  # the default, which other tests change
     _logger.addHandler(handler)
     yield records
     _logger.removeHandler(handler)
+    transformers.logging.set_verbosity(verbosity)
 
 
 @pytest.mark.parametrize("cls", [transformers.Trainer, WrapsItself])
@@ -113,7 +116,7 @@ def test_strict_and_nothing_to_patch(tmp_path, logged):
     assert "nothing to patch: the model has no PEFT LoRA layers" in logged[0]
 
 
-def test_it_is_logged_as_the_trainer_logs():
+def test_it_is_logged_as_the_trainer_logs(logged):
     assert _logger.name.startswith("transformers.") and _logger.isEnabledFor(logging.WARNING)
 
 
