@@ -28,7 +28,7 @@ demo: setup
 	$(BIN)/fastlora compare --steps 8
 
 # In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted.
-IN_TWO := --numprocesses=2 --dist=loadfile
+IN_TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_TWO)
 tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 LAYERS := autograd siblings mlp
