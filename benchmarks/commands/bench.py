@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, dict[str, list]]] = {
     },
     "generate": {
         "cpu": {"shapes": [_SMALL, _LARGE], "m": [1, 4, 16]},
-        "quick": {"shapes": [_SMALL, _LARGE], "m": [1, 16]},
+        "quick": {"shapes": [_LARGE], "m": [1, 16]},
         "cuda": {"shapes": ["llama-3-8b"], "m": [1, 4, 16, 64]},
     },
     "decode": {
