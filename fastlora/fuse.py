@@ -322,12 +322,16 @@ def _orders(layers: list[Any]) -> list[list[Any]]:
     found = []
     for down in layers:
         first = [layer for layer in layers if layer is not down]
-        widths = {(layer.in_features, layer.out_features) for layer in first}
-        if widths == {(down.out_features, down.in_features)} or (
-            len(first) == 1 and widths == {(down.out_features, 2 * down.in_features)}  # gate and up side by side
-        ):
+        if _leads_to(first, down):
             found.append([*first, down])
     return found
+
+
+def _leads_to(first: list[Any], down: Any) -> bool:
+    """Whether down takes what the first layers give, gate and up side by side if they are one, and gives x's width."""
+    widths = {(layer.in_features, layer.out_features) for layer in first}
+    K, H = down.out_features, down.in_features
+    return widths == {(K, H)} or (len(first) == 1 and widths == {(K, 2 * H)})
 
 
 def widens(layers: Any) -> bool:
@@ -365,6 +369,4 @@ def _is_scattered_mlp(layers: list[Any], n: int) -> bool:
     if len(layers) < n:
         return False
     *first, down = layers
-    K, H = down.out_features, down.in_features
-    shapes = {(layer.in_features, layer.out_features) for layer in first}
-    return H > K and (shapes == {(K, H)} or (n == 2 and shapes == {(K, 2 * H)}))
+    return down.in_features > down.out_features and _leads_to(first, down)
