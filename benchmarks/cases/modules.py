@@ -1,8 +1,6 @@
 """What is measured: a linear layer, a block or a model, frozen and adapted by PEFT, with its inputs and its truth."""
 
-import contextlib
 import copy
-import io
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -213,8 +211,7 @@ class _Block(nn.Module):
 def _language_model(case: Case, device: torch.device) -> Any:
     """The real SmolLM2 where it is installed; others have random weights, two blocks and a vocabulary of 512."""
     if case.shape == "smollm2-135m":
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bar
-            model = models.load_model("smollm2", case.dtype).model.to(device)
+        model = models.load_model("smollm2", case.dtype).model.to(device)
     else:
         model = models.random_model(case.shape, case.dtype, device, num_hidden_layers=2, vocab_size=512)
     return models.to_base(model, case.base, case.dtype)

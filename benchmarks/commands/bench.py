@@ -165,8 +165,8 @@ def measure(
 def cases_of(args: Namespace, device: torch.device) -> list[Case]:
     default = DEFAULTS[args.verb]["quick" if args.quick else device.type]
     shapes, m = args.model_shape or default["shapes"], args.m or default["m"]
-    bases = args.base or default.get("base") or models.default_bases(device)
-    compute = "bf16" if models.compute_dtype(device) == torch.bfloat16 else "fp32"
+    usual = models.default_bases(device)
+    bases, compute = args.base or default.get("base") or usual, usual[0]
     if args.verb == "decode":
         m = [0]
         if any(base not in ("nf4", "fp4") for base in bases):

@@ -1,9 +1,7 @@
 """What commands that run a model have in common: the model, the text, the device, the progress bar."""
 
-import contextlib
 import gc
 import importlib.util
-import io
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -24,8 +22,7 @@ def load(
     """The model in the form of the base, the batches to train on, and the model's label."""
     compute = models.compute_dtype(device)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bar
-            loaded = models.load_model(args.model, models.DENSE.get(base, compute))
+        loaded = models.load_model(args.model, models.DENSE.get(base, compute))
         data = models.batches(loaded, text, args.batch, args.tokens, steps)
     except ValueError as error:
         raise UsageError(str(error)) from error

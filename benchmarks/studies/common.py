@@ -1,9 +1,7 @@
 """What the studies share: the command, the model that they train, rows of measurements, and the files they write."""
 
 import argparse
-import contextlib
 import importlib
-import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -253,8 +251,7 @@ def _setup(args: argparse.Namespace, device: torch.device, progress: Progress, n
     common.check_bases(["nf4"])
     tokens = args.tokens or (64 if quick else 1024 if device.type == "cuda" else 256)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bar
-            loaded = models.load_model(name, device=device)
+        loaded = models.load_model(name, device=device)
         setup.data = models.batches(loaded, None, 1, tokens, args.rounds or (3 if quick else 7))
     except ValueError as error:
         raise UsageError(str(error)) from error
