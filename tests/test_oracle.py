@@ -191,7 +191,7 @@ class Machine(RuleBasedStateMachine):
 class CompilingMachine(Machine):
     """It also compiles the model, as it is then."""
 
-    @precondition(lambda self: not self.over)
+    @Machine.alive
     @rule(grad=st.booleans())
     def compiled(self, grad):
         self.do(act.compiled, grad)
