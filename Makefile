@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
 
-.PHONY: setup demo test test-oldest fuzz-asan lint docs wheel bench studies report gpu clean
+.PHONY: setup demo test test-torch-ops test-interpreted test-oldest fuzz-asan lint docs wheel bench studies report gpu clean
 
 setup: $(READY)
 
@@ -27,14 +27,20 @@ $(READY): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 demo: setup
 	$(BIN)/fastlora compare --steps 8
 
-# In every state of installation: as it is; as without a compiler; through the kernels of a GPU, interpreted.
+# In every state of installation: as it is; then, side by side, as without a compiler, and through the kernels of a GPU,
+# interpreted.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 IN_TWO := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_TWO)
 tests = $(addprefix tests/test_,$(addsuffix .py,$(1)))
 LAYERS := autograd siblings mlp
 test: setup
-	$(PYTEST)
+	$(PYTEST) $(IN_TWO)
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-torch-ops test-interpreted
+
+test-torch-ops:
 	$(PYTEST) --no-cpu-kernels $(call tests,$(LAYERS) ops accuracy checkpointing)
+
+test-interpreted:
 	$(PYTEST) --kernels-in-interpreter $(call tests,$(LAYERS) functional)
 
 # The tests with the oldest versions that pyproject.toml allows: in a virtual environment of their own, and on a copy of

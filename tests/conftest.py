@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import defaultdict
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -41,25 +42,37 @@ def pytest_configure(config):
         torch.ops.load_library = refuse  # before fastlora is imported
 
 
-def is_sampled(item, n: int) -> bool:
-    """Whether this is the one in n cases: whose place on all axes adds up to a multiple of n. Every value of an axis
-    is still met if another axis has at least n."""
-    return sum(item.callspec.indices.values()) % n == 0
+def left_out(items: list) -> set:
+    """Of tests marked ``one_case_in(n)`` all cases but those whose places on all axes add up to a multiple of n. Every
+    value of an axis is still met if another axis has at least n."""
+    places = defaultdict(dict)  # of a value on its axis, in order of appearance
+    found = set()
+    for item in items:
+        if (sample := item.get_closest_marker("one_case_in")) is None:
+            continue
+        total = 0
+        for axis in item.iter_markers("parametrize"):
+            names = axis.args[0].split(",") if isinstance(axis.args[0], str) else axis.args[0]
+            values = tuple(id(item.callspec.params[name.strip()]) for name in names)
+            seen = places[item.nodeid.partition("[")[0], *names]
+            total += seen.setdefault(values, len(seen))
+        if total % sample.args[0]:
+            found.add(item)
+    return found
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--slow"):
-        markers = [item.get_closest_marker("one_case_in") for item in items]
-        left = [item for item, m in zip(items, markers, strict=True) if m is not None and not is_sampled(item, *m.args)]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        left = left_out(items)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     not_now = pytest.mark.skip(reason="slow: run with --slow")
-    interpreted = config.getoption("--kernels-in-interpreter")
+    as_installed = not (config.getoption("--kernels-in-interpreter") or config.getoption("--no-cpu-kernels"))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        slow = item.get_closest_marker("slow") or (interpreted and item.get_closest_marker("slow_in_interpreter"))
+        slow = item.get_closest_marker("slow") or (not as_installed and item.get_closest_marker("as_installed"))
         if slow and not config.getoption("--slow"):
             item.add_marker(not_now)
 

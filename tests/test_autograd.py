@@ -49,7 +49,7 @@ def grads(f, *inputs):
     return y, *torch.autograd.grad(y, [t for t in inputs if t is not None], dy)
 
 
-@pytest.mark.slow_in_interpreter
+@pytest.mark.as_installed
 @pytest.mark.one_case_in(2)
 @WITH_DROPOUT
 @WITH_BIAS
@@ -64,7 +64,7 @@ def test_gradcheck_dense(p, with_bias, scaling):
     assert torch.autograd.gradcheck(layer, (x, a, b, bias))
 
 
-@pytest.mark.slow_in_interpreter
+@pytest.mark.as_installed
 @pytest.mark.one_case_in(2)
 @WITH_DROPOUT
 @pytest.mark.parametrize("train_base", [False, True], ids=["frozen base", "base gradient"])
@@ -195,6 +195,7 @@ def test_double_backward_raises(fourbit_base):
         dx.sum().backward()
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 adapters"])
 @WITH_DROPOUT
@@ -286,6 +287,7 @@ def test_func_grad(fourbit_base, p):
         assert same(ours, theirs, longest=K)
 
 
+@pytest.mark.as_installed
 @pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 adapters"])
 @WITH_DROPOUT
 @DENSE_OR_4BIT

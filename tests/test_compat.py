@@ -39,6 +39,12 @@ GONE = {  # what is taken away before fastlora is imported
         "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters",
     ],
 }
+FUNCTORCH = "functorch"  # without its name every call falls back, so that nothing else would be met
+TOGETHER = {
+    "nothing": [],
+    "all": [name for case, names in GONE.items() if case != FUNCTORCH for name in names],
+    FUNCTORCH: GONE[FUNCTORCH],
+}
 
 # In a process of its own, which loads what takes long and then forks once for every case. There
 # `fastlora.compat` is loaded before fastlora, with a ``hasattr`` that denies these names.
@@ -100,13 +106,12 @@ for case, names in json.load(sys.stdin).items():
 """
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, torch.Tensor]]:
+def results(cases: dict[str, list[str]]) -> dict[str, dict[str, torch.Tensor]]:
     """What a model computes without the names of each case."""
     command = [sys.executable, "-c", PROGRAM]
     env = os.environ | {"PYTHONPATH": ".", "OMP_NUM_THREADS": "1"}
     options = {"capture_output": True, "text": True, "env": env, "cwd": Path(__file__).parents[1]}
-    ran = subprocess.run(command, input=json.dumps(GONE), **options)
+    ran = subprocess.run(command, input=json.dumps(cases), **options)
     assert ran.returncode == 0, ran.stderr
     dtypes = {"autocast": torch.bfloat16}  # computed in, and so compared in
     found = {}
@@ -117,11 +122,15 @@ def results() -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("case", [case for case in GONE if GONE[case]])
-def test_what_replaces_a_private_name_gives_the_same(case, results):
-    found, expected = results[case], results["nothing"]
-    assert found.keys() == expected.keys()
-    assert all(same(found[how], values) for how, values in expected.items())
+@pytest.mark.parametrize(
+    "cases", [TOGETHER, pytest.param(GONE, marks=pytest.mark.slow)], ids=["together", "one by one"]
+)
+def test_what_replaces_a_private_name_gives_the_same(cases):
+    found = results(cases)
+    expected = found["nothing"]
+    for case, outputs in found.items():
+        assert outputs.keys() == expected.keys(), case
+        assert all(same(outputs[how], values) for how, values in expected.items()), case
 
 
 def test_this_torch_has_every_name():

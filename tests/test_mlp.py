@@ -46,6 +46,7 @@ def by_reference(module, x, seeds, p):
     return layer(module.down_proj, h, seeds[-1])
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activation", proof.ACTIVATIONS)
@@ -173,6 +174,7 @@ def test_checkpointing_is_exact(kind, use_reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.as_installed
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_to_one_graph(kind):
     torch._dynamo.reset()

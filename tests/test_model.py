@@ -86,7 +86,7 @@ def test_which_biases_train(bias, expected):
     assert all(model.get_parameter(name).grad is not None for name in expected)
 
 
-@pytest.mark.slow_in_interpreter
+@pytest.mark.as_installed
 def test_training_lowers_the_loss_and_leaves_the_base_alone():
     torch.manual_seed(0)
     model = fastlora.add_lora(tiny_llama(), r=4, target_modules=[*PROJECTIONS, "lm_head"], lora_dropout=0.1).train()
