@@ -44,6 +44,7 @@ from fastlora.products import (
     product,
     weight_of,
 )
+from fastlora.recompute import MAKERS, recipe_of
 from fastlora.siblings import SharedInput
 
 shrink = overload("shrink")
@@ -163,9 +164,12 @@ def fused_linear(
     chained = shared is not None and shared.joins_dx
     token = shared.token if chained else None  # type: ignore[union-attr]
     deferred = top_saved_tensors_hooks(True) is not None if eager else saved_tensor_hooks_active()
+    again = None  # how to compute x again; asked of layers that make x narrower, as the last of an MLP does
+    if b.shape[0] < a.shape[1] and token is None and eager and not deferred and type(x.grad_fn).__name__ in MAKERS:
+        again = recipe_of(x)
     tensors, numbers = ((weight,), ()) if dense else fields_of(weight)
     apply = _apply_fused_linear if eager else FusedLinear.apply
-    y = apply(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, numbers, *tensors)
+    y = apply(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, *tensors)
     if chained:
         y, shared.token = y  # type: ignore[union-attr]
     return deferred_product(y, partial(product, x, weight, a, b, bias, xa, s, p), eager) if deferred else y
@@ -179,7 +183,7 @@ class FusedLinear(Function):
     """
 
     @staticmethod
-    def forward(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, numbers, *weight):
+    def forward(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, *weight):
         if deferred:
             y = zero_storage_output(x, b.shape[0])
         elif numbers:
@@ -194,20 +198,23 @@ class FusedLinear(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, b, bias, xa, token, seed, ctx.s, ctx.p, shared, ctx.xa_index, _, ctx.numbers, *weight = inputs
+        x, a, b, bias, xa, token, seed, ctx.s, ctx.p, shared, ctx.xa_index, _, again, ctx.numbers, *weight = inputs
         need_dx, need_da, need_db, _, *_ = ctx.needs_input_grad
         ctx.chained = shared is not None and shared.joins_dx
         ctx.merged = xa is None
         need_xa = need_db and ctx.merged
+        ctx.again = again.function if again is not None and (need_da or need_xa) else None
         saved_x = x.detach() if ctx.chained else x  # the graph must not hold x itself: see SharedInput
         ctx.save_for_backward(
-            saved_x if need_da or need_xa else None,
+            saved_x if (need_da or need_xa) and ctx.again is None else None,
             a if need_dx or need_xa else None,
             b if need_dx or need_da else None,
             xa if need_db else None,
             seed,
+            *(() if ctx.again is None else again.tensors),
             *(weight if need_dx else ()),
         )
+        ctx.kept_for_x = 0 if ctx.again is None else len(again.tensors)
         ctx.shared, ctx.first = shared, token is None
         ctx.x_shape, ctx.dtypes = x.shape, (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.inputs = len(inputs)
@@ -225,6 +232,8 @@ class FusedLinear(Function):
         if dy is not None:
             x, a, b, xa, seed, *weight = ctx.saved_tensors
             s, p = ctx.s, ctx.p
+            if ctx.again is not None:
+                x, weight = ctx.again(*weight[: ctx.kept_for_x]), weight[ctx.kept_for_x :]
             if dy.dim() != 2:
                 dy, x = dy.flatten(0, -2), None if x is None else x.flatten(0, -2)
             if need_db and xa is None:

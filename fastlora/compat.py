@@ -110,6 +110,13 @@ current_graph_task: Callable[[], int] = find(torch._C, "_current_graph_task_id",
 keeps_graph: Callable[[], bool] = find(torch._C, "_autograd._get_current_graph_task_keep_graph", lambda: True)
 
 
+def kept_by(node: Any, name: str) -> Tensor | None:
+    """What an autograd node saved for its backward under this name, the tensor itself; None where torch cannot say, and
+    of what went through saved-tensor hooks, which would bring it back only at a cost."""
+    saved = getattr(node, f"_raw_saved_{name}", None)
+    return getattr(saved, "data", None) if getattr(saved, "unpack_hook", saved) is None else None
+
+
 # torch: tensors.
 
 

@@ -70,9 +70,9 @@ def adapted_forward(
 ) -> Tensor:
     """``base_layer(x) + adapter(x)``, fused where the base allows it.
 
-    A plain ``nn.Linear`` and a bitsandbytes ``Linear4bit`` are fused; any other base layer computes its own output,
-    through its own autograd, and the adapter is added to it (the `opaque` plan). ``layer`` is the module that has the
-    base and the adapter, one of ``siblings``.
+    A plain ``nn.Linear``, GPT-2's ``Conv1D`` and a bitsandbytes ``Linear4bit`` are fused; any other base layer computes
+    its own output, through its own autograd, and the adapter is added to it (the `opaque` plan). ``layer`` is what has
+    the base and the adapter, one of ``siblings``.
     """
     kind = base_kind(base_layer)
     if kind == "opaque":
@@ -83,7 +83,7 @@ def adapted_forward(
 def fused_forward(
     base_layer: Any, kind: str, x: Tensor, adapter: Adapter, siblings: Siblings | None, layer: Any, eager: bool
 ) -> Tensor:
-    """`adapted_forward` for a base of this `base_kind`, dense or 4-bit."""
+    """`adapted_forward` for a base of this `base_kind`, not an opaque one."""
     shared = siblings.share(layer, x) if eager and siblings is not None else None
     bias = base_layer._parameters["bias"] if adapter.bias is None else whole_bias(base_layer, adapter)
     if kind == "4bit":
@@ -92,6 +92,8 @@ def fused_forward(
             x = x.to(compute_dtype) if shared is None else shared.converted(x, compute_dtype)
         return _fused(x, _weight_of(base_layer), adapter, bias, shared, eager).to(dtype)
     weight, (a, b, scaling, p, _) = base_layer._parameters["weight"], adapter
+    if kind == "transposed":
+        weight = weight.t()
     plain = eager and p == 0.0 and type(scaling) is float and not any_autocast_is_enabled() and x.dim() > 1
     if plain and x.shape[-1] == a.shape[1]:  # nothing that `_fused` would do
         return autograd.fused_linear(x, weight, a, b, bias, scaling, 0.0, None, shared, True)  # type: ignore[arg-type]
@@ -207,8 +209,9 @@ def mlp_forward(
         a, b, scaling, p, _ = adapter
         if isinstance(scaling, Tensor):
             b, scaling = b * scaling, 1.0
-        is_dense = base_kind(base_layer) == "dense"
-        weight = base_layer._parameters["weight"].to(dtype) if is_dense else _weight_of(base_layer)
+        kind = base_kind(base_layer)
+        weight: Any = _weight_of(base_layer) if kind == "4bit" else base_layer._parameters["weight"].to(dtype)
+        weight = weight.t() if kind == "transposed" else weight
         bias = whole_bias(base_layer, adapter)
         projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
     *first, down = projections
@@ -235,8 +238,9 @@ def whole_bias(base_layer: Any, adapter: Adapter) -> Tensor | None:
 
 
 def base_kind(base_layer: nn.Module) -> str:
-    """``"dense"``, ``"4bit"`` or ``"opaque"``: how `adapted_forward` treats this base layer.
+    """``"dense"``, ``"transposed"``, ``"4bit"`` or ``"opaque"``: how `adapted_forward` treats this base layer.
 
+    The weight of transformers' ``Conv1D`` is ``[K, N]``; its transpose, with no copy, is that of a dense layer.
     A subclass counts as what it inherits its forward from, so a layer that redefines forward is left alone. So is one
     whose weight is not a parameter but computed (``torch.nn.utils.parametrize``).
     """
@@ -246,9 +250,12 @@ def base_kind(base_layer: nn.Module) -> str:
     if forward is nn.Linear.forward:
         return "dense"
     code = getattr(forward, "__code__", None)  # torch.compile gets comparisons with forward.__qualname__ wrong
-    if code is not None and code.co_qualname == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
+    if code is None:
+        return "opaque"
+    if code.co_qualname == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
         return "4bit"
-    return "opaque"
+    is_conv1d = code.co_qualname == "Conv1D.forward" and forward.__module__ == "transformers.pytorch_utils"
+    return "transposed" if is_conv1d else "opaque"
 
 
 def is_hooked(module: Any) -> bool:

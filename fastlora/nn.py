@@ -196,7 +196,7 @@ class LoRALinear(nn.Module):
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError("the adapter has NaN or infinite values and is not merged")
         kind = base_kind(self.base_layer)
-        if kind == "opaque":
+        if kind not in ("dense", "4bit"):
             raise TypeError(f"cannot merge into a {type(self.base_layer).__name__}: only nn.Linear and Linear4bit")
         weight = self.base_layer.weight
         if kind == "4bit":

@@ -323,7 +323,7 @@ def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
     if not x.is_floating_point():
         return f"x is {x.dtype}"
     base = layer.__dict__["_modules"]["base_layer"]
-    if base_kind(base) != "dense" or torch.is_autocast_enabled(x.device.type):
+    if base_kind(base) not in ("dense", "transposed") or torch.is_autocast_enabled(x.device.type):
         return None
     dtype = base._parameters["weight"].dtype
     return None if x.dtype == dtype else f"x is {x.dtype}, its base weight {dtype}, and autocast is off"

@@ -8,6 +8,7 @@ from blocks import CountOps
 from oracle import in_fp64
 from torch import nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora import reference
@@ -195,6 +196,7 @@ BASES = {
     "nn.Linear": (lambda: linear(torch.randn(N, K)), "dense"),
     "subclass of nn.Linear": (lambda: Renamed(K, N), "dense"),
     "subclass with another forward": (lambda: Redefined(K, N), "opaque"),
+    "Conv1D": (lambda: Conv1D(N, K), "transposed"),
     "Linear4bit": (lambda: linear_4bit(torch.randn(N, K)), "4bit"),
     "sequential": (lambda: nn.Sequential(nn.Linear(K, N), nn.Tanh()), "opaque"),
     "parametrised weight": (parametrised, "opaque"),

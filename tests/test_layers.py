@@ -20,7 +20,7 @@ LAYERS = [  # each may import what stands before it
     {"fourbit"},
     {"ops_4bit"},
     {"products"},
-    {"siblings"},
+    {"recompute", "siblings"},
     {"autograd"},
     {"mlp"},
     {"functional"},

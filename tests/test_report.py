@@ -73,10 +73,23 @@ def test_report_of_a_model_of_add_lora():
     assert "its adapter is merged" in str(fastlora.report(model))
 
 
-def test_what_computes_itself_is_counted_apart():
-    model = adapted(AutoModel.from_config(CONFIGS["gpt2"]), fan_in_fan_out=True)
-    fastlora.patch(model)
+def test_gpt2_runs_fused():
+    model = adapted(AutoModel.from_config(CONFIGS["gpt2"]), fan_in_fan_out=True).eval()
+    assert not fastlora.patch(model).not_fused
     model(torch.zeros(1, 3, dtype=torch.long))
+    report = fastlora.report(model)
+    assert report.mlps and {(c.fused, c.added, c.own) for c in (report.layers | report.mlps).values()} == {(1, 0, 0)}
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_what_computes_itself_is_counted_apart():
+    model = adapted(nn.Sequential(Doubled(4, 4), Doubled(4, 4)))
+    fastlora.patch(model)
+    model(torch.zeros(1, 4))
     assert all((c.fused, c.added, c.own) == (0, 1, 0) for c in fastlora.report(model).layers.values())
     assert "added to a base layer's own output" in str(fastlora.report(model))
 
