@@ -184,10 +184,14 @@ _REFERENCES = _references(lambda: torch.empty(0))  # of a local variable that is
 
 
 def mlp_forward(
-    x: Tensor, operands: list[tuple[Any, Adapter] | None], activation: str, gate_first: bool | None = None
+    x: Tensor,
+    operands: list[tuple[Any, Adapter] | None],
+    activation: str,
+    gate_first: bool | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor | None:
     """``down(act(gate(x)) * up(x))`` for (gate, up, down), ``down(act(up(x)))`` for (up, down): bases and adapters.
-    ``gate_first`` as in `fastlora.proof.Block`.
+    ``gate_first`` as in `fastlora.proof.Block`; ``dropout_p`` is of the input of down.
 
     None if they cannot be computed as one: one is None, or its base layer is opaque, or they do not all compute in one
     dtype. 4-bit layers compute in their own dtype, whatever that of x; the tensors between them then stay in it.
@@ -201,7 +205,7 @@ def mlp_forward(
     if len(dtypes) > 1 or None in dtypes:
         return None
     if x.dim() == 1:
-        y = mlp_forward(x.unsqueeze(0), operands, activation, gate_first)
+        y = mlp_forward(x.unsqueeze(0), operands, activation, gate_first, dropout_p)
         return None if y is None else y.squeeze(0)
     dtype: Any = dtypes.pop()
     projections = []
@@ -215,7 +219,7 @@ def mlp_forward(
         bias = whole_bias(base_layer, adapter)
         projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
     *first, down = projections
-    result = mlp.fused_mlp(x.to(dtype), first, down, activation, gate_first)
+    result = mlp.fused_mlp(x.to(dtype), first, down, activation, gate_first, dropout_p)
     return result if autocast_dtype(x) is not None else result.to(x.dtype)
 
 

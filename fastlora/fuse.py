@@ -2,7 +2,8 @@
 
 A block is a module whose only layers with parameters are two or three adapted ones of the right shapes. It is fused if
 its own forward is shown to be ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))`` for one of the known activations:
-see `prove`. Gate and up may be one layer that gives both side by side. The module keeps its class, parameters and
+see `prove`. Gate and up may be one layer that gives both side by side, and there may be dropout before and after down.
+The module keeps its class, parameters and
 children; only this instance's forward is replaced. Whenever its layers cannot be computed as one (adapters merged or
 disabled, hooks on a layer), or something that the proof depends on has changed (`Fusion.block_now`), it runs its own
 forward.
@@ -256,8 +257,17 @@ def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | N
             getattr(child, name, None)
     if isinstance(block, str):
         return None
+    if block.inside is not None and dropout_of(module, block.inside) > 0:
+        return None  # the compiler knows this dropout, and fuses it with what is around it
     operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
-    return mlp_forward(x, operands, block.activation, block.gate_first)
+    y = mlp_forward(x, operands, block.activation, block.gate_first)
+    return y if y is None or block.after is None else module._modules[block.after](y)  # type: ignore[misc]
+
+
+def dropout_of(module: nn.Module, name: str) -> float:
+    """The probability with which this child of the module drops now."""
+    child: Any = module._modules[name]
+    return child.p if child.training else 0.0
 
 
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
@@ -282,14 +292,15 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
         else:
             calls.own += 1  # the layer whose operands cannot be had says why
         return None
-    y = mlp_forward(x, operands, block.activation, block.gate_first)
+    p = 0.0 if block.inside is None else dropout_of(module, block.inside)
+    y = mlp_forward(x, operands, block.activation, block.gate_first, p) if p < 1.0 else None
     if y is None:
         dtype = autocast_dtype(x) or x.dtype
         calls.falls_back(f"not all of its layers compute in {dtype}, or one is of a type that computes itself")
         return None
     for each in (calls, *map(calls_of, layers)):
         each.fused += 1
-    return y
+    return y if block.after is None else module._modules[block.after](y)  # type: ignore[misc]
 
 
 def fusion_of(module: nn.Module) -> Fusion | None:

@@ -1,6 +1,7 @@
 """The MLP of a transformer block as one autograd Function: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))``.
 
-One layer may give gate and up side by side, as in Phi-3 and GLM.
+One layer may give gate and up side by side, as in Phi-3 and GLM, and h may go through the model's own dropout, as T5's
+does: its mask is drawn as ``F.dropout`` draws it, and kept as a byte an element.
 
 The input of down, h, is not saved for backward. Backward recomputes it in the same pass over gate and up that computes
 their gradients, in place.
@@ -93,12 +94,17 @@ def shrink_all(rows: Tensor, layers: list[Projection]) -> list[Tensor]:
 
 @without_autocast
 def fused_mlp(
-    x: Tensor, first: list[Projection], down: Projection, activation: str, gate_first: bool | None = None
+    x: Tensor,
+    first: list[Projection],
+    down: Projection,
+    activation: str,
+    gate_first: bool | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """``down(swiglu(*(layer(x) for layer in first), activation))``: ``first`` is gate and up, or up alone, or one layer
-    that gives both side by side (`fastlora.reference.halves`).
+    """``down(dropout(swiglu(*(layer(x) for layer in first), activation), dropout_p))``: ``first`` is gate and up, or up
+    alone, or one layer that gives both side by side (`fastlora.reference.halves`).
 
-    Saves x and the outputs of the first layers. ``activation`` as in `fastlora.reference.activate`.
+    Saves x, the outputs of the first layers and dropout's mask. ``activation`` as in `fastlora.reference.activate`.
     """
     with torch.no_grad():
         rows = x.flatten(0, -2)
@@ -106,13 +112,17 @@ def fused_mlp(
         xas = [None if layer.merged else next(computed) for layer in first]
         zs = [layer.forward(rows, xa) for layer, xa in zip(first, xas, strict=True)]
         h = like_rows_of(x.shape, swiglu(*gate_and_up(zs, gate_first), activation))
+        mask = None
+        if dropout_p > 0.0:
+            h, mask = torch.native_dropout(h, dropout_p, True)
         xa = shrink(h.flatten(0, -2), down.a, down.s, down.p, down.seed)  # merged or not, backward needs it
     if not torch.is_grad_enabled():
         return down.forward(h, xa)
     tensors, numbers = zip(*(layer.flat() for layer in (*first, down)), strict=True)
     eager, deferred = is_eager(), saved_tensor_hooks_active()
     apply = _apply_fused_mlp if eager else FusedMLP.apply
-    y = apply(x, activation, gate_first, numbers, None if deferred else h, *sum(tensors, ()), *zs, *xas, xa)
+    kept = (*sum(tensors, ()), mask, *zs, *xas, xa)
+    y = apply(x, activation, gate_first, dropout_p, numbers, None if deferred else h, *kept)
     return deferred_product(y, partial(down.forward, h, xa), eager) if deferred else y
 
 
@@ -123,17 +133,23 @@ def gate_and_up(zs: list[Tensor], gate_first: bool | None) -> tuple[Tensor, Tens
     return zs[0], zs[1] if len(zs) == 2 else None
 
 
+def drop_(h: Tensor, mask: Tensor | None, p: float) -> None:
+    """Dropout with this mask, in place; its gradient too."""
+    if mask is not None:
+        h.mul_(mask.view(h.shape)).mul_(1 / (1 - p))
+
+
 class FusedMLP(Function):
     """`fused_mlp`, given everything but its last product. Without h that is deferred (`DeferredProduct`)."""
 
     @staticmethod
-    def forward(x, activation, gate_first, numbers, h, *tensors):
+    def forward(x, activation, gate_first, dropout_p, numbers, h, *tensors):
         down = unflat(tensors[SLOTS * (len(numbers) - 1) : SLOTS * len(numbers)], numbers[-1])
         return zero_storage_output(x, down.b.shape[0]) if h is None else down.forward(h, tensors[-1])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.activation, ctx.gate_first, ctx.numbers, _, *tensors = inputs
+        x, ctx.activation, ctx.gate_first, ctx.dropout_p, ctx.numbers, _, *tensors = inputs
         ctx.x_shape = x.shape
         ctx.save_for_backward(x, *tensors)
         ctx.set_materialize_grads(False)
@@ -143,7 +159,7 @@ class FusedMLP(Function):
         if needs_guard(dy):
             return guarded(ctx, FusedMLP.backward, dy)
         n = len(ctx.numbers)
-        before, after = 5, 2 * n - 1  # other arguments
+        before, after = 6, 2 * n  # other arguments
         if dy is None:
             return (None,) * (before + n * SLOTS + after)
         x, *tensors = ctx.saved_tensors
@@ -152,20 +168,23 @@ class FusedMLP(Function):
         *first, down = (unflat(tensors[i : i + SLOTS], num) for i, num in zip(starts, ctx.numbers, strict=True))
         need_dx = ctx.needs_input_grad[0]
         *needs, need = (Need(*ctx.needs_input_grad[before + i : before + i + 3]) for i in starts)
-        zs, (*xas, xa) = tensors[n * SLOTS : -n], tensors[-n:]
+        mask, zs, (*xas, xa) = tensors[n * SLOTS], tensors[n * SLOTS + 1 : -n], tensors[-n:]
 
         need_dh = need_dx or any(map(any, needs))
         need_dxa = need.a or (need_dh and not down.merged)
         dxa, _, db = adapter_grads(dy, None, down.b if need_dxa else None, xa if need.b else None, down.s, 0.0, None)
-        h = da = None
+        h: Any = None
+        da = None
         if need_dh:
             h = input_gradient([down.dx_term(dy, dxa)])  # dh, until `swiglu_backward_` overwrites it
             if torch.compiler.is_compiling() or keeps_graph():
                 zs = [z.clone() for z in zs]  # another backward will read them
+            drop_(h, mask, ctx.dropout_p)
             swiglu_backward_(h, *gate_and_up(zs, ctx.gate_first), ctx.activation)
         elif need.a:
             h = swiglu(*gate_and_up(zs, ctx.gate_first), ctx.activation)
         if need.a:
+            drop_(h, mask, ctx.dropout_p)
             da = lora_grad_a(dxa, h, down.p, down.seed)
         of_down = gradients_of(down, need, dy, da, db)
 
@@ -190,7 +209,7 @@ class FusedMLP(Function):
             grads += gradients_of(layer, need, dz, da, db)
             terms.append(layer.dx_term(dz, dxa))
         dx = like_rows_of(ctx.x_shape, input_gradient(terms)) if need_dx else None
-        return dx, None, None, None, None, *grads, *of_down, *(None,) * after
+        return dx, *(None,) * (before - 1), *grads, *of_down, *(None,) * after
 
 
 _apply_fused_mlp = apply_of(FusedMLP)

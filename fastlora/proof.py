@@ -21,11 +21,14 @@ from fastlora.reference import halves, swiglu
 
 class Block(NamedTuple):
     """The names of an MLP's layers, (gate, up, down) or (up, down), and its activation. ``gate_first``: one layer, in
-    the place of up, gives gate and up side by side, in this order or, if False, in the other."""
+    the place of up, gives gate and up side by side, in this order or, if False, in the other. ``inside`` and ``after``:
+    the names of the ``nn.Dropout`` modules that down's input and its output go through."""
 
     layers: tuple[str, ...]
     activation: str
     gate_first: bool | None = None
+    inside: str | None = None
+    after: str | None = None
 
 
 class Trial(NamedTuple):
@@ -85,6 +88,19 @@ def _describe(trial: Trial) -> str:
     return " and ".join(modes) or f"for an x of {' x '.join(map(str, trial.shape))} tokens"
 
 
+class _ScriptedDropout(nn.Module):
+    """Stands in for a dropout: multiplies by a number of its own, and keeps what it was given and what it returned."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append((x, x * self.number))
+        return self.calls[-1][1]
+
+
 class _Scripted(nn.Module):
     """Stands in for a linear layer: returns ``output`` whatever it is given, and keeps that as ``given``."""
 
@@ -133,30 +149,45 @@ def _call(module: nn.Module, layers: dict[str, Any], trial: Trial, K: int) -> se
     for name, layer in layers.items():
         width = NARROW if trial.narrow else layer.out_features
         scripted[name] = _Scripted(layer, _magnitudes((*trial.shape, width), generator))
-    twin = _with_layers(module, {id(layers[name]): each for name, each in scripted.items()})
+    names = [name for name, child in module._modules.items() if type(child) is nn.Dropout and not child.inplace]
+    dropouts = {name: _ScriptedDropout(1.5 + i) for i, name in enumerate(names)}
+    replacements: dict[int, nn.Module] = {id(layers[name]): each for name, each in scripted.items()}
+    replacements.update((id(module._modules[name]), each) for name, each in dropouts.items())
+    twin = _with_layers(module, replacements)
     for each in twin.modules():
         each.training = trial.training
     x = torch.randn(*trial.shape, K, generator=generator, dtype=torch.float64)
     with torch.set_grad_enabled(trial.grad):
         y = type(module).forward(twin, x.clone())
-    return {block for block in _read(x, y, scripted) if trial.narrow or layers[block.layers[0]].in_features == K}
+    found = _read(x, y, scripted, dropouts)
+    return {block for block in found if trial.narrow or layers[block.layers[0]].in_features == K}
 
 
-def _read(x: Tensor, y: Any, scripted: dict[str, _Scripted]) -> set[Block]:
-    """What was computed: y from x, by layers that kept what they were given."""
+def _read(x: Tensor, y: Any, scripted: dict[str, _Scripted], dropouts: dict[str, _ScriptedDropout]) -> set[Block]:
+    """What was computed: y from x, by layers and dropouts that kept what they were given."""
     if any(len(layer.given) != 1 for layer in scripted.values()):
         return set()
     blocks = set()
     for down in scripted:
         first = [name for name in scripted if name != down]
-        if not all(_same(scripted[name].given[0], x) for name in first) or not _same(y, scripted[down].output):
+        given, after = _before(y, dropouts)
+        if not all(_same(scripted[name].given[0], x) for name in first) or not _same(given, scripted[down].output):
             continue
-        h = scripted[down].given[0]
+        h, inside = _before(scripted[down].given[0], dropouts)
         for (names, gate_first), (gate, up) in _gates_and_ups(first, scripted).items():
             for activation in ACTIVATIONS:
                 if _is_activated(h, gate, up, activation):
-                    blocks.add(Block((*names, down), activation, gate_first))
+                    blocks.add(Block((*names, down), activation, gate_first, inside, after))
     return blocks
+
+
+def _before(t: Any, dropouts: dict[str, _ScriptedDropout]) -> tuple[Any, str | None]:
+    """What became t by one of the dropouts, and its name; t itself if none returned it."""
+    for name, dropout in dropouts.items():
+        for given, returned in dropout.calls:
+            if _same(t, returned):
+                return given, name
+    return t, None
 
 
 def _gates_and_ups(first: list[str], scripted: dict[str, _Scripted]) -> dict[tuple, tuple[Tensor, Tensor | None]]:

@@ -75,6 +75,44 @@ class UpBeforeGate(nn.Module):
         return self.down(F.gelu(gate) * up)
 
 
+class DropsInside(SwiGLU):
+    """As T5's."""
+
+    def __init__(self, p=0.3):
+        super().__init__()
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x):
+        return self.down_proj(self.dropout(F.gelu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DropsAfter(DropsInside):
+    """As GPT-2's."""
+
+    def forward(self, x):
+        return self.dropout(self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class DropsTwice(DropsInside):
+    """The same module, called twice."""
+
+    def forward(self, x):
+        return self.dropout(super().forward(x))
+
+
+class DropsItsInput(DropsInside):
+    def forward(self, x):
+        return super().forward(self.dropout(x))
+
+
+class DropsInTraining(DropsInside):
+    """Its dropout does nothing in evaluation, as it would anyway, but that is not known."""
+
+    def forward(self, x):
+        y = self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return self.dropout(y) if self.training else y
+
+
 FUSED = {
     "llama": (lambda: LlamaMLP(LlamaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "silu"),
     "gemma": (lambda: GemmaMLP(GemmaConfig(**SHAPE)), ("gate_proj", "up_proj", "down_proj"), "gelu_tanh"),
@@ -111,6 +149,8 @@ KEPT = {
     "dropout": (Dropping, "another one in training"),
     "tanh": (Tanh, "not that of an MLP"),
     "failing": (Failing, "a probe of its forward failed: 'mask'"),
+    "dropout of x": (DropsItsInput, "not that of an MLP"),
+    "dropout by mode": (DropsInTraining, "another one in training"),
 }
 
 
@@ -148,29 +188,45 @@ def with_4bit_layers(module):
     return module
 
 
-ONE_PROJECTION = {"phi3": phi3, "up before gate": UpBeforeGate, "nf4": lambda: with_4bit_layers(UpBeforeGate())}
+TRAINED = {
+    "phi3": phi3,
+    "up before gate": UpBeforeGate,
+    "nf4": lambda: with_4bit_layers(UpBeforeGate()),
+    "dropout inside": DropsInside,
+    "dropout inside, nf4": lambda: with_4bit_layers(DropsInside()),
+    "dropout after": DropsAfter,
+    "dropout twice": DropsTwice,
+}
 WAYS = {
     "plain": lambda model: model,
     "checkpointed": lambda model: lambda x: checkpoint(model, x, use_reentrant=False),
     "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
-    "twice": lambda model: lambda x: (model(x).sum().backward(retain_graph=True), model(x))[1],
+    "twice": lambda model: lambda x: backward_first(model(x)),
+    "eval": lambda model: model.eval(),
 }
 
 
+def backward_first(y):
+    y.sum().backward(retain_graph=True)
+    return y
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", ONE_PROJECTION.values(), ids=ONE_PROJECTION)
-def test_one_projection_for_gate_and_up_trains_as_with_peft(make, way):
-    model = in_model(make)
+@pytest.mark.parametrize("make", TRAINED.values(), ids=TRAINED)
+def test_a_block_trains_as_with_peft(make, way):
+    """With the model's own dropout too: the same seed drops the same elements."""
+    model = in_model(make).train()
     twin = copy.deepcopy(model)
     assert fastlora.patch(model).fused
     results = []
     for each in (twin, model):
         torch._dynamo.reset()
         x = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        torch.manual_seed(2)
         y = WAYS[way](each)(x)
         y.square().sum().backward()
         results.append([y, x.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
-    assert len(results[0]) == 6
+    assert len(results[0]) == 2 + 2 * len(fastlora.unpatch(model))
     assert all(same(ours, theirs, longest=10 * MLP) for theirs, ours in zip(*results, strict=True))
 
 
@@ -258,6 +314,13 @@ def test_from_mlp(case):
     assert module.activation == activation and module.down_proj.base_layer is block.get_submodule(names[-1])
     assert same(module(x), expected, longest=MLP)
     assert {layer.r for layer in module.children()} == {4}
+
+
+def test_from_mlp_with_dropout_of_its_own():
+    """LoRAMLP has none; where it does nothing it is left out."""
+    with pytest.raises(ValueError, match="it has dropout besides that of adapters"):
+        LoRAMLP.from_mlp(DropsTwice(), r=2)
+    assert LoRAMLP.from_mlp(DropsTwice(p=0.0), r=2).activation == "gelu"
 
 
 def test_from_mlp_of_something_else_changes_nothing():

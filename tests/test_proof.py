@@ -44,6 +44,40 @@ def test_the_activation_is_identified(activation):
     assert prove(swapped, layers_of(swapped)) == Block(("up_proj", "gate_proj", "down_proj"), activation)
 
 
+DROPOUTS = {
+    "none called": (lambda self, h: h, lambda self, x, y: y, (None, None)),
+    "inside": (lambda self, h: self.one(h), lambda self, x, y: y, ("one", None)),
+    "after": (lambda self, h: h, lambda self, x, y: self.one(y), (None, "one")),
+    "both": (lambda self, h: self.one(h), lambda self, x, y: self.other(y), ("one", "other")),
+    "both by one": (lambda self, h: self.one(h), lambda self, x, y: self.one(y), ("one", "one")),
+    "of two, the called": (lambda self, h: self.other(h), lambda self, x, y: (self.one(y), y)[1], ("other", None)),
+}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("of_h, of_y, names", DROPOUTS.values(), ids=DROPOUTS)
+def test_dropouts_are_found(of_h, of_y, names, p):
+    module = Variant(lambda self, gate, up: of_h(self, F.silu(gate) * up), of_y)
+    module.one, module.other = nn.Dropout(p), nn.Dropout(p)
+    assert prove(module, layers_of(module)) == Block(NAMES, "silu", None, *names)
+
+
+OTHERS = nn.Dropout(0.1, inplace=True), nn.AlphaDropout(0.1), nn.FeatureAlphaDropout(0.1)
+
+
+@pytest.mark.parametrize("dropout", OTHERS, ids=str)
+def test_other_dropouts_are_not(dropout):
+    module = Variant(finish=lambda self, x, y: self.dropout(y))
+    module.dropout = dropout
+    assert "in training" in prove(module, layers_of(module))
+
+
+def test_dropping_twice_in_a_row_is_not_dropping_once():
+    module = Variant(finish=lambda self, x, y: self.dropout(self.dropout(y)))
+    module.dropout = nn.Dropout(0.1)
+    assert "not that of an MLP" in prove(module, layers_of(module))
+
+
 def clamped(limit):
     return lambda self, gate, up: F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
