@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
 
-.PHONY: setup demo test test-torch-ops test-interpreted test-oldest fuzz-asan lint docs wheel bench studies report gpu clean
+.PHONY: setup demo test test-torch-ops test-interpreted test-quantised test-oldest fuzz-asan lint docs wheel bench studies report gpu clean
 
 setup: $(READY)
 
@@ -42,6 +42,12 @@ test-torch-ops:
 
 test-interpreted:
 	$(PYTEST) --kernels-in-interpreter $(call tests,$(LAYERS) functional)
+
+# The bases that torchao quantises. It is not installed otherwise: PEFT would import it wherever it makes an adapter.
+test-quantised: setup
+	$(PIP) --no-deps torchao
+	$(PYTEST) $(call tests,quantised_bases)
+	$(BIN)/python -m pip uninstall --quiet --yes torchao
 
 # The tests with the oldest versions that pyproject.toml allows: in a virtual environment of their own, and on a copy of
 # the tracked files, because CPU kernels compiled against one version of PyTorch do not load with another. It downloads

@@ -170,6 +170,9 @@ def has_one_owner(y: Tensor, references: int) -> bool:
         base = y._base
         if base._is_view() or not base.is_contiguous() or base.numel() != y.numel() or base.dim() != 2:
             return False
+        # A Function that made its output as a view: only the view has its gradient, and the base would lose it.
+        if y.grad_fn is not None and (base.grad_fn is None or y.grad_fn.next_functions[0][0] is not base.grad_fn):
+            return False
     counts = owners(y)
     alone = references == _REFERENCES and counts == (2 if base is y else 3, 1)
     return alone and y.is_contiguous() and not (base.is_leaf and base.requires_grad)
@@ -246,9 +249,13 @@ def base_kind(base_layer: nn.Module) -> str:
 
     The weight of transformers' ``Conv1D`` is ``[K, N]``; its transpose, with no copy, is that of a dense layer.
     A subclass counts as what it inherits its forward from, so a layer that redefines forward is left alone. So is one
-    whose weight is not a parameter but computed (``torch.nn.utils.parametrize``).
+    whose weight is not a parameter but computed (``torch.nn.utils.parametrize``), or a wrapper of other tensors, as
+    torchao's quantised weights are.
     """
-    if base_layer._parameters.get("weight") is None:
+    weight = base_layer._parameters.get("weight")
+    if weight is None:
+        return "opaque"
+    if hasattr(type(weight), "__tensor_flatten__") and type(weight).__name__ != "DTensor":  # that is sharded for now
         return "opaque"
     forward = type(base_layer).forward
     if forward is nn.Linear.forward:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastlora.autograd import transform_without_rule
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.compat import constant_while_tracing, functorch_is_active
-from fastlora.functional import autocast_dtype, is_hooked, mlp_forward
+from fastlora.functional import autocast_dtype, base_kind, is_hooked, mlp_forward
 from fastlora.proof import Block, prove
 
 HOOKED = "one of its layers has hooks, which only run when it is called"
@@ -59,6 +59,9 @@ def _fuse(module: nn.Module, layers: dict[str, Any], strict: bool) -> str | None
     fusion = fusion_of(module)
     if fusion is None and "forward" in module.__dict__:
         return "its forward was already wrapped on the instance: patch before that"
+    if any(base_kind(layer.base_layer) == "opaque" for layer in layers.values()):
+        unfuse(module)
+        return "one of its layers has a base that computes itself"
     block = prove(module, layers)
     if isinstance(block, str):
         unfuse(module)

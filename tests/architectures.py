@@ -62,7 +62,8 @@ NOT_RUN = (NOT_BUILT, NO_ADAPTERS, NO_PLAIN_RUN)
 
 @dataclass
 class Result:
-    """What became of one model type. ``worst`` is the largest relative difference of a gradient."""
+    """What became of one model type. ``worst`` is the largest relative difference of a gradient; ``without_x`` counts
+    the layers that keep nothing for an x that an activation made (`layers_without_x`)."""
 
     model_type: str
     status: str = NOT_BUILT
@@ -73,6 +74,7 @@ class Result:
     skipped: dict[str, str] = field(default_factory=dict)
     fused: int = 0
     not_fused: dict[str, str] = field(default_factory=dict)
+    without_x: int = 0
     worst: float = 0.0
     merged: str = ""
     seconds: float = 0.0
@@ -81,6 +83,15 @@ class Result:
     @property
     def ran(self) -> bool:
         return self.status not in NOT_RUN
+
+    @property
+    def has_mlps(self) -> bool:
+        return self.fused + len(self.not_fused) > 0
+
+    @property
+    def keeps_no_activation(self) -> bool:
+        """Whether every MLP is computed as one, or its last layer does not keep its x."""
+        return self.without_x >= len(self.not_fused)
 
     def __str__(self) -> str:
         layers = (
@@ -166,10 +177,36 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors_of(part)] if isinstance(parts, list | tuple) else []
 
 
-def train(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
-    """The gradients of a training step, and the loss.
+KEEP_THEIR_OUTPUT = ("ReluBackward0", "TanhBackward0", "SigmoidBackward0")  # which is the x of the next layer
 
-    The loss is an inner product with fixed random numbers: a sum of squares of what a layer norm puts out is constant.
+
+def layers_without_x(loss: Tensor) -> int:
+    """How many fused layers of this graph keep nothing for their x, which is the output of an activation."""
+    found, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    layers = [node for node in found if type(node).__name__ == "FusedLinearBackward"]
+    of_output = [node for node in layers if type(node.next_functions[0][0]).__name__ in KEEP_THEIR_OUTPUT]
+    return len({node for node in layers if node.again is not None} | set(of_output))
+
+
+def train(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
+    """The gradients of a training step, and the loss."""
+    return gradients_of(loss_of(model, inputs), model)
+
+
+def gradients_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor | None]:
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"loss": loss.detach()}
+
+
+def loss_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The loss of the model in training.
+
+    It is an inner product with fixed random numbers: a sum of squares of what a layer norm puts out is constant.
     """
     model.train()
     generator = torch.Generator().manual_seed(2)
@@ -178,8 +215,7 @@ def train(model: nn.Module, inputs: Inputs) -> dict[str, Tensor | None]:
         if y.requires_grad:
             finite = torch.where(y.isfinite(), y, 0.0)
             loss = loss + (finite * torch.randn(y.shape, generator=generator)).sum() / max(y.numel(), 1) ** 0.5
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"loss": loss.detach()}
+    return loss
 
 
 def evaluate(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -224,7 +260,9 @@ def _compare(result: Result, draw: int) -> None:
     report = patch(patched)
     result.patched, result.skipped = len(report.patched), dict(report.skipped)
     result.fused, result.not_fused = len(report.fused), dict(report.not_fused)
-    ours = train(patched, inputs)
+    loss = loss_of(patched, inputs)
+    result.without_x = layers_without_x(loss)
+    ours = gradients_of(loss, patched)
     result.status = DIFFERS
     _check_gradients(result, ours, gradients)
     result.status = RAISED
@@ -300,11 +338,14 @@ def summary(results: list[Result]) -> str:
     """How many ran and what came of it, and why layers and blocks are left as they are, most frequent first."""
     ran = [r for r in results if r.ran]
     fused, kept = sum(r.fused for r in ran), sum(len(r.not_fused) for r in ran)
+    mlps = [r for r in ran if r.has_mlps]
     lines = [
         f"{len(results)} model types, {len(ran)} run with plain PEFT: {_counted(r.status for r in ran)}",
         f"not compared: {_counted(r.status for r in results if not r.ran)}",
         f"{sum(r.patched for r in ran)} layers patched, {sum(len(r.skipped) for r in ran)} left to PEFT; "
         f"{fused} blocks computed as one, {kept} layer by layer",
+        f"{len(mlps)} have MLPs: {sum(not r.not_fused for r in mlps)} with all of them computed as one, "
+        f"{sum(r.keeps_no_activation for r in mlps)} with no activation kept",
         f"merged: {_counted('plain PEFT fails' if r.merged != EQUAL else EQUAL for r in ran if r.merged)}",
     ]
     for what, reasons in (

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora.peft import FastLinear, FastLinear4bit, patch, unpatch
+from fastlora.peft import patch, unpatch
+from fastlora.peft_layers import FastLinear, FastLinear4bit
 
 K, H = 64, 128
 BF16 = torch.bfloat16

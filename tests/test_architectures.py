@@ -45,6 +45,7 @@ def test_a_family_agrees_with_plain_peft(model_type):
     result = compare(model_type)
     _agrees(result)
     assert result.fused == FAST[model_type], result.not_fused
+    assert result.keeps_no_activation
 
 
 _RESULTS: dict[str, Result] = {}

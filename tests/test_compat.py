@@ -16,11 +16,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from peft.tuners.lora import Linear as PeftLinear
 
 from fastlora import compat
 from fastlora.benchmarks.accuracy import same
-from fastlora.peft import PeftLinear4bit
+from fastlora.peft_layers import OURS
 
 GONE = {  # what is taken away before fastlora is imported
     "nothing": [],
@@ -158,18 +157,24 @@ def test_storages_are_told_apart():
 READ = {  # hashes of PEFT's forward, without comments and layout, in the versions whose source was read
     "Linear": {"0a8b96d29dea80c2"},
     "Linear4bit": {"c4e3e7885324d1bb"},
+    "Linear8bitLt": {"2f6e58dc9fd0c980"},
+    "TorchaoLoraLinear": {"0a8b96d29dea80c2"},  # that of Linear
+    "GPTQLoraLinear": {"9a6de89c99911c0c"},
+    "AwqLoraLinear": {"95e8606db4ffd4d8"},
+    "AqlmLoraLinear": {"6e848ff5ab5e7830"},
 }
 
 
-@pytest.mark.parametrize("layer", [PeftLinear, PeftLinear4bit], ids=READ)
-def test_the_forward_of_peft_is_the_one_that_was_read(layer):
+@pytest.mark.parametrize("name", READ)
+def test_the_forward_of_peft_is_the_one_that_was_read(name):
+    layer = next((theirs for theirs in OURS if theirs.__name__ == name), None)
     if layer is None:
-        pytest.skip("bitsandbytes is not installed")
+        pytest.skip(f"this PEFT has no {name}, or what it needs is not installed")
     source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(layer.forward))))
     found = hashlib.sha256(source.encode()).hexdigest()[:16]
-    assert found in READ[layer.__name__], (
-        f"PEFT {peft.__version__} has another lora.{layer.__name__}.forward ({found}). Read it for anything that "
-        "fastlora.peft would ignore: a new condition before the base layer is called, a new argument, another cast of "
-        "x or of the result, another kind of adapter. Make `why_peft` and `_operands_now` refuse what is new, compare "
-        "the results (tests/test_peft_*.py), and add the hash here."
+    assert found in READ[name], (
+        f"PEFT {peft.__version__} has another lora.{name}.forward ({found}). Read it for anything that "
+        "fastlora.peft_layers would ignore: a new condition before the base layer is called, a new argument, another "
+        "cast of x or of the result, another kind of adapter. Make `why_peft` and `_operands_now` refuse what is new, "
+        "compare the results (tests/test_peft_*.py), and add the hash here."
     )

@@ -192,6 +192,24 @@ def parametrised() -> nn.Linear:
     return layer
 
 
+class MadeAsView(torch.autograd.Function):
+    """Its output is a view of a matrix that has no gradient, as that of bitsandbytes' 8-bit product on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias):
+        ctx.save_for_backward(w)
+        return (x.flatten(0, -2) @ w.t() + bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy @ ctx.saved_tensors[0], None, None
+
+
+class ByFunction(nn.Linear):
+    def forward(self, x):
+        return MadeAsView.apply(x, self.weight, self.bias)
+
+
 BASES = {
     "nn.Linear": (lambda: linear(torch.randn(N, K)), "dense"),
     "subclass of nn.Linear": (lambda: Renamed(K, N), "dense"),
@@ -200,6 +218,7 @@ BASES = {
     "Linear4bit": (lambda: linear_4bit(torch.randn(N, K)), "4bit"),
     "sequential": (lambda: nn.Sequential(nn.Linear(K, N), nn.Tanh()), "opaque"),
     "parametrised weight": (parametrised, "opaque"),
+    "Function that makes a view": (lambda: ByFunction(K, N), "opaque"),
 }
 
 

@@ -31,6 +31,7 @@ LAYERS = [  # each may import what stands before it
     {"adapter_config"},
     {"adapter_files"},
     {"trainer"},
+    {"peft_layers"},
     {"peft"},
     {"callback"},
     {""},  # fastlora/__init__.py itself

@@ -13,7 +13,8 @@ from peft_models import H, K, adapted, inputs, patched, results, uses_fastlora
 from torch import nn
 
 from fastlora.benchmarks.accuracy import same
-from fastlora.peft import _adapters, patch, why_peft
+from fastlora.peft import patch
+from fastlora.peft_layers import _adapters, why_peft
 
 
 def hook_on(part):

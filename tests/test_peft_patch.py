@@ -27,7 +27,8 @@ from peft_models import (
 from safetensors.torch import load_file
 
 from fastlora import ops
-from fastlora.peft import FastLinear, FastLinear4bit, patch, unpatch
+from fastlora.peft import patch, unpatch
+from fastlora.peft_layers import FastLinear, FastLinear4bit
 
 BASES = {
     "dense": (dense, FastLinear, PeftLinear),
