@@ -296,7 +296,7 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
             calls.own += 1  # the layer whose operands cannot be had says why
         return None
     p = 0.0 if block.inside is None else dropout_of(module, block.inside)
-    y = mlp_forward(x, operands, block.activation, block.gate_first, p) if p < 1.0 else None
+    y = mlp_forward(x, operands, block.activation, block.gate_first, p)
     if y is None:
         dtype = autocast_dtype(x) or x.dtype
         calls.falls_back(f"not all of its layers compute in {dtype}, or one is of a type that computes itself")

@@ -285,7 +285,7 @@ class LoRAMLP(nn.Module):
         block = prove(mlp, bases) if bases else reason
         if not isinstance(block, str) and block.gate_first is not None:
             block = "one layer gives gate and up; `add_lora` computes it as one where it is"
-        elif not isinstance(block, str) and any(getattr(mlp, name).p for name in block[-2:] if name is not None):
+        elif not isinstance(block, str) and (block.inside, block.after) != (None, None):
             block = "it has dropout besides that of adapters; `add_lora` computes it as one where it is"
         if isinstance(block, str):
             raise ValueError(f"cannot make a LoRAMLP of this {type(mlp).__name__}: {block}")

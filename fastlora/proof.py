@@ -149,8 +149,7 @@ def _call(module: nn.Module, layers: dict[str, Any], trial: Trial, K: int) -> se
     for name, layer in layers.items():
         width = NARROW if trial.narrow else layer.out_features
         scripted[name] = _Scripted(layer, _magnitudes((*trial.shape, width), generator))
-    names = [name for name, child in module._modules.items() if type(child) is nn.Dropout and not child.inplace]
-    dropouts = {name: _ScriptedDropout(1.5 + i) for i, name in enumerate(names)}
+    dropouts = {name: _ScriptedDropout(1.5 + i) for i, name in enumerate(_dropouts_of(module))}
     replacements: dict[int, nn.Module] = {id(layers[name]): each for name, each in scripted.items()}
     replacements.update((id(module._modules[name]), each) for name, each in dropouts.items())
     twin = _with_layers(module, replacements)
@@ -161,6 +160,12 @@ def _call(module: nn.Module, layers: dict[str, Any], trial: Trial, K: int) -> se
         y = type(module).forward(twin, x.clone())
     found = _read(x, y, scripted, dropouts)
     return {block for block in found if trial.narrow or layers[block.layers[0]].in_features == K}
+
+
+def _dropouts_of(module: nn.Module) -> list[str]:
+    """The children that drop elements. Those of p = 0 do nothing, wherever they are called."""
+    children = module._modules.items()
+    return [name for name, child in children if type(child) is nn.Dropout and 0.0 < child.p < 1.0 and not child.inplace]
 
 
 def _read(x: Tensor, y: Any, scripted: dict[str, _Scripted], dropouts: dict[str, _ScriptedDropout]) -> set[Block]:

@@ -230,6 +230,21 @@ def test_a_block_trains_as_with_peft(make, way):
     assert all(same(ours, theirs, longest=10 * MLP) for theirs, ours in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("before, after", [(0.0, 0.4), (0.4, 0.0), (0.2, 0.5), (0.2, 1.0)])
+def test_dropout_that_is_changed_later(before, after):
+    model = in_model(lambda: DropsInside(before)).train()
+    twin = copy.deepcopy(model)
+    assert fastlora.patch(model).fused
+    x = torch.randn(2, 5, HIDDEN)
+    for p in (before, after):
+        results = []
+        for each in (twin, model):
+            each.base_model.model[1].dropout.p = p
+            torch.manual_seed(3)
+            results.append(each(x))
+        assert same(results[1], results[0], longest=10 * MLP), p
+
+
 @pytest.mark.parametrize("case", KEPT.values(), ids=KEPT)
 def test_other_blocks_are_kept_and_the_reason_is_told(case):
     make, reason = case

@@ -54,12 +54,13 @@ DROPOUTS = {
 }
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("of_h, of_y, names", DROPOUTS.values(), ids=DROPOUTS)
-def test_dropouts_are_found(of_h, of_y, names, p):
+def test_dropouts_are_found(of_h, of_y, names):
     module = Variant(lambda self, gate, up: of_h(self, F.silu(gate) * up), of_y)
-    module.one, module.other = nn.Dropout(p), nn.Dropout(p)
+    module.one, module.other = nn.Dropout(0.1), nn.Dropout(0.1)
     assert prove(module, layers_of(module)) == Block(NAMES, "silu", None, *names)
+    module.one.p = module.other.p = 0.0
+    assert prove(module, layers_of(module)) == Block(NAMES, "silu")
 
 
 OTHERS = nn.Dropout(0.1, inplace=True), nn.AlphaDropout(0.1), nn.FeatureAlphaDropout(0.1)
@@ -70,6 +71,14 @@ def test_other_dropouts_are_not(dropout):
     module = Variant(finish=lambda self, x, y: self.dropout(y))
     module.dropout = dropout
     assert "in training" in prove(module, layers_of(module))
+
+
+def test_a_dropout_that_drops_nothing_may_be_anywhere():
+    module = Variant(lambda self, gate, up: F.silu(self.dropout(gate)) * up)
+    module.dropout = nn.Dropout(0.0)
+    assert prove(module, layers_of(module)) == Block(NAMES, "silu")
+    module.dropout.p = 0.1
+    assert "not that of an MLP" in prove(module, layers_of(module))
 
 
 def test_dropping_twice_in_a_row_is_not_dropping_once():
