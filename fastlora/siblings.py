@@ -41,18 +41,19 @@ class Siblings:
         """
         if x.is_inference():
             return None
-        shared = getattr(_thread, "shared", None)
-        if (
-            shared is not None
-            and shared.x() is x
-            and shared.version == x._version
-            and shared.siblings() is self
-            and id(layer) not in shared.members
-        ):
-            shared.members.add(id(layer))
-            shared.followers.append(weakref.ref(layer))
-            return shared
-        shared = _thread.shared = SharedInput(self, layer, x)
+        recent = getattr(_thread, "recent", ())
+        for shared in recent:
+            if (
+                shared.x() is x
+                and shared.version == x._version
+                and shared.siblings() is self
+                and id(layer) not in shared.members
+            ):
+                shared.members.add(id(layer))
+                shared.followers.append(weakref.ref(layer))
+                return shared
+        shared = SharedInput(self, layer, x)
+        _thread.recent = (shared, *recent[:1])
         return shared
 
 
@@ -67,7 +68,9 @@ def siblings_among(layers: dict[str, Any]) -> Iterator[tuple[Any, Siblings]]:
             yield from ((layer, siblings) for layer in family)
 
 
-_thread = threading.local()  # .shared: the last x, the only one that a next call can be a sibling's call with
+# .recent: the last two x, the newer first. Between two layers of one x another layer may be called, as between q_a_proj
+# and kv_a_proj of DeepSeek's attention.
+_thread = threading.local()
 _gone: Any = weakref.ref(Siblings())  # a reference whose object has died
 
 

@@ -326,13 +326,16 @@ def gradients(twin: Twin, x: Tensor, y: Tensor) -> Results:
 
 
 def compare(what: str, plain: Results, fast: Results, eps: float = 0.0, truth: Results | None = None) -> None:
-    """Results of one action: tensors as said at the top of this file, all else by equality."""
+    """Results of one action: tensors as said at the top of this file, all else by equality. Where the fp64 model is at
+    hand, tokens may be its: of two that score nearly the same, plain PEFT may choose the wrong one."""
     assert plain.keys() == fast.keys(), what
     inexact = [name for name, t in plain.items() if isinstance(t, Tensor) and t.is_floating_point()]
     for name in plain.keys() - set(inexact):
         ours, theirs = fast[name], plain[name]
         assert type(ours) is type(theirs), f"{what} {name} is {ours}, plain PEFT's {theirs}"
         same = torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+        if not same and name == "tokens" and isinstance(truth, dict):
+            same = torch.equal(ours, truth[name])
         assert same, f"{what} {name} is {ours}, plain PEFT's {theirs}"
     plain, fast = ({name: results[name] for name in inexact} for results in (plain, fast))
     for name, t in plain.items():

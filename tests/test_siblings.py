@@ -84,6 +84,27 @@ def test_one_read_of_x_and_one_gradient_of_x():
     assert backward.names["aten::add"] == backward.names["aten::add_"] == 0, "no sum of temporaries"
 
 
+class Latent(nn.Module):
+    """As DeepSeek's attention: between the two layers of x there is another one, of another x."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_a, self.q_b, self.kv_a = nn.Linear(HIDDEN, 8), nn.Linear(8, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        return self.q_b(torch.tanh(self.q_a(x))) * self.kv_a(x)
+
+
+def test_another_layer_may_be_called_in_between(alone):
+    model = randomise(fastlora.add_lora(Latent().double(), r=4, target_modules="all-linear"))
+    step(model, an_input())
+    x = an_input()
+    with CountOps() as ops:
+        ours = step(model, x)
+    assert ops.names["fastlora::lora_matmul_group"] == 1, "one gradient of x"
+    assert_same(ours, alone(lambda: step(model, x.detach().requires_grad_())))
+
+
 def test_4bit_layers_share_too():
     bnb = pytest.importorskip("bitsandbytes")
     model = Attention()
@@ -284,10 +305,10 @@ def in_threads(*functions):
 def test_nothing_is_shared_between_threads():
     model, x = attention(), an_input()
     model.q_proj(x)
-    mine = siblings._thread.shared
+    mine = siblings._thread.recent
     in_threads(lambda: model.k_proj(x))
-    assert siblings._thread.shared is mine
-    assert mine.members == {id(model.q_proj)}
+    assert siblings._thread.recent is mine
+    assert mine[0].members == {id(model.q_proj)}
 
 
 def test_two_models_in_two_threads():
