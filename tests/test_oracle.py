@@ -348,8 +348,8 @@ def test_a_patched_model_prints_as_an_unpatched_one():
 
 def test_the_oracle_sees_what_is_wrong(monkeypatch):
     """A scaling that is off by 1% on the way."""
-    adapter = fastlora.peft.Adapter
-    monkeypatch.setattr(fastlora.peft, "Adapter", lambda a, b, scaling, *more: adapter(a, b, 1.01 * scaling, *more))
+    adapter = fastlora.peft_layers.Adapter
+    monkeypatch.setattr(fastlora.peft_layers, "Adapter", lambda a, b, s, *more: adapter(a, b, 1.01 * s, *more))
     twins = Twins(CASES["llama"])
     with pytest.raises(AssertionError, match=r"one_pass\(\): .* differs from plain PEFT's"):
         twins.do(act.patch)
