@@ -265,8 +265,15 @@ def base_kind(base_layer: nn.Module) -> str:
         return "opaque"
     if code.co_qualname == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
         return "4bit"
-    is_conv1d = code.co_qualname == "Conv1D.forward" and forward.__module__ == "transformers.pytorch_utils"
-    return "transposed" if is_conv1d else "opaque"
+    if code.co_qualname == "FalconLinear.forward" and base_layer._parameters["bias"] is not None:
+        return "opaque"  # it adds its bias under autocast in another dtype
+    return _OF_TRANSFORMERS.get((forward.__module__, code.co_qualname), "opaque")
+
+
+_OF_TRANSFORMERS = {  # the kinds of other layers that multiply by a weight
+    ("transformers.pytorch_utils", "Conv1D.forward"): "transposed",
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear.forward"): "dense",
+}
 
 
 def is_hooked(module: Any) -> bool:

@@ -8,6 +8,7 @@ from blocks import CountOps
 from oracle import in_fp64
 from torch import nn
 from torch.nn import functional as F
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -215,6 +216,8 @@ BASES = {
     "subclass of nn.Linear": (lambda: Renamed(K, N), "dense"),
     "subclass with another forward": (lambda: Redefined(K, N), "opaque"),
     "Conv1D": (lambda: Conv1D(N, K), "transposed"),
+    "FalconLinear": (lambda: FalconLinear(K, N, bias=False), "dense"),
+    "FalconLinear with a bias": (lambda: FalconLinear(K, N), "opaque"),
     "Linear4bit": (lambda: linear_4bit(torch.randn(N, K)), "4bit"),
     "sequential": (lambda: nn.Sequential(nn.Linear(K, N), nn.Tanh()), "opaque"),
     "parametrised weight": (parametrised, "opaque"),
