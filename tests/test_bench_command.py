@@ -28,7 +28,7 @@ def small_rates(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "verb", ["linear", "generate", "decode", *(pytest.param(v, marks=pytest.mark.slow) for v in ("block", "model"))]
+    "verb", ["linear", "generate", *(pytest.param(v, marks=pytest.mark.slow) for v in ("decode", "block", "model"))]
 )
 def test_writes_rows_environment_and_picture(verb, tmp_path, capsys):
     bases, names = ("nf4", "bitsandbytes,fastlora") if verb == "decode" else ("bf16", "frozen,peft,fastlora")

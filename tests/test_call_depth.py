@@ -24,6 +24,7 @@ def test_a_call_passes_few_functions(request):
         assert len(calls[call]) <= most, calls[call]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler, as Triton's launchers do")
 def test_launching_kernels_passes_few_functions():
     """On a stand-in for a GPU's driver, in a process of its own: here kernels are interpreted."""

@@ -211,6 +211,7 @@ def backward_first(y):
     return y
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", TRAINED.values(), ids=TRAINED)
 def test_a_block_trains_as_with_peft(make, way):

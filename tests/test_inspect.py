@@ -82,6 +82,7 @@ def test_every_kernel_and_tile_on_every_architecture():
     assert len(compiled()) > 200
 
 
+@pytest.mark.slow
 def test_table_and_errors(tmp_path):
     path = tmp_path / "new" / "kernels.csv"
     result = inspect("--arch", "sm_80,gfx942", "--kernel", "swiglu", "--csv", str(path))

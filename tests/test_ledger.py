@@ -157,6 +157,7 @@ def test_profile_writes_a_report_and_a_picture(profiled):
     assert pixels.shape[0] > 300 and pixels.shape[1] > 900
 
 
+@pytest.mark.slow
 def test_profile_prints_tables_or_json(profiled, tmp_path, capsys):
     arguments, _ = profiled
     assert main(["profile", *arguments, "--out", str(tmp_path), "--checkpointing"]) == 0

@@ -32,6 +32,7 @@ MODELS = {  # and how many MLP blocks are computed as one
 }
 
 
+@pytest.mark.one_case_in(2)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("make, blocks", MODELS.values(), ids=MODELS)
 def test_losses_are_those_of_plain_peft(make, blocks, checkpointing):

@@ -48,6 +48,7 @@ def modules():
         yield from (path.relative_to(ROOT).as_posix() for path in root.rglob("*.py"))
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_module_and_nothing_else(built):
     files = {name for name in built[1] if ".dist-info/" not in name}
     assert files == set(modules())

@@ -309,6 +309,7 @@ def test_profile_prints_tables_or_json(tiny, tmp_path, capsys):
     assert report["length"]["providers"]["peft"]["longest"]["how"] == "extrapolated"
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_a_point(tiny, tmp_path, monkeypatch, capsys):
     """PEFT cannot hold 64 tokens; fastlora's steps of 64 cannot be timed. Nobody who failed tries a longer one."""
     tried = []

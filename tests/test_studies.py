@@ -225,6 +225,7 @@ def test_unusable_arguments(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_json_is_all_of_stdout_and_an_interrupted_study_writes_nothing(tmp_path, capsys, monkeypatch):
     arguments = ["--quick", "--json", "--out", str(tmp_path), "--device", "cpu"]
     assert common.main("small_updates", argv=arguments) == 0
