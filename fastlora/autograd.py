@@ -203,18 +203,19 @@ class FusedLinear(Function):
         ctx.chained = shared is not None and shared.joins_dx
         ctx.merged = xa is None
         need_xa = need_db and ctx.merged
-        ctx.again = again.function if again is not None and (need_da or need_xa) else None
+        need_x = need_da or need_xa
+        ctx.again, for_x = again if need_x and again is not None else (None, ())
         saved_x = x.detach() if ctx.chained else x  # the graph must not hold x itself: see SharedInput
         ctx.save_for_backward(
-            saved_x if (need_da or need_xa) and ctx.again is None else None,
+            saved_x if need_x and ctx.again is None else None,
             a if need_dx or need_xa else None,
             b if need_dx or need_da else None,
             xa if need_db else None,
             seed,
-            *(() if ctx.again is None else again.tensors),
+            *for_x,
             *(weight if need_dx else ()),
         )
-        ctx.kept_for_x = 0 if ctx.again is None else len(again.tensors)
+        ctx.kept_for_x = len(for_x)
         ctx.shared, ctx.first = shared, token is None
         ctx.x_shape, ctx.dtypes = x.shape, (a.dtype, b.dtype, None if bias is None else bias.dtype)
         ctx.inputs = len(inputs)

@@ -3,10 +3,9 @@
 A block is a module whose only layers with parameters are two or three adapted ones of the right shapes. It is fused if
 its own forward is shown to be ``down(act(gate(x)) * up(x))`` or ``down(act(up(x)))`` for one of the known activations:
 see `prove`. Gate and up may be one layer that gives both side by side, and there may be dropout before and after down.
-The module keeps its class, parameters and
-children; only this instance's forward is replaced. Whenever its layers cannot be computed as one (adapters merged or
-disabled, hooks on a layer), or something that the proof depends on has changed (`Fusion.block_now`), it runs its own
-forward.
+The module keeps its class, parameters and children; only this instance's forward is replaced. Whenever its layers
+cannot be computed as one (adapters merged or disabled, hooks on a layer), or something that the proof depends on has
+changed (`Fusion.block_now`), it runs its own forward.
 """
 
 import operator
@@ -260,17 +259,22 @@ def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | N
             getattr(child, name, None)
     if isinstance(block, str):
         return None
-    if block.inside is not None and dropout_of(module, block.inside) > 0:
+    if dropout_inside(module, block) > 0.0:
         return None  # the compiler knows this dropout, and fuses it with what is around it
     operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
-    y = mlp_forward(x, operands, block.activation, block.gate_first)
+    return block_output(module, block, x, operands)
+
+
+def dropout_inside(module: nn.Module, block: Block) -> float:
+    """The probability with which the input of down is dropped now."""
+    dropout: Any = None if block.inside is None else module._modules[block.inside]
+    return dropout.p if dropout is not None and dropout.training else 0.0
+
+
+def block_output(module: nn.Module, block: Block, x: Tensor, operands: list) -> Tensor | None:
+    """What the block makes of x, if these operands of its layers can be computed as one."""
+    y = mlp_forward(x, operands, block.activation, block.gate_first, dropout_inside(module, block))
     return y if y is None or block.after is None else module._modules[block.after](y)  # type: ignore[misc]
-
-
-def dropout_of(module: nn.Module, name: str) -> float:
-    """The probability with which this child of the module drops now."""
-    child: Any = module._modules[name]
-    return child.p if child.training else 0.0
 
 
 def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
@@ -295,15 +299,14 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
         else:
             calls.own += 1  # the layer whose operands cannot be had says why
         return None
-    p = 0.0 if block.inside is None else dropout_of(module, block.inside)
-    y = mlp_forward(x, operands, block.activation, block.gate_first, p)
+    y = block_output(module, block, x, operands)
     if y is None:
         dtype = autocast_dtype(x) or x.dtype
         calls.falls_back(f"not all of its layers compute in {dtype}, or one is of a type that computes itself")
         return None
     for each in (calls, *map(calls_of, layers)):
         each.fused += 1
-    return y if block.after is None else module._modules[block.after](y)  # type: ignore[misc]
+    return y
 
 
 def fusion_of(module: nn.Module) -> Fusion | None:

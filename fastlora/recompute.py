@@ -26,11 +26,10 @@ def recipe_of(x: Tensor) -> Recipe | None:
     """How to compute x again; None if the op that made it keeps other things, or x has been written to since."""
     if x._version != 0:
         return None
-    node = x.grad_fn
+    node, dtype = x.grad_fn, x.dtype
     if type(node).__name__ != CONVERTED:
         return _recipe(node, x)
-    rest, dtype = _recipe(node.next_functions[0][0], x), x.dtype  # type: ignore[union-attr]
-    return None if rest is None else Recipe(lambda *tensors: rest.function(*tensors).to(dtype), rest.tensors)
+    return _then(lambda h: h.to(dtype), _recipe(node.next_functions[0][0], x))  # type: ignore[union-attr]
 
 
 def _recipe(node: Any, x: Tensor) -> Recipe | None:
@@ -44,34 +43,45 @@ def _kept(node: Any, name: str, x: Tensor) -> Tensor | None:
     return t if t is not None and t.shape == x.shape and t.device == x.device else None
 
 
+def _of_kept(function: Callable[..., Tensor], *kept: Tensor | None) -> Recipe | None:
+    """``function(*kept)``; None if one of them is not kept."""
+    return None if any(t is None for t in kept) else Recipe(function, kept)  # type: ignore[arg-type]
+
+
+def _then(function: Callable[..., Tensor], first: Recipe | None, *kept: Tensor | None) -> Recipe | None:
+    """``function(first, *kept)``; None if one of them is None."""
+    if first is None:
+        return None
+    n = len(first.tensors)
+    return _of_kept(lambda *tensors: function(first.function(*tensors[:n]), *tensors[n:]), *first.tensors, *kept)
+
+
 def _gelu(node: Any, x: Tensor) -> Recipe | None:
-    z = _kept(node, "self", x)
-    return None if z is None else Recipe(partial(gelu, approximate=node._saved_approximate), (z,))
+    return _of_kept(partial(gelu, approximate=node._saved_approximate), _kept(node, "self", x))
 
 
 def _silu(node: Any, x: Tensor) -> Recipe | None:
-    z = _kept(node, "self", x)
-    return None if z is None else Recipe(silu, (z,))
+    return _of_kept(silu, _kept(node, "self", x))
 
 
 def _product(node: Any, x: Tensor) -> Recipe | None:
     """``act(gate) * up``, an activation written as a product, or dropout on a CPU, which keeps its mask alone."""
-    factors = [_kept(node, name, x) for name in ("self", "other")]
-    if None not in factors:
-        return Recipe(torch.mul, tuple(factors))  # type: ignore[arg-type]
-    missing = factors.index(None)
-    factor, rest = factors[1 - missing], _recipe(node.next_functions[missing][0], x)
-    if factor is None or rest is None:
+    first, other = _kept(node, "self", x), _kept(node, "other", x)
+    if first is None and other is None:
         return None
-    return Recipe(lambda factor, *tensors: rest.function(*tensors) * factor, (factor, *rest.tensors))
+    if first is None:
+        return _then(torch.mul, _recipe(node.next_functions[0][0], x), other)
+    if other is None:
+        return _then(torch.mul, _recipe(node.next_functions[1][0], x), first)
+    return Recipe(torch.mul, (first, other))
 
 
 def _dropout(node: Any, x: Tensor) -> Recipe | None:
-    mask, rest = _kept(node, "result1", x), _recipe(node.next_functions[0][0], x)
-    if mask is None or rest is None or node._saved_p >= 1:
+    p = node._saved_p
+    if p >= 1.0:
         return None
-    scale = 1 / (1 - node._saved_p)
-    return Recipe(lambda mask, *tensors: rest.function(*tensors) * mask * scale, (mask, *rest.tensors))
+    rest, mask = _recipe(node.next_functions[0][0], x), _kept(node, "result1", x)
+    return _then(lambda h, mask: h * mask * (1 / (1 - p)), rest, mask)
 
 
 CONVERTED = "ToCopyBackward0"  # to the dtype that the layer computes in

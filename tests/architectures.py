@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from blocks import graph_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_inputs import Inputs, inputs_for, run
 from tiny_models import tiny_config
@@ -182,13 +183,7 @@ KEEP_THEIR_OUTPUT = ("ReluBackward0", "TanhBackward0", "SigmoidBackward0")  # wh
 
 def layers_without_x(loss: Tensor) -> int:
     """How many fused layers of this graph keep nothing for their x, which is the output of an activation."""
-    found, todo = set(), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            todo += [parent for parent, _ in node.next_functions]
-    layers = [node for node in found if type(node).__name__ == "FusedLinearBackward"]
+    layers = [node for node in graph_of(loss) if type(node).__name__ == "FusedLinearBackward"]
     of_output = [node for node in layers if type(node.next_functions[0][0]).__name__ in KEEP_THEIR_OUTPUT]
     return len({node for node in layers if node.again is not None} | set(of_output))
 

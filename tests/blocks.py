@@ -60,6 +60,17 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def graph_of(y: torch.Tensor) -> set:
+    """The autograd nodes that y depends on."""
+    found, ahead = set(), [y.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            ahead += [parent for parent, _ in node.next_functions]
+    return found
+
+
 class CountOps(TorchDispatchMode):
     """How often each op ran, ``names``, and each product of fastlora's with a base weight, by the weight: ``bases``."""
 

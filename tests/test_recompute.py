@@ -2,12 +2,15 @@
 
 import math
 
+import peft
 import pytest
 import torch
 from accuracy import linear_4bit
+from blocks import graph_of
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel
 
 import fastlora
 from fastlora import recompute
@@ -64,19 +67,12 @@ def layers(fourbit=False, dtype=torch.float32):
     return found
 
 
-def nodes(y):
-    """Of every op that made y."""
-    found, todo = [], [y.grad_fn]
-    for node in todo:
-        if node is not None and node not in found:
-            found.append(node)
-            todo += [parent for parent, _ in node.next_functions]
-    return found
-
-
 def of_last_layer(y):
-    """The node of the layer that made y."""
-    return next(node for node in nodes(y) if "FusedLinear" in type(node).__name__)
+    """The node of the layer that made y. Autocast and 4-bit layers may convert what it returns."""
+    node = y.grad_fn
+    while "FusedLinear" not in type(node).__name__:
+        node = node.next_functions[0][0]
+    return node
 
 
 def trained(fc1, fc2, act, x, autocast=False):
@@ -124,6 +120,13 @@ def test_what_is_not_an_activation_is_kept(make_x):
     assert recompute.recipe_of(make_x(z)) is None
 
 
+def test_x_is_kept_where_torch_does_not_say_what_a_node_keeps(monkeypatch):
+    monkeypatch.setattr(recompute, "kept_by", lambda node, name: None)
+    fc1, _ = layers()
+    for act in ACTIVATIONS.values():
+        assert recompute.recipe_of(act(fc1(torch.randn(2, 5, K)))) is None
+
+
 def test_an_input_changed_after_the_call_is_an_error():
     fc1, fc2 = layers()
     z = fc1(torch.randn(2, 5, K)) * 1
@@ -166,12 +169,9 @@ def test_nothing_is_brought_back_through_hooks(use_reentrant):
 
 def test_a_model_of_many_layers_keeps_no_activation():
     """BERT's MLP is spread over two modules, and OPT's and Whisper's is in the decoder layer."""
-    import peft
-    from transformers import BertConfig, BertModel
-
     config = BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
     model = peft.get_peft_model(BertModel(config), peft.LoraConfig(r=3, target_modules="all-linear")).train()
     fastlora.patch(model)
     y = model(input_ids=torch.arange(5)[None]).last_hidden_state
-    ours = [node for node in nodes(y) if "FusedLinear" in type(node).__name__]
+    ours = [node for node in graph_of(y) if "FusedLinear" in type(node).__name__]
     assert sum(node.again is not None for node in ours) == 2, "one in each layer"

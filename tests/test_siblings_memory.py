@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import pytest
+from blocks import graph_of
 from test_siblings import CALLS, an_input, attention, map_layers, step
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -66,17 +67,7 @@ def test_backward_lets_go_of_the_graph_though_x_lives():
 def test_called_again_with_x_starts_a_graph_of_its_own():
     """Joined to the calls before, as a sibling's would be, it would keep all of them while x lives."""
     model, x = attention(), an_input()
-
-    def nodes(y):
-        seen, ahead = set(), [y.grad_fn]
-        while ahead:
-            node = ahead.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                ahead += [node for node, _ in node.next_functions]
-        return len(seen)
-
-    assert len({nodes(sum(y.sum() for y in map_layers(model, x))) for _ in range(3)}) == 1
+    assert len({len(graph_of(sum(y.sum() for y in map_layers(model, x)))) for _ in range(3)}) == 1
 
 
 def test_a_model_can_be_deleted():
