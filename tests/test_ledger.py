@@ -37,7 +37,7 @@ def test_a_layer_keeps_what_its_gradients_need():
 
 
 def test_what_layers_share_is_counted_once():
-    model = nn.Sequential(nn.Linear(8, 32), fastlora.add_lora(Block(), r=4, target_modules=TARGETS))
+    model = nn.Sequential(nn.Linear(8, HIDDEN), fastlora.add_lora(Block(), r=4, target_modules=TARGETS))
     model.requires_grad_(True)
     for name, p in model.named_parameters():
         p.requires_grad_("lora" in name or name.startswith("0."))
