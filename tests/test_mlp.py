@@ -70,7 +70,9 @@ def test_is_that_of_the_reference(gated, activation, kind, p):
     if dtype == torch.float64:
         assert all(same(t, expected, longest=MLP) for t, expected in zip(ours, truth, strict=True))
     else:
-        reason = inexact(ours, eager, truth, MLP)
+        # A kernel that merges the adapter into the weight rounds it once more, in two products one after the other, and
+        # relu2 doubles the error of the first.
+        reason = inexact(ours, eager, truth, MLP, least=3 * torch.finfo(dtype).eps)
         assert reason is None, reason
 
 
