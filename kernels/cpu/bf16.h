@@ -25,8 +25,24 @@ constexpr int64_t TAIL_N = 96;      // and its columns,
 constexpr int64_t TAIL_K = 512;     // summed up over about so much of the depth at a time
 constexpr int64_t TAIL_BLOCKS = 8;  // blocks of TAIL_M rows for which a panel of part of the depth is made
 
+// Whether there are matrix instructions that oneDNN uses. `could_pack` speaks of AMX alone.
 inline bool available() {
+#if defined(__AVX512BF16__) && !defined(FASTLORA_REFERENCE_BRGEMM)
+  static const bool works = [] {
+    const BFloat16 a[2] = {}, b[2 * PAD] = {};
+    float c[PAD];
+    try {
+      cpublas::brgemm(1, PAD, 2, 2, PAD, PAD, false, a, b, c);
+      cpublas::brgemm_release();
+    } catch (const c10::Error&) {  // as oneDNN was told to do without
+      return false;
+    }
+    return true;
+  }();
+  return works;
+#else
   return cpublas::could_pack(at::kBFloat16);
+#endif
 }
 
 // sink(n, m0, rows, block, ld) is given rows m0 to m0 + rows of what adapter n makes of x, each row by one thread.
@@ -95,7 +111,7 @@ class AdapterProduct {
         even_(round_up(adapter.p.size(1), 2)),
         p_parts_(adapter.s == 1.0 ? parts_of(adapter.p) : 2),
         b_parts_(parts_of(adapter.b)),
-        L_(round_up(even_ * (p_parts_ + b_parts_ - 1), 32)),
+        L_(round_up(even_ * (p_parts_ + b_parts_ - 1), cpublas::could_pack(at::kBFloat16) ? 32 : 2)),
         stride_(round_up(adapter.b.size(1), PAD)),
         left_(left_rows(), L_),
         right_(L_ / 2, stride_) {
