@@ -4,6 +4,7 @@ A provider turns a copy of PEFT's adapted module into its own. It raises ImportE
 `NotApplicable` if it cannot compute the case; both are reported, and neither is dropped silently.
 """
 
+import copy
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastlora import plans
+from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.cases.modules import Case, Subject, blocks
 from fastlora.benchmarks.training import copy_sharing_frozen
 from fastlora.fourbit import is_4bit
@@ -41,8 +43,14 @@ class Provider:
 
     def build(self, subject: Subject) -> nn.Module:
         if not self.adapted:
-            return subject.base
-        return self.make(copy_sharing_frozen(subject.adapted), subject.case)
+            return self._copy(subject.base, subject.case)
+        return self.make(self._copy(subject.adapted, subject.case), subject.case)
+
+    @staticmethod
+    def _copy(module: nn.Module, case: Case) -> nn.Module:
+        if case.verb == "generate" and case.base not in models.DENSE:
+            return copy.deepcopy(module)  # bitsandbytes repacks 4-bit weights in place that it generates with on a CPU
+        return copy_sharing_frozen(module)
 
 
 def peft(module: nn.Module, case: Case) -> nn.Module:

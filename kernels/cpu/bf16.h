@@ -18,14 +18,19 @@ namespace fastlora::bf16 {
 namespace cpublas = at::native::cpublas;
 #endif
 
-constexpr int64_t BLOCK_M = 32;     // rows of a product: two AMX tiles
+constexpr int64_t GRAIN_M = 16;     // rows of an AMX tile
+constexpr int64_t BLOCK_M = 32;     // rows of a product
 constexpr int64_t BLOCK_N = 256;    // columns of an expanded tile
 constexpr int64_t TAIL_M = 128;     // rows of a tile that the base product is in too,
 constexpr int64_t TAIL_N = 96;      // and its columns,
 constexpr int64_t TAIL_K = 512;     // summed up over about so much of the depth at a time
 constexpr int64_t TAIL_BLOCKS = 8;  // blocks of TAIL_M rows for which a panel of part of the depth is made
 
-// Whether there are matrix instructions that oneDNN uses. `could_pack` speaks of AMX alone.
+inline bool amx() {
+  return cpublas::could_pack(at::kBFloat16);  // only AMX has a use for packing
+}
+
+// Whether there are matrix instructions that oneDNN uses.
 inline bool available() {
 #if defined(__AVX512BF16__) && !defined(FASTLORA_REFERENCE_BRGEMM)
   static const bool works = [] {
@@ -41,7 +46,7 @@ inline bool available() {
   }();
   return works;
 #else
-  return cpublas::could_pack(at::kBFloat16);
+  return amx();
 #endif
 }
 
@@ -111,7 +116,7 @@ class AdapterProduct {
         even_(round_up(adapter.p.size(1), 2)),
         p_parts_(adapter.s == 1.0 ? parts_of(adapter.p) : 2),
         b_parts_(parts_of(adapter.b)),
-        L_(round_up(even_ * (p_parts_ + b_parts_ - 1), cpublas::could_pack(at::kBFloat16) ? 32 : 2)),
+        L_(round_up(even_ * (p_parts_ + b_parts_ - 1), amx() ? 32 : 2)),
         stride_(round_up(adapter.b.size(1), PAD)),
         left_(left_rows(), L_),
         right_(L_ / 2, stride_) {
@@ -192,7 +197,8 @@ void expand(const Init& init, const std::vector<Adapter>& adapters, BFloat16* y,
   });
 }
 
-// Whether `tail` takes these tensors and, as measured on Sapphire Rapids, is faster than `expand` and then oneDNN.
+// Whether `tail` takes these tensors and is faster than `expand` and then oneDNN: always as measured on Zen 4, up to
+// some size on Sapphire Rapids.
 inline bool prefers_tail(at::TensorList x, at::TensorList w) {
   int64_t work = 0;
   for (size_t n = 0; n < x.size(); ++n) {
@@ -201,7 +207,7 @@ inline bool prefers_tail(at::TensorList x, at::TensorList w) {
     if (K == 0 || K % 2 != 0 || x[n].stride(1) != 1 || !(rows || columns)) return false;
     work += x[n].size(0) * w[n].size(0) * K;
   }
-  return work <= int64_t{1} << 33;
+  return !amx() || work <= int64_t{1} << 33;
 }
 
 // sum[TAIL_M, cols] += rows m0 on and columns k0 to k0 + depth of x, times a packed panel
@@ -210,17 +216,18 @@ inline void multiply_block(
     float* sum, BFloat16* copy) {
   const int64_t ldx = x.stride(0), steps = std::max<int64_t>(1, depth / TAIL_K);
   const int64_t step = round_up((depth + steps - 1) / steps, 32);
-  const bool direct = rows == TAIL_M && ldx >= x.size(1);
+  const int64_t height = round_up(rows, GRAIN_M);
+  const bool direct = rows == height && ldx >= x.size(1);
   for (int64_t k = 0; k < depth; k += step) {
     const int64_t terms = std::min(step, depth - k);
     const BFloat16* block = x.const_data_ptr<BFloat16>() + m0 * ldx + k0 + k;
     if (!direct) {
       for (int64_t i = 0; i < rows; ++i) std::copy_n(block + i * ldx, terms, copy + i * terms);
-      std::fill_n(copy + rows * terms, (TAIL_M - rows) * terms, BFloat16(0));
+      std::fill_n(copy + rows * terms, (height - rows) * terms, BFloat16(0));
       block = copy;
     }
     cpublas::brgemm(
-        TAIL_M, cols, terms, direct ? ldx : terms, TAIL_N, TAIL_N, true, block, as_bf16(packed + k / 2 * TAIL_N), sum);
+        height, cols, terms, direct ? ldx : terms, TAIL_N, TAIL_N, true, block, as_bf16(packed + k / 2 * TAIL_N), sum);
   }
 }
 
@@ -328,7 +335,7 @@ void tail(
             const int64_t m0 = block * TAIL_M, rows = std::min(TAIL_M, M - m0);
             float* sum = tile.row((block - pass) * TAIL_M);
             const auto product = [&](size_t i, float* to, bool add) {
-              products[i].onto(to, TAIL_N, add, m0, TAIL_M, n0, padded);
+              products[i].onto(to, TAIL_N, add, m0, round_up(rows, GRAIN_M), n0, padded);
             };
             if (n == 0) sum_adapters(init, adapters, m0, rows, n0, cols, sum, scratch.row(0), TAIL_N, product);
             packed = panel.row(0);

@@ -23,7 +23,8 @@ Tensor decode_4bit(
       dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
       "fastlora: decode_4bit: dtype must be float32, bfloat16 or float16, got ", dtype);
   if (N == 0 || K == 0) return at::empty({N, K}, packed.options().dtype(dtype));
-  const Weight4bit weight(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K);
+  Weight4bit weight(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K);
+  weight.decode_scales();
   const auto decode = [&](int64_t n, int64_t k0, int64_t cols, float* row) { weight.read(n, k0, cols, row); };
   Tensor w = at::empty({N, K}, packed.options().dtype(dtype));
   std::vector<Adapter> adapters;

@@ -5,98 +5,196 @@
 #include "fourbit.h"
 #include "tile.h"
 
-namespace fastlora::vector {
+namespace fastlora {
 
-constexpr int64_t CHUNK = 64;                          // weights that are looked up together
-constexpr int64_t FEW = sizeof(__m256) == 32 ? 4 : 8;  // rows for which a weight is looked up once
+constexpr int64_t CHUNK = 64;  // weights that are looked up together
 
-// Half of the codes of 64 weights
-inline void look_up(const uint8_t* bytes, int half, const Table& table, at::vec::Vectorized<float>* to) {
-#ifdef CPU_CAPABILITY_AVX512
-  const __m512 codes = _mm512_loadu_ps(table.code.data());
-  const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * half)));
-  to[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), codes);
-  to[1] = _mm512_permutexvar_ps(pairs, codes);
-#else
-  const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), low = _mm256_set1_epi8(15);
-  __m256 codes[4];
-  look_up_32(_mm256_and_si256(half == 0 ? _mm256_srli_epi16(pairs, 4) : pairs, low), table, codes);
-  for (int i = 0; i < 4; ++i) to[i] = codes[i];
-#endif
-}
-
-// Which of its 64 weights `look_up` gives at place i of both halves
-inline int64_t place(int64_t i) {
-#ifdef CPU_CAPABILITY_AVX512
-  return i / 32 * 32 + i % 16 * 2 + i / 16 % 2;
-#else
-  return (i % 8 / 4 * 16 + i % 32 / 8 * 4 + i % 4) * 2 + i / 32;
-#endif
-}
-
-// Whether whole chunks make up a block, and whole blocks a row
+// Whether whole chunks make up a block, a power of two of them, and whole blocks a row
 inline bool in_chunks(const Weight4bit& w) {
-  return w.blocksize % CHUNK == 0 && w.K % w.blocksize == 0;
+  return w.blocksize % CHUNK == 0 && (w.blocksize & (w.blocksize - 1)) == 0 && w.K % w.blocksize == 0;
 }
 
-// out[i] += the product of row n of w with row i of x[I, K], which is in the order of `look_up`
-template <int I>
-void dot(const Weight4bit& w, int64_t n, const float* x, float* out, int64_t ld_out) {
+// ---- two ways to the product of rows n to n + J of w with I rows of x, which `order` has put in order:
+//      out[i * ld_out + j] += w[n + j] . x[i], with the scales of these rows' blocks
+
+// In fp32: the scale of a block comes in after its products.
+struct InFloat {
+  using Element = float;
   using Vec = at::vec::Vectorized<float>;
-  const uint8_t* bytes = w.bytes + n * w.K / 2;
-  const float* scales = w.scales + n * (w.K / w.blocksize);
-  Vec total[I];
-  for (int i = 0; i < I; ++i) total[i] = Vec(0.0f);
-  for (int64_t k = 0; k < w.K; ++scales) {
-    Vec sum[I];
-    for (int i = 0; i < I; ++i) sum[i] = Vec(0.0f);
-    for (const int64_t end = k + w.blocksize; k < end; k += CHUNK, bytes += CHUNK / 2) {
-      for (int half = 0; half < 2; ++half) {
-        constexpr int64_t VECTORS = CHUNK / 2 / Vec::size();
-        Vec codes[VECTORS];
-        look_up(bytes, half, w.table, codes);
-        for (int64_t v = 0; v < VECTORS; ++v)
-          for (int i = 0; i < I; ++i)
-            sum[i] = at::vec::fmadd(codes[v], Vec::loadu(x + i * w.K + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
+  static constexpr int ROWS_OF_X = 4;         // at a time,
+  static constexpr int ROWS_OF_W[] = {1, 1};  // of few and of more rows of x
+
+  // Half of the codes of a chunk
+  static void look_up(const uint8_t* bytes, int half, const Table& table, Vec* to) {
+#ifdef CPU_CAPABILITY_AVX512
+    const __m512 codes = _mm512_loadu_ps(table.code.data());
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * half)));
+    to[0] = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), codes);
+    to[1] = _mm512_permutexvar_ps(pairs, codes);
+#else
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), low = _mm256_set1_epi8(15);
+    __m256 codes[4];
+    look_up_32(_mm256_and_si256(half == 0 ? _mm256_srli_epi16(pairs, 4) : pairs, low), table, codes);
+    for (int i = 0; i < 4; ++i) to[i] = codes[i];
+#endif
+  }
+
+  // A chunk of a row of x
+  template <typename T>
+  static void order(const T* from, float* to) {
+    for (int64_t i = 0; i < CHUNK; ++i) to[i] = static_cast<float>(from[place(i)]);
+  }
+
+  // Which of its 64 weights `look_up` gives at place i of both halves
+  static int64_t place(int64_t i) {
+#ifdef CPU_CAPABILITY_AVX512
+    return i / 32 * 32 + i % 16 * 2 + i / 16 % 2;
+#else
+    return (i % 8 / 4 * 16 + i % 32 / 8 * 4 + i % 4) * 2 + i / 32;
+#endif
+  }
+
+  template <int I, int J>
+  static void dot(const Weight4bit& w, int64_t n, const float* scales, const float* x, float* out, int64_t ld_out) {
+    static_assert(J == 1);
+    const uint8_t* bytes = w.bytes + n * w.K / 2;
+    Vec total[I];
+    for (int i = 0; i < I; ++i) total[i] = Vec(0.0f);
+    for (int64_t k = 0; k < w.K; ++scales) {
+      Vec sum[I];
+      for (int i = 0; i < I; ++i) sum[i] = Vec(0.0f);
+      for (const int64_t end = k + w.blocksize; k < end; k += CHUNK, bytes += CHUNK / 2) {
+        for (int half = 0; half < 2; ++half) {
+          constexpr int64_t VECTORS = CHUNK / 2 / Vec::size();
+          Vec codes[VECTORS];
+          look_up(bytes, half, w.table, codes);
+          for (int64_t v = 0; v < VECTORS; ++v)
+            for (int i = 0; i < I; ++i)
+              sum[i] =
+                  at::vec::fmadd(codes[v], Vec::loadu(x + i * w.K + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
+        }
+      }
+      for (int i = 0; i < I; ++i) total[i] = at::vec::fmadd(Vec(*scales), sum[i], total[i]);
+    }
+    const auto add = [](const Vec& a, const Vec& b) { return a + b; };
+    for (int i = 0; i < I; ++i) out[i * ld_out] += at::vec::vec_reduce_all<float>(add, total[i]);
+  }
+};
+
+#ifdef __AVX512BF16__
+// In pairs of bf16 numbers: what is looked up is the codes of a block times its scale, rounded as bitsandbytes does.
+struct InPairs {
+  static constexpr int64_t AHEAD = 4096;  // bytes that are loaded before they are needed
+  using Element = at::BFloat16;
+  static constexpr int ROWS_OF_X = 8;
+  static constexpr int ROWS_OF_W[] = {1, 2};
+
+  // A chunk of a row of x: what is multiplied with the high halves of all bytes, then with the low ones
+  static void order(const at::BFloat16* from, at::BFloat16* to) {
+    const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + CHUNK / 2);
+    alignas(64) uint16_t even[CHUNK / 2];
+    for (int i = 0; i < CHUNK / 2; ++i) even[i] = 2 * i;
+    const __m512i high = _mm512_load_si512(even), low = _mm512_add_epi16(high, _mm512_set1_epi16(1));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, high, second));
+    _mm512_storeu_si512(to + CHUNK / 2, _mm512_permutex2var_epi16(first, low, second));
+  }
+
+  template <int I, int J>
+  static void dot(
+      const Weight4bit& w, int64_t n, const float* scales, const at::BFloat16* x, float* out, int64_t ld_out) {
+    constexpr int HALVES = I * J <= 8 ? 2 : 1;  // as many sums as the dozen clocks that an instruction takes to add
+    const int64_t blocks = w.K / w.blocksize;
+    const int shift = __builtin_ctzll(w.blocksize / CHUNK);
+    const __m512 codes = _mm512_loadu_ps(w.table.code.data());
+    const uint8_t* bytes = w.bytes + n * w.K / 2;
+    __m512 sum[HALVES][J][I];
+    for (int i = 0; i < HALVES * J * I; ++i) (&sum[0][0][0])[i] = _mm512_setzero_ps();
+    for (int64_t chunk = 0; chunk < w.K / CHUNK; ++chunk, bytes += CHUNK / 2) {
+      __m512bh high[J], low[J];
+      for (int j = 0; j < J; ++j) {
+        const __m512 scaled = _mm512_mul_ps(codes, _mm512_set1_ps(scales[j * blocks + (chunk >> shift)]));
+        // Twice, so that a fifth bit of what is looked up makes no difference
+        const __m512i table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
+        const uint8_t* from = bytes + j * (w.K / 2);
+        // Rows may lie a power of two apart, on the same lines of the first-level cache.
+        _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, J == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        high[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table));
+        low[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(pairs, table));
+      }
+      for (int i = 0; i < I; ++i) {
+        const at::BFloat16* row = x + i * w.K + chunk * CHUNK;
+        const __m512bh first = reinterpret_cast<__m512bh>(_mm512_loadu_si512(row));
+        const __m512bh second = reinterpret_cast<__m512bh>(_mm512_loadu_si512(row + CHUNK / 2));
+        for (int j = 0; j < J; ++j) sum[0][j][i] = _mm512_dpbf16_ps(sum[0][j][i], high[j], first);
+        for (int j = 0; j < J; ++j) sum[HALVES - 1][j][i] = _mm512_dpbf16_ps(sum[HALVES - 1][j][i], low[j], second);
       }
     }
-    for (int i = 0; i < I; ++i) total[i] = at::vec::fmadd(Vec(*scales), sum[i], total[i]);
+    for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < J; ++j) {
+        const __m512 all = HALVES == 1 ? sum[0][j][i] : _mm512_add_ps(sum[0][j][i], sum[1][j][i]);
+        out[i * ld_out + j] += _mm512_reduce_add_ps(all);
+      }
+    }
   }
-  const auto add = [](const Vec& a, const Vec& b) { return a + b; };
-  for (int i = 0; i < I; ++i) out[i * ld_out] += at::vec::vec_reduce_all<float>(add, total[i]);
-}
+};
+#endif
 
-// The same for all rows
-template <int I = FEW>
-void dots(const Weight4bit& w, int64_t n, const float* x, int64_t rows, float* out, int64_t ld_out) {
-  for (; rows >= I; rows -= I, x += I * w.K, out += I * ld_out) dot<I>(w, n, x, out, ld_out);
-  if constexpr (I > 1) dots<I - 1>(w, n, x, rows, out, ld_out);
+// ---- by either of them
+
+// The products of J rows of w with all rows of x
+template <typename Way, int J, int I = Way::ROWS_OF_X>
+void dots(
+    const Weight4bit& w, int64_t n, const float* scales, const typename Way::Element* x, int64_t rows, float* out,
+    int64_t ld_out) {
+  for (; rows >= I; rows -= I, x += I * w.K, out += I * ld_out) Way::template dot<I, J>(w, n, scales, x, out, ld_out);
+  if constexpr (I > 1) dots<Way, J, I - 1>(w, n, scales, x, rows, out, ld_out);
 }
 
 // y[M, N] = x w^T + init + the adapters' parts
-template <typename T, typename Init>
+template <typename Way, typename T, typename Init>
 void multiply_few(const Tensor& x, const Weight4bit& w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
   constexpr int64_t STRIP = 32;
-  const int64_t M = x.size(0), N = w.N, K = w.K;
-  const Buffer<float> ordered(M, K);
+  const int64_t M = x.size(0), N = w.N, K = w.K, blocks = K / w.blocksize;
+  const Buffer<typename Way::Element> ordered(M, K);
   for (int64_t m = 0; m < M; ++m) {
     const T* from = x.const_data_ptr<T>() + m * x.stride(0);
-    for (int64_t k = 0; k < K; k += CHUNK)
-      for (int64_t i = 0; i < CHUNK; ++i) ordered.row(m)[k + i] = static_cast<float>(from[k + place(i)]);
+    for (int64_t k = 0; k < K; k += CHUNK) Way::order(from + k, ordered.row(m) + k);
   }
-  const std::vector<AdapterProduct<float>> products(adapters.begin(), adapters.end());
+  std::vector<Tile<float>> lefts;
+  int64_t ranks = 0;
+  for (const Adapter& adapter : adapters) {
+    lefts.push_back(to_tile<float>(adapter.p));
+    scale(lefts.back(), adapter.s);
+    ranks = std::max(ranks, adapter.p.size(1));
+  }
   at::parallel_for(0, (N + STRIP - 1) / STRIP, 4, [&](int64_t begin, int64_t end) {
-    const Buffer<float> tile(M, STRIP), scratch(need_scratch<Init>(adapters) ? M : 0, STRIP);
+    const Buffer<float> tile(M, STRIP), right(ranks, STRIP), scale(STRIP, blocks);
+    const Buffer<float> scratch(need_scratch<Init>(adapters) ? M : 0, STRIP);
     for (int64_t n0 = begin * STRIP; n0 < std::min(N, end * STRIP); n0 += STRIP) {
       const int64_t cols = std::min(STRIP, N - n0);
       const auto product = [&](size_t i, float* to, bool add) {
-        products[i].onto(to, STRIP, add, 0, M, n0, round_up(cols, PAD));
+        const Tensor& b = adapters[i].b;
+        const int64_t r = b.size(0), si = b.stride(0), sj = b.stride(1);
+        FASTLORA_DISPATCH(b.scalar_type(), [&] {
+          read_matrix(b.const_data_ptr<scalar_t>() + n0 * sj, si, sj, r, cols, right.row(0), STRIP);
+        });
+        for (int64_t m = 0; !add && m < M; ++m) std::fill_n(to + m * STRIP, STRIP, 0.0f);
+        accumulate(to, STRIP, lefts[i].row(0), lefts[i].stride, 1, right.row(0), STRIP, M, r, round_up(cols, PAD));
       };
       sum_adapters(init, adapters, 0, M, n0, cols, tile.row(0), scratch.row(0), STRIP, product);
-      for (int64_t n = 0; n < cols; ++n) dots(w, n0 + n, ordered.row(0), M, tile.row(0) + n, STRIP);
+      const float* scales = w.scales.read(n0 * blocks, cols * blocks, scale.row(0));
+      const auto rows_of_w = [&]<int J>(int64_t n) {
+        for (; n + J <= cols; n += J)
+          dots<Way, J>(w, n0 + n, scales + n * blocks, ordered.row(0), M, tile.row(0) + n, STRIP);
+        return n;
+      };
+      constexpr auto J = Way::ROWS_OF_W;
+      rows_of_w.template operator()<1>(
+          M <= 4 ? rows_of_w.template operator()<J[0]>(0) : rows_of_w.template operator()<J[1]>(0));
       for (int64_t m = 0; m < M; ++m) at::vec::convert(tile.row(m), y + m * N + n0, cols);
     }
   });
 }
 
-}  // namespace fastlora::vector
+}  // namespace fastlora

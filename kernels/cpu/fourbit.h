@@ -72,6 +72,47 @@ inline void decode_32(const uint8_t* bytes, const Table& table, float scale, flo
 #endif
 }
 
+// The scales of a weight's blocks: fp32 numbers, or bytes with statistics of their own.
+struct Scales {
+  Scales(
+      const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2, const OptionalTensor& offset,
+      int64_t blocksize2)
+      : absmax(code2 ? absmax.contiguous() : absmax.to(at::kFloat).contiguous()), blocksize2(blocksize2) {
+    if (!code2) return;
+    code = code2->to(at::kFloat).contiguous();
+    absmax_of_bytes = absmax2->to(at::kFloat).contiguous();
+    plus = offset->item<float>();
+  }
+
+  // Those of blocks first to first + n: where they are, or `to`
+  const float* read(int64_t first, int64_t n, float* to) const {
+    if (!code.defined()) return absmax.const_data_ptr<float>() + first;
+    const uint8_t* bytes = absmax.const_data_ptr<uint8_t>() + first;
+    const float *codes = code.const_data_ptr<float>(), *by = absmax_of_bytes.const_data_ptr<float>();
+    for (int64_t i = 0; i < n;) {
+      const int64_t block = (first + i) / blocksize2;
+      const float scale = by[block];
+      for (const int64_t end = std::min(n, (block + 1) * blocksize2 - first); i < end; ++i)
+        to[i] = codes[bytes[i]] * scale + plus;
+    }
+    return to;
+  }
+
+  // All of them in fp32
+  Tensor whole() const {
+    if (!code.defined()) return absmax;
+    const Tensor out = at::empty({absmax.numel()}, absmax.options().dtype(at::kFloat));
+    float* to = out.mutable_data_ptr<float>();
+    at::parallel_for(
+        0, absmax.numel(), 16384, [&](int64_t begin, int64_t end) { read(begin, end - begin, to + begin); });
+    return out;
+  }
+
+  Tensor absmax, code, absmax_of_bytes;
+  int64_t blocksize2;
+  float plus = 0.0f;
+};
+
 // A weight w[N, K], quantised in blocks of its flat elements. `Operands::weight_4bit` has seen what it is made of.
 struct Weight4bit {
   Weight4bit(
@@ -83,18 +124,23 @@ struct Weight4bit {
         blocksize(blocksize),
         table(quant_type == "nf4" ? NF4 : FP4),
         packed(packed.contiguous()),
-        absmax(decode_absmax(absmax, code2, absmax2, offset, blocksize2)),
         bytes(this->packed.const_data_ptr<uint8_t>()),
-        scales(this->absmax.const_data_ptr<float>()) {
+        scales(absmax, code2, absmax2, offset, blocksize2) {
+  }
+
+  // What `read` and `prefetch` need
+  void decode_scales() {
+    decoded_scales = scales.whole();
   }
 
   // Elements k0 to k0 + cols of row n
   void read(int64_t n, int64_t k0, int64_t cols, float* to) const {
+    const float* scale = decoded_scales.const_data_ptr<float>();
     const int64_t end = n * K + k0 + cols;
     int64_t first = n * K + k0, block = first / blocksize;
     for (; first < end; ++block) {
       const int64_t run = std::min(end, (block + 1) * blocksize) - first;
-      decode_run(scales[block], first, run, to);
+      decode_run(scale[block], first, run, to);
       first += run;
       to += run;
     }
@@ -105,7 +151,7 @@ struct Weight4bit {
     const int64_t first = n * K + k0;
     const auto load = [](const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); };
     for (int64_t i = 0; i < cols / 2; i += 64) load(bytes + first / 2 + i);
-    load(scales + first / blocksize);
+    load(decoded_scales.const_data_ptr<float>() + first / blocksize);
   }
 
   // `n` weights from flat index `first` on, all of one block
@@ -117,33 +163,12 @@ struct Weight4bit {
     for (; first < end; ++first) *to++ = code[first % 2 == 0 ? bytes[first / 2] >> 4 : bytes[first / 2] & 15] * scale;
   }
 
-  // The scale of every block in fp32, nested statistics decoded
-  static Tensor decode_absmax(
-      const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2, const OptionalTensor& offset,
-      int64_t blocksize2) {
-    if (!code2.has_value()) return absmax.to(at::kFloat).contiguous();
-    const Tensor flat = absmax.contiguous(), out = at::empty({flat.numel()}, flat.options().dtype(at::kFloat));
-    const Tensor codes = code2->to(at::kFloat).contiguous(), scales = absmax2->to(at::kFloat).contiguous();
-    const float *code = codes.const_data_ptr<float>(), *scale = scales.const_data_ptr<float>();
-    const float plus = offset->item<float>();
-    const uint8_t* from = flat.const_data_ptr<uint8_t>();
-    float* to = out.mutable_data_ptr<float>();
-    const int64_t n = flat.numel();
-    at::parallel_for(0, (n + blocksize2 - 1) / blocksize2, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        const float by = scale[block];
-        for (int64_t i = block * blocksize2; i < std::min(n, (block + 1) * blocksize2); ++i)
-          to[i] = code[from[i]] * by + plus;
-      }
-    });
-    return out;
-  }
-
   const int64_t N, K, blocksize;
   const Table table;
-  const Tensor packed, absmax;
+  const Tensor packed;
   const uint8_t* const bytes;  // of packed
-  const float* const scales;   // of absmax
+  const Scales scales;
+  Tensor decoded_scales;
 };
 
 // A right operand of a product: w[N, K]^T, whose columns are read from rows of w, or w itself.
@@ -156,7 +181,7 @@ struct FourBitOperand {
   int64_t depth() const {
     return by_columns ? w->K : w->N;
   }
-  const Weight4bit* w;
+  Weight4bit* w;
   bool by_columns;
 };
 

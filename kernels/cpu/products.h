@@ -68,15 +68,22 @@ bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vecto
   return false;
 }
 
-constexpr int64_t FEW_TOKENS = vector::LANES == 8 ? 8 : 15;  // so many or fewer are multiplied without making a panel
+// So many rows or fewer are multiplied without making a panel.
+constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15, FEW_IN_PAIRS = 31;
 
 // The same for 4-bit weights, of which every way decodes a part at a time. Rows of x have unit stride.
 template <typename T, typename Init>
 void multiply_4bit(
     const std::vector<Tensor>& x, const std::vector<FourBitOperand>& w, const Init& init,
     const std::vector<Adapter>& adapters, T* y, int64_t M, int64_t N) {
-  if (x.size() == 1 && M <= FEW_TOKENS && w[0].by_columns && vector::in_chunks(*w[0].w))
-    return vector::multiply_few(x[0], *w[0].w, init, adapters, y);
+  if (x.size() == 1 && w[0].by_columns && in_chunks(*w[0].w)) {
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<T, at::BFloat16>)
+      if (M <= FEW_IN_PAIRS) return multiply_few<InPairs>(x[0], *w[0].w, init, adapters, y);
+#endif
+    if (M <= FEW_IN_FLOAT) return multiply_few<InFloat>(x[0], *w[0].w, init, adapters, y);
+  }
+  for (const FourBitOperand& each : w) each.w->decode_scales();
   const auto in_pairs = [](const FourBitOperand& each) { return each.depth() % 2 == 0; };
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     if (by_matrix_instructions<T>(M) && std::all_of(w.begin(), w.end(), in_pairs)) {

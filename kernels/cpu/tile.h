@@ -82,21 +82,40 @@ inline std::vector<Tensor> with_rows(at::ArrayRef<Tensor> all) {
 
 // ---- from tensors to tiles and back
 
+// to[rows, cols] = from, whose rows or columns have unit stride if it is to be fast, and zeros up to whole vectors
+template <typename A, typename T>
+void read_matrix(const T* from, int64_t si, int64_t sj, int64_t rows, int64_t cols, A* to, int64_t ld) {
+  if (sj == 1) {
+    for (int64_t i = 0; i < rows; ++i) at::vec::convert(from + i * si, to + i * ld, cols);
+  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) {
+    if (si == 1) {
+      at::vec::transpose_mxn<float>(from, sj, to, ld, static_cast<int>(cols), static_cast<int>(rows));
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) to[i * ld + j] = from[i * si + j * sj];
+    }
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) to[i * ld + j] = static_cast<A>(from[i * si + j * sj]);
+  }
+  for (int64_t i = 0; i < rows; ++i) std::fill(to + i * ld + cols, to + i * ld + round_up(cols, PAD), A(0));
+}
+
 template <typename A>
 Tile<A> to_tile(const Tensor& t) {
   const int64_t rows = t.size(0), cols = t.size(1), si = t.stride(0), sj = t.stride(1);
   Tile<A> tile(rows, cols);
+  const bool by_columns = si == 1 && sj != 1;
+  const int64_t lines = by_columns ? tile.stride / PAD : rows, length = by_columns ? rows * PAD : cols;
   FASTLORA_DISPATCH(t.scalar_type(), [&] {
     const scalar_t* from = t.const_data_ptr<scalar_t>();
     at::parallel_for(
-        0, rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cols)), [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            if (sj == 1) {
-              at::vec::convert(from + i * si, tile.row(i), cols);
-            } else {
-              for (int64_t j = 0; j < cols; ++j) tile.row(i)[j] = static_cast<A>(from[i * si + j * sj]);
-            }
-            std::fill(tile.row(i) + cols, tile.row(i) + tile.stride, A(0));
+        0, lines, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, length)), [&](int64_t begin, int64_t end) {
+          if (by_columns) {
+            const int64_t first = begin * PAD, width = std::min(cols, end * PAD) - first;
+            read_matrix(from + first * sj, si, sj, rows, width, tile.row(0) + first, tile.stride);
+          } else {
+            read_matrix(from + begin * si, si, sj, end - begin, cols, tile.row(begin), tile.stride);
           }
         });
   });
@@ -257,9 +276,51 @@ namespace vector {
 constexpr int64_t COLUMNS = 512;  // of a tile: 8 rows of 512 floats stay in the first-level cache
 constexpr int64_t DEPTH = 64;     // rows of a tile that are summed up at a time
 
+// The same for a row or two, and columns of b that have unit stride: they are read as they are.
+template <typename T>
+Tile<float> shrink_few(const Tensor& x, const Tensor& b, double s, const Dropout& dropout) {
+  using Vec = at::vec::Vectorized<float>;
+  constexpr int64_t COLUMNS_AT_ONCE = 4;  // and so many sums, for an instruction to add to one takes some clocks
+  const int64_t M = x.size(0), K = x.size(1), r = b.size(1), ldb = b.stride(1);
+  const Tile<float> rows(M, K);
+  Tile<float> out(M, r);
+  for (int64_t m = 0; m < M; ++m) read(x.const_data_ptr<T>() + m * x.stride(0), K, rows.row(m), dropout, m, 0);
+  const float* from = b.const_data_ptr<float>();
+  const int64_t whole = K / Vec::size() * Vec::size(), work = COLUMNS_AT_ONCE * std::max<int64_t>(1, M * K);
+  at::parallel_for(
+      0, (r + COLUMNS_AT_ONCE - 1) / COLUMNS_AT_ONCE, std::max<int64_t>(1, 65536 / work),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t j0 = begin * COLUMNS_AT_ONCE; j0 < std::min(r, end * COLUMNS_AT_ONCE); j0 += COLUMNS_AT_ONCE) {
+          for (int64_t m = 0; m < M; ++m) {
+            const float* row = rows.row(m);
+            const float* column[COLUMNS_AT_ONCE];
+            Vec sum[COLUMNS_AT_ONCE];
+            for (int64_t j = 0; j < COLUMNS_AT_ONCE; ++j) {
+              column[j] = from + std::min(j0 + j, r - 1) * ldb;
+              sum[j] = Vec(0.0f);
+            }
+            for (int64_t k = 0; k < whole; k += Vec::size()) {
+              const Vec factor = Vec::loadu(row + k);
+              for (int64_t j = 0; j < COLUMNS_AT_ONCE; ++j)
+                sum[j] = at::vec::fmadd(factor, Vec::loadu(column[j] + k), sum[j]);
+            }
+            const auto add = [](const Vec& a, const Vec& b) { return a + b; };
+            for (int64_t j = 0; j < std::min(COLUMNS_AT_ONCE, r - j0); ++j) {
+              float total = at::vec::vec_reduce_all<float>(add, sum[j]);
+              for (int64_t k = whole; k < K; ++k) total += row[k] * column[j][k];
+              out.row(m)[j0 + j] = total * static_cast<float>(s);
+            }
+          }
+        }
+      });
+  return out;
+}
+
 template <typename T>
 Tile<Wide<T>> shrink(const Tensor& x, const Tensor& b, double s, const Dropout& dropout) {
   using A = Wide<T>;
+  if constexpr (std::is_same_v<A, float>)
+    if (x.size(0) <= 2 && b.scalar_type() == at::kFloat && b.stride(0) == 1) return shrink_few<T>(x, b, s, dropout);
   const int64_t M = x.size(0), K = x.size(1), ldx = x.stride(0);
   const Tile<A> packed = to_tile<A>(b);
   Tile<A> out(M, b.size(1));
