@@ -84,7 +84,8 @@ def few_tokens(folder: Path) -> str:
         if row["M"] == fewest:
             found.setdefault(row["base"], []).append(row["speedup"])
     each = [f"{median(ratios):.2f} on {base} ({verdict(median(ratios))})" for base, ratios in found.items()]
-    return f"With {fewest} token{'s' * (fewest != 1)} a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
+    tokens = f"{fewest} token{'s' * (fewest != 1)}"
+    return f"With {tokens} a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
 
 
 def others_fragment(folder: Path) -> str:

@@ -96,7 +96,7 @@ class Tuner:
                 if len(case.plans) > 1:
                     by_plan[plans.key(case.op, case.problem)].append(case)
             total = 1 + len(used) + len(by_plan)
-            tiles.measured_by(lambda device: self.found.table.tiles)
+            tiles.measured_by(lambda device: self.found.table)
             try:
                 for i, (at, (tile, users)) in enumerate(used.items()):
                     yield 1 + i, total, (text := f"tiles of {at[0]}, size {at[1]}")
@@ -107,7 +107,7 @@ class Tuner:
                     if text not in done:
                         self._tune_plan(key, sharing)
             finally:
-                tiles.measured_by(lambda device: plans.table(device).tiles)
+                tiles.measured_by(plans.table)
         yield total, total, "done"
 
     def _tiles_used(self, problems: list[OpCase]) -> dict[tuple[str, int], tuple[Any, list[tuple[OpCase, str]]]]:

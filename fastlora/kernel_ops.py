@@ -102,7 +102,7 @@ def _has_kernel(value: Any) -> bool:
 
 @cache
 def _use_measured_tiles() -> None:
-    import_module("fastlora.kernels.tiles").measured_by(lambda device: plans.table(device).tiles)
+    import_module("fastlora.kernels.tiles").measured_by(plans.table)
 
 
 @cache

@@ -1,5 +1,7 @@
 """What the kernels take, and into how many parts they cut a reduction: numbers that are known without Triton."""
 
+from functools import cache
+
 MAX_GROUP = 3  # layers whose dx `lora_matmul_group` sums in one launch: each is unrolled into the kernel
 FUSED_TOKENS, FUSED_XA = 64, 2048  # at most, of nf4_matmul: tokens, and elements of xa in one program's registers
 FUSED_STEP = 64  # weights of a row that nf4_matmul multiplies at once: of one block, in eight words
@@ -12,11 +14,13 @@ def cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
+@cache
 def next_power_of_2(size: int) -> int:
     """Sizes that share it share a measured tile."""
     return 1 << max(0, size - 1).bit_length()
 
 
+@cache
 def padded_rank(r: int) -> int:
     """The rank as the tensor core takes it: a power of two, at least 16. Padding is zeros in registers, not memory."""
     return max(16, next_power_of_2(r))

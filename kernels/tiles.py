@@ -6,9 +6,10 @@ here decides whether a GPU may run, only how well.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import triton
@@ -43,7 +44,7 @@ def tile(kernel: str, size: int) -> Tile:
     found = _forced.get(kernel)
     index = torch.cuda.current_device() if _has_cuda() else None
     if found is None and _source is not None and _forced_family is None:
-        measured = _source(_name_of_device(index)).get((kernel, 1 << max(0, size - 1).bit_length()))
+        measured = _source(_name_of_device(index)).tiles.get((kernel, 1 << max(0, size - 1).bit_length()))
         found = None if measured is None else Tile(**measured)
     if found is None:
         rows, name = TILES[kernel], _forced_family or _family_of_device(index)
@@ -89,12 +90,17 @@ def use(kernel: str, forced: Tile) -> Iterator[None]:
             _forced[kernel] = before
 
 
-Measured = Mapping[tuple[str, int], Mapping[str, int]]  # (kernel, the size's next power of two) -> fields of its tile
+class Measured(Protocol):
+    """What was measured on a device: the fields of tiles, by kernel and the size's next power of two."""
+
+    tiles: dict[tuple[str, int], dict[str, int]]
+
+
 _source: Callable[[str], Measured] | None = None
 
 
 def measured_by(source: Callable[[str], Measured]) -> None:
-    """Set the function that returns the tiles measured on a device, given its name. fastlora sets it at the first
+    """Set the function that returns what was measured on a device, given its name. fastlora sets it at the first
     launch, since this folder does not import the package's tables."""
     global _source
     _source = source

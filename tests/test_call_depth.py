@@ -33,6 +33,6 @@ def test_launching_kernels_passes_few_functions():
     command = [sys.executable, "-m", "tests.standin_layer"]
     ran = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
     assert ran.returncode == 0, ran.stderr
-    for call, most in {"q": 60, "k": 45, "backward": 100}.items():
+    for call, most in {"q": 60, "k": 45, "backward": 90}.items():
         ours = [name for name in json.loads(ran.stdout)[call] if name.partition(":")[0] not in OF_TRITON]
         assert len(ours) <= most, ours

@@ -245,7 +245,7 @@ def test_interrupted_it_keeps_what_was_measured(pretend, cache, capsys):
     assert "Interrupted" in capsys.readouterr().err
     found = plans.read_tables(cache)["cpu"]
     assert found.rates and ("shrink", 32) in found.tiles
-    assert tiles._source("cpu") == plans.table("cpu").tiles, "and what was being tried is no longer in use"
+    assert tiles._source("cpu") == plans.table("cpu"), "and what was being tried is no longer in use"
 
 
 def test_out_names_the_file(pretend, cache, tmp_path):
