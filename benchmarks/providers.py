@@ -43,14 +43,11 @@ class Provider:
 
     def build(self, subject: Subject) -> nn.Module:
         if not self.adapted:
-            return self._copy(subject.base, subject.case)
-        return self.make(self._copy(subject.adapted, subject.case), subject.case)
-
-    @staticmethod
-    def _copy(module: nn.Module, case: Case) -> nn.Module:
-        if case.verb == "generate" and case.base not in models.DENSE:
-            return copy.deepcopy(module)  # bitsandbytes repacks 4-bit weights in place that it generates with on a CPU
-        return copy_sharing_frozen(module)
+            return subject.base
+        # On a CPU bitsandbytes repacks 4-bit weights that it generates with, in place: a provider has its own.
+        repacked = subject.case.verb == "generate" and subject.case.base not in models.DENSE
+        copied = copy.deepcopy if repacked and subject.x.device.type == "cpu" else copy_sharing_frozen
+        return self.make(copied(subject.adapted), subject.case)
 
 
 def peft(module: nn.Module, case: Case) -> nn.Module:

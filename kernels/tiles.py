@@ -44,7 +44,7 @@ def tile(kernel: str, size: int) -> Tile:
     found = _forced.get(kernel)
     index = torch.cuda.current_device() if _has_cuda() else None
     if found is None and _source is not None and _forced_family is None:
-        measured = _source(_name_of_device(index)).tiles.get((kernel, 1 << max(0, size - 1).bit_length()))
+        measured = _source(_name_of_device(index)).tiles.get((kernel, next_power_of_2(size)))
         found = None if measured is None else Tile(**measured)
     if found is None:
         rows, name = TILES[kernel], _forced_family or _family_of_device(index)

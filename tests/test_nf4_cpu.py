@@ -21,12 +21,13 @@ pytestmark = [
     pytest.mark.skipif(ops.NO_CPU_KERNELS is not None, reason=f"no CPU kernels: {ops.NO_CPU_KERNELS}"),
 ]
 
-TOKENS = (1, 3, 8, 9, 15, 16, 17, 130)  # few enough for no panel, for no matrix instruction, and remainders of tiles
+TOKENS = (1, 3, 8, 9, 15, 16, 17, 31, 32, 130)  # few enough for no panel or matrix instruction, remainders of tiles
 SHAPES = {  # N, K, block size
     "one element": (1, 1, 64),
     "an odd number": (5, 7, 64),
     "a block a row": (40, 64, 64),
     "whole blocks": (300, 256, 128),
+    "an odd number of rows of whole blocks": (35, 128, 64),
     "blocks cross rows": (33, 96, 64),
     "odd rows of several panels": (290, 333, 256),
     "no outputs": (0, 64, 64),

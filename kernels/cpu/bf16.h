@@ -18,7 +18,7 @@ namespace fastlora::bf16 {
 namespace cpublas = at::native::cpublas;
 #endif
 
-constexpr int64_t GRAIN_M = 16;     // rows of an AMX tile
+constexpr int64_t GRAIN_M = 16;     // rows of an AMX tile: heights of tiles are multiples of it
 constexpr int64_t BLOCK_M = 32;     // rows of a product
 constexpr int64_t BLOCK_N = 256;    // columns of an expanded tile
 constexpr int64_t TAIL_M = 128;     // rows of a tile that the base product is in too,
@@ -27,7 +27,7 @@ constexpr int64_t TAIL_K = 512;     // summed up over about so much of the depth
 constexpr int64_t TAIL_BLOCKS = 8;  // blocks of TAIL_M rows for which a panel of part of the depth is made
 
 inline bool amx() {
-  return cpublas::could_pack(at::kBFloat16);  // only AMX has a use for packing
+  return cpublas::could_pack(at::kBFloat16);  // torch packs for AMX alone
 }
 
 // Whether there are matrix instructions that oneDNN uses.
@@ -116,7 +116,7 @@ class AdapterProduct {
         even_(round_up(adapter.p.size(1), 2)),
         p_parts_(adapter.s == 1.0 ? parts_of(adapter.p) : 2),
         b_parts_(parts_of(adapter.b)),
-        L_(round_up(even_ * (p_parts_ + b_parts_ - 1), amx() ? 32 : 2)),
+        L_(round_up(even_ * (p_parts_ + b_parts_ - 1), amx() ? 32 : 2)),  // 32: an AMX tile's depth
         stride_(round_up(adapter.b.size(1), PAD)),
         left_(left_rows(), L_),
         right_(L_ / 2, stride_) {

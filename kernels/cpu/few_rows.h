@@ -7,7 +7,8 @@
 
 namespace fastlora {
 
-constexpr int64_t CHUNK = 64;  // weights that are looked up together
+constexpr int64_t CHUNK = 64;         // weights that are looked up together
+constexpr int64_t IN_ONE_STREAM = 4;  // rows of x for which w is read from one end to the other, at memory's speed
 
 // Whether whole chunks make up a block, a power of two of them, and whole blocks a row
 inline bool in_chunks(const Weight4bit& w) {
@@ -21,8 +22,8 @@ inline bool in_chunks(const Weight4bit& w) {
 struct InFloat {
   using Element = float;
   using Vec = at::vec::Vectorized<float>;
-  static constexpr int ROWS_OF_X = 4;         // at a time,
-  static constexpr int ROWS_OF_W[] = {1, 1};  // of few and of more rows of x
+  static constexpr int ROWS_OF_X = 4;  // at a time
+  static constexpr bool TWO_ROWS_OF_W = false;
 
   // Half of the codes of a chunk
   static void look_up(const uint8_t* bytes, int half, const Table& table, Vec* to) {
@@ -87,7 +88,7 @@ struct InPairs {
   static constexpr int64_t AHEAD = 4096;  // bytes that are loaded before they are needed
   using Element = at::BFloat16;
   static constexpr int ROWS_OF_X = 8;
-  static constexpr int ROWS_OF_W[] = {1, 2};
+  static constexpr bool TWO_ROWS_OF_W = true;
 
   // A chunk of a row of x: what is multiplied with the high halves of all bytes, then with the low ones
   static void order(const at::BFloat16* from, at::BFloat16* to) {
@@ -184,14 +185,13 @@ void multiply_few(const Tensor& x, const Weight4bit& w, const Init& init, const 
       };
       sum_adapters(init, adapters, 0, M, n0, cols, tile.row(0), scratch.row(0), STRIP, product);
       const float* scales = w.scales.read(n0 * blocks, cols * blocks, scale.row(0));
-      const auto rows_of_w = [&]<int J>(int64_t n) {
-        for (; n + J <= cols; n += J)
-          dots<Way, J>(w, n0 + n, scales + n * blocks, ordered.row(0), M, tile.row(0) + n, STRIP);
-        return n;
+      const auto multiply = [&]<int J>(int64_t n) {
+        dots<Way, J>(w, n0 + n, scales + n * blocks, ordered.row(0), M, tile.row(0) + n, STRIP);
       };
-      constexpr auto J = Way::ROWS_OF_W;
-      rows_of_w.template operator()<1>(
-          M <= 4 ? rows_of_w.template operator()<J[0]>(0) : rows_of_w.template operator()<J[1]>(0));
+      int64_t n = 0;
+      if constexpr (Way::TWO_ROWS_OF_W)
+        for (; M > IN_ONE_STREAM && n + 2 <= cols; n += 2) multiply.template operator()<2>(n);
+      for (; n < cols; ++n) multiply.template operator()<1>(n);
       for (int64_t m = 0; m < M; ++m) at::vec::convert(tile.row(m), y + m * N + n0, cols);
     }
   });

@@ -85,18 +85,17 @@ inline std::vector<Tensor> with_rows(at::ArrayRef<Tensor> all) {
 // to[rows, cols] = from, whose rows or columns have unit stride if it is to be fast, and zeros up to whole vectors
 template <typename A, typename T>
 void read_matrix(const T* from, int64_t si, int64_t sj, int64_t rows, int64_t cols, A* to, int64_t ld) {
-  if (sj == 1) {
-    for (int64_t i = 0; i < rows; ++i) at::vec::convert(from + i * si, to + i * ld, cols);
-  } else if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) {
-    if (si == 1) {
-      at::vec::transpose_mxn<float>(from, sj, to, ld, static_cast<int>(cols), static_cast<int>(rows));
+  bool transposed = false;
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>) {
+    transposed = si == 1 && sj != 1;
+    if (transposed) at::vec::transpose_mxn<float>(from, sj, to, ld, static_cast<int>(cols), static_cast<int>(rows));
+  }
+  for (int64_t i = 0; !transposed && i < rows; ++i) {
+    if (sj == 1) {
+      at::vec::convert(from + i * si, to + i * ld, cols);
     } else {
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < cols; ++j) to[i * ld + j] = from[i * si + j * sj];
-    }
-  } else {
-    for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) to[i * ld + j] = static_cast<A>(from[i * si + j * sj]);
+    }
   }
   for (int64_t i = 0; i < rows; ++i) std::fill(to + i * ld + cols, to + i * ld + round_up(cols, PAD), A(0));
 }
