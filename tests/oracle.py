@@ -6,8 +6,9 @@ calls of hooks), and then, in a pass forward and backward, the output and every 
 patched model has to raise, too.
 
 What is computed in fp32 or fp64 is compared with plain PEFT's to `ROUNDINGS` eps. What is computed in half precision
-anywhere is judged by `accuracy.check_model`, the truth being plain PEFT in fp64. Both take a training step with the
-gradients of plain PEFT, so that rounding never adds up over steps.
+anywhere (by bitsandbytes also where it is given fp32: see `Twin.repacked`) is judged by `accuracy.check_model`, the
+truth being plain PEFT in fp64. Both take a training step with the gradients of plain PEFT, so that rounding never adds
+up over steps.
 """
 
 import copy
@@ -123,6 +124,7 @@ class Twin:
     model: nn.Module
     patched: bool = False  # whether it is the one that patch patches
     autocast: str | None = None  # to bf16: "forward" only, or "throughout"
+    repacked: bool = False  # whether bitsandbytes computed the last action in bf16, as it does with repacked weights
 
     def at(self, end: str) -> nn.Module:
         """The first module whose name ends so."""
@@ -227,7 +229,7 @@ class Twins:
         """Whether the action did not raise, which both have to do, or neither."""
         eps = precision(self.plain.model)
         truth = None
-        if self.plain.autocast or eps > HALF_EPS:
+        if self.plain.autocast or eps > HALF_EPS or weights_to_repack(self.plain.model):
             truth = Twin(self.plain.case, in_fp64(self.plain.model))
         plain, fast = (outcome(twin, action, args) for twin in (self.plain, self.fast))
         what = f"in {action.__name__}{args}:"
@@ -237,7 +239,7 @@ class Twins:
                 p.grad = None
         elif isinstance(fast, Exception):
             raise AssertionError(f"{what} the patched model raises, plain PEFT does not") from fast
-        elif truth is None:
+        elif truth is None or not (self.plain.autocast or eps > HALF_EPS or self.plain.repacked):
             compare(what, plain, fast, eps=eps)
         else:
             compare(what, plain, fast, truth=outcome(truth, action, args))
@@ -276,21 +278,30 @@ class Twins:
 def outcome(twin: Twin, action: Callable, args: tuple) -> Any:
     """What the action gives, or the exception that it raises."""
     torch.manual_seed(0)
+    weights = [] if twin.patched else weights_to_repack(twin.model)
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=twin.autocast is not None):
             return action(twin, *args) or {}
     except Exception as error:
         return error
     finally:
-        if not twin.patched:
-            undo_repacking(twin.model)
+        twin.repacked = undo_repacking(weights)
 
 
-def undo_repacking(model: nn.Module) -> None:
-    """Where bitsandbytes has repacked a 4-bit weight for inference, plain PEFT would train with wrong gradients."""
-    for module in model.modules():
-        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
-            module.state_dict()  # saves the standard format only, and puts it back
+def weights_to_repack(model: nn.Module) -> list[tuple]:
+    """The 4-bit layers that bitsandbytes may repack for inference, and what their weights are before."""
+    layers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    return [(layer, layer.weight.data, copy.copy(layer.weight.quant_state)) for layer in layers]
+
+
+def undo_repacking(weights: list[tuple]) -> bool:
+    """Whether bitsandbytes has repacked any. Plain PEFT would train with wrong gradients then, and bitsandbytes' own
+    way back rounds the statistics, so that the twins would no longer be the same model."""
+    repacked = [each for each in weights if getattr(each[0].weight.quant_state, "packing_format_for_cpu", False)]
+    for layer, data, state in repacked:
+        layer.weight.data, layer.weight.quant_state = data, state
+        layer.quant_state = state
+    return bool(repacked)
 
 
 def precision(model: nn.Module) -> float:

@@ -1,5 +1,5 @@
-// The product of a few rows of x with a 4-bit weight, which is read once: weights are looked up and multiplied in
-// registers, in whatever order the look-up gives them, and x is put into that order before.
+// The product of a few rows of x with a weight in 4 bits or bf16, which is read once: weights are decoded and
+// multiplied in registers, in whatever order decoding gives them, and x is put into that order before.
 #pragma once
 
 #include "fourbit.h"
@@ -7,23 +7,106 @@
 
 namespace fastlora {
 
-constexpr int64_t CHUNK = 64;         // weights that are looked up together
-constexpr int64_t IN_ONE_STREAM = 4;  // rows of x for which w is read from one end to the other, at memory's speed
+constexpr int64_t CHUNK = 64;  // weights of a row that are read together
 
 // Whether whole chunks make up a block, a power of two of them, and whole blocks a row
 inline bool in_chunks(const Weight4bit& w) {
   return w.blocksize % CHUNK == 0 && (w.blocksize & (w.blocksize - 1)) == 0 && w.K % w.blocksize == 0;
 }
 
-// ---- two ways to the product of rows n to n + J of w with I rows of x, which `order` has put in order:
+// Rows of x lie so far apart, for at a power of two they would be on the same lines of the first-level cache.
+inline int64_t ld_of_x(int64_t K) {
+  return K + CHUNK / 2;
+}
+
+// A dense w[N, K] in bf16 whose rows have unit stride and whole chunks
+struct DenseRows {
+  static bool fits(const Tensor& w) {
+    return w.scalar_type() == at::kBFloat16 && w.stride(1) == 1 && w.size(1) % CHUNK == 0;
+  }
+  explicit DenseRows(const Tensor& w)
+      : from(w.const_data_ptr<at::BFloat16>()), ld(w.stride(0)), N(w.size(0)), K(w.size(1)) {
+  }
+  int64_t blocks() const {
+    return 0;
+  }
+  const float* scales_of(int64_t, int64_t, float*) const {
+    return nullptr;
+  }
+  const at::BFloat16* from;
+  const int64_t ld, N, K;
+};
+
+// ---- ways to the product of rows n to n + J of w with I rows of x, which `order` has put in order:
 //      out[i * ld_out + j] += w[n + j] . x[i], with the scales of these rows' blocks
 
-// In fp32: the scale of a block comes in after its products.
-struct InFloat {
+// From bf16 in fp32, which a number is that has its 16 bits in front of zeros: a vector's even ones, then its odd ones.
+struct DenseInFloat {
+  using Weight = DenseRows;
   using Element = float;
   using Vec = at::vec::Vectorized<float>;
-  static constexpr int ROWS_OF_X = 4;  // at a time
-  static constexpr bool TWO_ROWS_OF_W = false;
+  static constexpr int LANES = Vec::size();
+  static constexpr int ROWS_OF_X = LANES == 8 ? 4 : 6, ROWS_OF_W = LANES == 8 ? 2 : 4;  // at a time, in registers
+  static constexpr int64_t IN_ONE_STREAM = 1;
+  static constexpr int64_t AHEAD = 4096;  // bytes of a row that are loaded before they are needed
+
+  template <typename T>
+  static void order(const T* from, float* to) {
+    for (int64_t i = 0; i < CHUNK; ++i)
+      to[i] = static_cast<float>(from[i / (2 * LANES) * 2 * LANES + i % LANES * 2 + i / LANES % 2]);
+  }
+
+  static void read(const at::BFloat16* from, Vec& even, Vec& odd) {
+#ifdef CPU_CAPABILITY_AVX512
+    const __m512i pairs = _mm512_loadu_si512(from);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+#else
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
+#endif
+  }
+
+  template <int I, int J>
+  static void dot(const DenseRows& w, int64_t n, const float*, const float* x, float* out, int64_t ld_out) {
+    constexpr int HALVES = I * J <= 4 ? 2 : 1;  // enough sums for an addition to end before the next to the same one
+    const at::BFloat16* row = w.from + n * w.ld;
+    Vec sum[HALVES][J][I];
+    for (int i = 0; i < HALVES * J * I; ++i) (&sum[0][0][0])[i] = Vec(0.0f);
+    for (int64_t k = 0; k < w.K; k += CHUNK) {
+      for (int j = 0; j < J; ++j)
+        for (int64_t line = 0; line < CHUNK; line += 32)
+          _mm_prefetch(
+              reinterpret_cast<const char*>(row + j * w.ld + k + line) + AHEAD, J == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+      for (int64_t v = 0; v < CHUNK; v += 2 * LANES) {
+        Vec even[J], odd[J];
+        for (int j = 0; j < J; ++j) read(row + j * w.ld + k + v, even[j], odd[j]);
+        for (int i = 0; i < I; ++i) {
+          const float* from = x + i * ld_of_x(w.K) + k + v;
+          const Vec first = Vec::loadu(from), second = Vec::loadu(from + LANES);
+          for (int j = 0; j < J; ++j) sum[0][j][i] = at::vec::fmadd(even[j], first, sum[0][j][i]);
+          for (int j = 0; j < J; ++j) sum[HALVES - 1][j][i] = at::vec::fmadd(odd[j], second, sum[HALVES - 1][j][i]);
+        }
+      }
+    }
+    const auto add = [](const Vec& a, const Vec& b) { return a + b; };
+    for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < J; ++j) {
+        const Vec all = HALVES == 1 ? sum[0][j][i] : sum[0][j][i] + sum[1][j][i];
+        out[i * ld_out + j] += at::vec::vec_reduce_all<float>(add, all);
+      }
+    }
+  }
+};
+
+// From 4 bits in fp32: the scale of a block comes in after its products.
+struct InFloat {
+  using Weight = Weight4bit;
+  using Element = float;
+  using Vec = at::vec::Vectorized<float>;
+  static constexpr int ROWS_OF_X = 4, ROWS_OF_W = 1;
+  static constexpr int64_t IN_ONE_STREAM = 0;
 
   // Half of the codes of a chunk
   static void look_up(const uint8_t* bytes, int half, const Table& table, Vec* to) {
@@ -71,8 +154,8 @@ struct InFloat {
           look_up(bytes, half, w.table, codes);
           for (int64_t v = 0; v < VECTORS; ++v)
             for (int i = 0; i < I; ++i)
-              sum[i] =
-                  at::vec::fmadd(codes[v], Vec::loadu(x + i * w.K + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
+              sum[i] = at::vec::fmadd(
+                  codes[v], Vec::loadu(x + i * ld_of_x(w.K) + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
         }
       }
       for (int i = 0; i < I; ++i) total[i] = at::vec::fmadd(Vec(*scales), sum[i], total[i]);
@@ -83,12 +166,14 @@ struct InFloat {
 };
 
 #ifdef __AVX512BF16__
-// In pairs of bf16 numbers: what is looked up is the codes of a block times its scale, rounded as bitsandbytes does.
+// From 4 bits in pairs of bf16 numbers: what is looked up is the codes of a block times its scale, rounded as
+// bitsandbytes does.
 struct InPairs {
+  using Weight = Weight4bit;
   static constexpr int64_t AHEAD = 4096;  // bytes that are loaded before they are needed
   using Element = at::BFloat16;
-  static constexpr int ROWS_OF_X = 8;
-  static constexpr bool TWO_ROWS_OF_W = true;
+  static constexpr int ROWS_OF_X = 8, ROWS_OF_W = 2;
+  static constexpr int64_t IN_ONE_STREAM = 4;
 
   // A chunk of a row of x: what is multiplied with the high halves of all bytes, then with the low ones
   static void order(const at::BFloat16* from, at::BFloat16* to) {
@@ -124,7 +209,7 @@ struct InPairs {
         low[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(pairs, table));
       }
       for (int i = 0; i < I; ++i) {
-        const at::BFloat16* row = x + i * w.K + chunk * CHUNK;
+        const at::BFloat16* row = x + i * ld_of_x(w.K) + chunk * CHUNK;
         const __m512bh first = reinterpret_cast<__m512bh>(_mm512_loadu_si512(row));
         const __m512bh second = reinterpret_cast<__m512bh>(_mm512_loadu_si512(row + CHUNK / 2));
         for (int j = 0; j < J; ++j) sum[0][j][i] = _mm512_dpbf16_ps(sum[0][j][i], high[j], first);
@@ -141,23 +226,25 @@ struct InPairs {
 };
 #endif
 
-// ---- by either of them
+// ---- by any of them
 
 // The products of J rows of w with all rows of x
 template <typename Way, int J, int I = Way::ROWS_OF_X>
 void dots(
-    const Weight4bit& w, int64_t n, const float* scales, const typename Way::Element* x, int64_t rows, float* out,
-    int64_t ld_out) {
-  for (; rows >= I; rows -= I, x += I * w.K, out += I * ld_out) Way::template dot<I, J>(w, n, scales, x, out, ld_out);
+    const typename Way::Weight& w, int64_t n, const float* scales, const typename Way::Element* x, int64_t rows,
+    float* out, int64_t ld_out) {
+  for (; rows >= I; rows -= I, x += I * ld_of_x(w.K), out += I * ld_out)
+    Way::template dot<I, J>(w, n, scales, x, out, ld_out);
   if constexpr (I > 1) dots<Way, J, I - 1>(w, n, scales, x, rows, out, ld_out);
 }
 
 // y[M, N] = x w^T + init + the adapters' parts
 template <typename Way, typename T, typename Init>
-void multiply_few(const Tensor& x, const Weight4bit& w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
+void multiply_few(
+    const Tensor& x, const typename Way::Weight& w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
   constexpr int64_t STRIP = 32;
-  const int64_t M = x.size(0), N = w.N, K = w.K, blocks = K / w.blocksize;
-  const Buffer<typename Way::Element> ordered(M, K);
+  const int64_t M = x.size(0), N = w.N, K = w.K, blocks = w.blocks();
+  const Buffer<typename Way::Element> ordered(M, ld_of_x(K));
   for (int64_t m = 0; m < M; ++m) {
     const T* from = x.const_data_ptr<T>() + m * x.stride(0);
     for (int64_t k = 0; k < K; k += CHUNK) Way::order(from + k, ordered.row(m) + k);
@@ -184,13 +271,14 @@ void multiply_few(const Tensor& x, const Weight4bit& w, const Init& init, const 
         accumulate(to, STRIP, lefts[i].row(0), lefts[i].stride, 1, right.row(0), STRIP, M, r, round_up(cols, PAD));
       };
       sum_adapters(init, adapters, 0, M, n0, cols, tile.row(0), scratch.row(0), STRIP, product);
-      const float* scales = w.scales.read(n0 * blocks, cols * blocks, scale.row(0));
+      const float* scales = w.scales_of(n0, cols, scale.row(0));
       const auto multiply = [&]<int J>(int64_t n) {
         dots<Way, J>(w, n0 + n, scales + n * blocks, ordered.row(0), M, tile.row(0) + n, STRIP);
       };
       int64_t n = 0;
-      if constexpr (Way::TWO_ROWS_OF_W)
-        for (; M > IN_ONE_STREAM && n + 2 <= cols; n += 2) multiply.template operator()<2>(n);
+      if constexpr (Way::ROWS_OF_W > 1)
+        for (constexpr int J = Way::ROWS_OF_W; M > Way::IN_ONE_STREAM && n + J <= cols; n += J)
+          multiply.template operator()<J>(n);
       for (; n < cols; ++n) multiply.template operator()<1>(n);
       for (int64_t m = 0; m < M; ++m) at::vec::convert(tile.row(m), y + m * N + n0, cols);
     }

@@ -128,6 +128,14 @@ struct Weight4bit {
         scales(absmax, code2, absmax2, offset, blocksize2) {
   }
 
+  // The blocks of a row, if it is made of whole ones, and the scales of those of rows n to n + rows
+  int64_t blocks() const {
+    return K / blocksize;
+  }
+  const float* scales_of(int64_t n, int64_t rows, float* to) const {
+    return scales.read(n * blocks(), rows * blocks(), to);
+  }
+
   // What `read` and `prefetch` need
   void decode_scales() {
     decoded_scales = scales.whole();

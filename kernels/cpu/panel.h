@@ -41,20 +41,22 @@ constexpr int64_t LD_X = PANEL_K + PAD;  // so that rows do not fall on the same
 template <int I>
 inline void multiply_micro(float* c, int64_t ldc, const float* a, const float* b, int64_t depth) {
   using Vec = at::vec::Vectorized<float>;
-  Vec sum[I][2];
-  for (int i = 0; i < I; ++i) sum[i][0] = sum[i][1] = Vec(0.0f);
-  for (int64_t l = 0; l < depth; ++l) {
-    const Vec first = Vec::loadu(b + l * MICRO_N), second = Vec::loadu(b + l * MICRO_N + LANES);
-    for (int i = 0; i < I; ++i) {
-      const Vec factor(a[i * LD_X + l]);
-      sum[i][0] = at::vec::fmadd(factor, first, sum[i][0]);
-      sum[i][1] = at::vec::fmadd(factor, second, sum[i][1]);
+  for (int64_t l = 0; l < depth;) {
+    Vec sum[I][2];
+    for (int i = 0; i < I; ++i) sum[i][0] = sum[i][1] = Vec(0.0f);
+    for (const int64_t end = std::min(depth, l + RUN); l < end; ++l) {
+      const Vec first = Vec::loadu(b + l * MICRO_N), second = Vec::loadu(b + l * MICRO_N + LANES);
+      for (int i = 0; i < I; ++i) {
+        const Vec factor(a[i * LD_X + l]);
+        sum[i][0] = at::vec::fmadd(factor, first, sum[i][0]);
+        sum[i][1] = at::vec::fmadd(factor, second, sum[i][1]);
+      }
     }
-  }
-  for (int i = 0; i < I; ++i) {
-    float* to = c + i * ldc;
-    (Vec::loadu(to) + sum[i][0]).store(to);
-    (Vec::loadu(to + LANES) + sum[i][1]).store(to + LANES);
+    for (int i = 0; i < I; ++i) {
+      float* to = c + i * ldc;
+      (Vec::loadu(to) + sum[i][0]).store(to);
+      (Vec::loadu(to + LANES) + sum[i][1]).store(to + LANES);
+    }
   }
 }
 

@@ -46,30 +46,41 @@ std::vector<Operand> operands_of(at::TensorList w) {
   return std::vector<Operand>(w.begin(), w.end());
 }
 
+// So many rows or fewer are multiplied without making a panel: with 4-bit weights,
+constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15, FEW_IN_PAIRS = 31;
+// and with dense ones, of which a panel is worth making from so many on beside what torch does instead.
+#ifdef __AVX512BF16__
+constexpr int64_t FEW_DENSE = 31, LEAST_PANEL = 32;
+#else
+constexpr int64_t FEW_DENSE = vector::LANES == 8 ? 23 : 31, LEAST_PANEL = vector::LANES == 8 ? 2 : 8;
+#endif
+
 // y[M, N] = sum of x[M, K] @ w[N, K]^T + init + sum of the adapters' parts, if there is a faster way to it than
 // `expand` and torch's GEMMs; otherwise does nothing and returns false.
 template <typename T, typename Init>
 bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
   const int64_t M = x[0].size(0), N = w[0].size(0);
   if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const bool fast = bf16::available();
+    if (x.size() == 1 && M <= (fast ? FEW_ROWS - 1 : FEW_DENSE) && DenseRows::fits(w[0])) {
+      multiply_few<DenseInFloat>(with_rows(x[0]), DenseRows(w[0]), init, adapters, y);
+      return true;
+    }
     if (by_matrix_instructions<T>(M) && bf16::prefers_tail(x, w)) {
       bf16::tail(x.vec(), operands_of<bf16::DenseOperand>(w), init, adapters, y, M, N);
       return true;
     }
-    if (bf16::available()) return false;
+    if (fast) return false;
   }
-  // Without AVX-512 torch multiplies 16-bit numbers one by one.
+  // Converted to fp32, where torch multiplies 16-bit numbers at half its speed or less
   const auto by_lines = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
-  if constexpr (sizeof(T) == 2 && vector::LANES == 8) {
-    if (M == 1 || !std::all_of(w.begin(), w.end(), by_lines)) return false;  // its product with a vector is fast
+  if constexpr (sizeof(T) == 2 && (vector::LANES == 8 || std::is_same_v<T, at::BFloat16>)) {
+    if (M < LEAST_PANEL || !std::all_of(w.begin(), w.end(), by_lines)) return false;
     vector::multiply(with_rows(x), operands_of<DenseOperand<T>>(w), init, adapters, y, M, N);
     return true;
   }
   return false;
 }
-
-// So many rows or fewer are multiplied without making a panel.
-constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15, FEW_IN_PAIRS = 31;
 
 // The same for 4-bit weights, of which every way decodes a part at a time. Rows of x have unit stride.
 template <typename T, typename Init>
