@@ -278,7 +278,7 @@ class Twins:
 def outcome(twin: Twin, action: Callable, args: tuple) -> Any:
     """What the action gives, or the exception that it raises."""
     torch.manual_seed(0)
-    weights = [] if twin.patched else weights_to_repack(twin.model)
+    weights = weights_to_repack(twin.model)
     try:
         with torch.autocast("cpu", torch.bfloat16, enabled=twin.autocast is not None):
             return action(twin, *args) or {}
@@ -291,13 +291,15 @@ def outcome(twin: Twin, action: Callable, args: tuple) -> Any:
 def weights_to_repack(model: nn.Module) -> list[tuple]:
     """The 4-bit layers that bitsandbytes may repack for inference, and what their weights are before."""
     layers = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
-    return [(layer, layer.weight.data, copy.copy(layer.weight.quant_state)) for layer in layers]
+    states = [getattr(layer.weight, "quant_state", None) for layer in layers]  # which a pickled one has lost
+    return [(layer, layer.weight.data, copy.copy(s)) for layer, s in zip(layers, states, strict=True) if s is not None]
 
 
 def undo_repacking(weights: list[tuple]) -> bool:
     """Whether bitsandbytes has repacked any. Plain PEFT would train with wrong gradients then, and bitsandbytes' own
     way back rounds the statistics, so that the twins would no longer be the same model."""
-    repacked = [each for each in weights if getattr(each[0].weight.quant_state, "packing_format_for_cpu", False)]
+    now = [getattr(layer.weight, "quant_state", None) for layer, *_ in weights]
+    repacked = [each for each, s in zip(weights, now, strict=True) if getattr(s, "packing_format_for_cpu", False)]
     for layer, data, state in repacked:
         layer.weight.data, layer.weight.quant_state = data, state
         layer.quant_state = state
