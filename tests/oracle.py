@@ -228,8 +228,8 @@ class Twins:
     def _act(self, action: Callable, args: tuple) -> bool:
         """Whether the action did not raise, which both have to do, or neither."""
         eps = precision(self.plain.model)
-        truth = None
-        if self.plain.autocast or eps > HALF_EPS or weights_to_repack(self.plain.model):
+        in_half, truth = self.plain.autocast or eps > HALF_EPS, None
+        if in_half or weights_to_repack(self.plain.model):
             truth = Twin(self.plain.case, in_fp64(self.plain.model))
         plain, fast = (outcome(twin, action, args) for twin in (self.plain, self.fast))
         what = f"in {action.__name__}{args}:"
@@ -239,7 +239,7 @@ class Twins:
                 p.grad = None
         elif isinstance(fast, Exception):
             raise AssertionError(f"{what} the patched model raises, plain PEFT does not") from fast
-        elif truth is None or not (self.plain.autocast or eps > HALF_EPS or self.plain.repacked):
+        elif not (in_half or self.plain.repacked):
             compare(what, plain, fast, eps=eps)
         else:
             compare(what, plain, fast, truth=outcome(truth, action, args))

@@ -30,8 +30,9 @@ inline bool amx() {
   return cpublas::could_pack(at::kBFloat16);  // torch packs for AMX alone
 }
 
-// Whether oneDNN has instructions for bf16 that are faster than fp32's: AMX, and pairs where the processor does not
-// take them at a quarter of the speed, as Intel's do that have AMX, here seen without it (measured on Emerald Rapids).
+// Whether oneDNN has instructions for bf16 that do more work than fp32's: AMX, or pairs (AVX512-BF16). Intel's
+// processors that have AMX multiply pairs at a quarter of the rate of fp32 vectors, half of their work (measured on
+// Emerald Rapids): without AMX, as a virtual machine may have it, fp32 is faster there.
 inline bool available() {
 #if defined(__AVX512BF16__) && !defined(FASTLORA_REFERENCE_BRGEMM)
   static const bool works = [] {

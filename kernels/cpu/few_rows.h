@@ -19,6 +19,15 @@ inline int64_t ld_of_x(int64_t K) {
   return K + CHUNK / 2;
 }
 
+constexpr int64_t AHEAD = 4096;  // bytes of a row of w that are loaded before they are needed
+
+// Loads what comes so much later in one of ROWS rows. Several may lie a power of two apart, on the same lines of the
+// first-level cache, and go to the second level.
+template <int ROWS>
+inline void load_ahead(const void* from) {
+  _mm_prefetch(static_cast<const char*>(from) + AHEAD, ROWS == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+}
+
 // A dense w[N, K] in bf16 whose rows have unit stride and whole chunks
 struct DenseRows {
   static bool fits(const Tensor& w) {
@@ -39,8 +48,9 @@ struct DenseRows {
 
 // ---- ways to the product of rows n to n + J of w with I rows of x, which `order` has put in order:
 //      out[i * ld_out + j] += w[n + j] . x[i], with the scales of these rows' blocks
+//      With IN_ONE_STREAM rows of x or fewer, w is read from one end to the other, at memory's speed: J is 1.
 
-// From bf16 in fp32, which a number is that has its 16 bits in front of zeros: a vector's even ones, then its odd ones.
+// From bf16 in fp32: the 16 bits of a number and 16 zeros. The even weights of a vector come first, then the odd ones.
 struct DenseInFloat {
   using Weight = DenseRows;
   using Element = float;
@@ -48,7 +58,6 @@ struct DenseInFloat {
   static constexpr int LANES = Vec::size();
   static constexpr int ROWS_OF_X = LANES == 8 ? 4 : 6, ROWS_OF_W = LANES == 8 ? 2 : 4;  // at a time, in registers
   static constexpr int64_t IN_ONE_STREAM = 1;
-  static constexpr int64_t AHEAD = 4096;  // bytes of a row that are loaded before they are needed
 
   template <typename T>
   static void order(const T* from, float* to) {
@@ -76,9 +85,7 @@ struct DenseInFloat {
     for (int i = 0; i < HALVES * J * I; ++i) (&sum[0][0][0])[i] = Vec(0.0f);
     for (int64_t k = 0; k < w.K; k += CHUNK) {
       for (int j = 0; j < J; ++j)
-        for (int64_t line = 0; line < CHUNK; line += 32)
-          _mm_prefetch(
-              reinterpret_cast<const char*>(row + j * w.ld + k + line) + AHEAD, J == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+        for (int64_t line = 0; line < CHUNK; line += 32) load_ahead<J>(row + j * w.ld + k + line);
       for (int64_t v = 0; v < CHUNK; v += 2 * LANES) {
         Vec even[J], odd[J];
         for (int j = 0; j < J; ++j) read(row + j * w.ld + k + v, even[j], odd[j]);
@@ -90,13 +97,9 @@ struct DenseInFloat {
         }
       }
     }
-    const auto add = [](const Vec& a, const Vec& b) { return a + b; };
-    for (int i = 0; i < I; ++i) {
-      for (int j = 0; j < J; ++j) {
-        const Vec all = HALVES == 1 ? sum[0][j][i] : sum[0][j][i] + sum[1][j][i];
-        out[i * ld_out + j] += at::vec::vec_reduce_all<float>(add, all);
-      }
-    }
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < J; ++j)
+        out[i * ld_out + j] += total(HALVES == 1 ? sum[0][j][i] : sum[0][j][i] + sum[1][j][i]);
   }
 };
 
@@ -142,8 +145,8 @@ struct InFloat {
   static void dot(const Weight4bit& w, int64_t n, const float* scales, const float* x, float* out, int64_t ld_out) {
     static_assert(J == 1);
     const uint8_t* bytes = w.bytes + n * w.K / 2;
-    Vec total[I];
-    for (int i = 0; i < I; ++i) total[i] = Vec(0.0f);
+    Vec all[I];
+    for (int i = 0; i < I; ++i) all[i] = Vec(0.0f);
     for (int64_t k = 0; k < w.K; ++scales) {
       Vec sum[I];
       for (int i = 0; i < I; ++i) sum[i] = Vec(0.0f);
@@ -158,10 +161,9 @@ struct InFloat {
                   codes[v], Vec::loadu(x + i * ld_of_x(w.K) + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
         }
       }
-      for (int i = 0; i < I; ++i) total[i] = at::vec::fmadd(Vec(*scales), sum[i], total[i]);
+      for (int i = 0; i < I; ++i) all[i] = at::vec::fmadd(Vec(*scales), sum[i], all[i]);
     }
-    const auto add = [](const Vec& a, const Vec& b) { return a + b; };
-    for (int i = 0; i < I; ++i) out[i * ld_out] += at::vec::vec_reduce_all<float>(add, total[i]);
+    for (int i = 0; i < I; ++i) out[i * ld_out] += total(all[i]);
   }
 };
 
@@ -170,7 +172,6 @@ struct InFloat {
 // bitsandbytes does.
 struct InPairs {
   using Weight = Weight4bit;
-  static constexpr int64_t AHEAD = 4096;  // bytes that are loaded before they are needed
   using Element = at::BFloat16;
   static constexpr int ROWS_OF_X = 8, ROWS_OF_W = 2;
   static constexpr int64_t IN_ONE_STREAM = 4;
@@ -202,8 +203,7 @@ struct InPairs {
         // Twice, so that a fifth bit of what is looked up makes no difference
         const __m512i table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
         const uint8_t* from = bytes + j * (w.K / 2);
-        // Rows may lie a power of two apart, on the same lines of the first-level cache.
-        _mm_prefetch(reinterpret_cast<const char*>(from) + AHEAD, J == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
+        load_ahead<J>(from);
         const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
         high[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table));
         low[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(pairs, table));

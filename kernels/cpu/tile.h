@@ -59,6 +59,11 @@ struct Buffer {
   std::unique_ptr<T[], Free> data;
 };
 
+inline float total(const at::vec::Vectorized<float>& lanes) {
+  using Vec = at::vec::Vectorized<float>;
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, lanes);
+}
+
 constexpr int64_t PAD = 16;  // tiles have whole vectors of any instruction set a row, so no inner loop has a tail
 
 // An fp32 or fp64 matrix with padded rows.
@@ -303,11 +308,10 @@ Tile<float> shrink_few(const Tensor& x, const Tensor& b, double s, const Dropout
               for (int64_t j = 0; j < COLUMNS_AT_ONCE; ++j)
                 sum[j] = at::vec::fmadd(factor, Vec::loadu(column[j] + k), sum[j]);
             }
-            const auto add = [](const Vec& a, const Vec& b) { return a + b; };
             for (int64_t j = 0; j < std::min(COLUMNS_AT_ONCE, r - j0); ++j) {
-              float total = at::vec::vec_reduce_all<float>(add, sum[j]);
-              for (int64_t k = whole; k < K; ++k) total += row[k] * column[j][k];
-              out.row(m)[j0 + j] = total * static_cast<float>(s);
+              float all = total(sum[j]);
+              for (int64_t k = whole; k < K; ++k) all += row[k] * column[j][k];
+              out.row(m)[j0 + j] = all * static_cast<float>(s);
             }
           }
         }
