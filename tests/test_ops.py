@@ -156,6 +156,22 @@ def test_groups_are_those_of_the_reference(group, dtype, rows):
     check_like(reference.lora_matmul_group, args, op.lora_matmul_group(*args))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "rows apart", "transposed"])
+@pytest.mark.parametrize("M", [1, 2, 5, 9, 15, 16, 23, 24, 31, 32])  # on either side of where another kernel takes over
+def test_bf16_product_of_few_rows(M, layout):
+    N, K = 37, 192  # whole chunks of K, and rows of w that are left over from those read together
+    x, w, _, b, bias, _, xa = tensors(torch.bfloat16, torch.float32, M, K, N)
+    laid_out = {
+        "contiguous": w,
+        "rows apart": torch.cat([w, torch.full_like(w, torch.nan)], dim=1)[:, :K],
+        "transposed": w.t().contiguous().t(),
+    }[layout]
+    y = op.lora_matmul(x, laid_out, xa, b, bias, 0.3, SEED)
+    x, w, xa, b, bias = (t.double() for t in (x, w, xa, b, bias))
+    truth = x @ w.t() + bias + reference.dropout(xa @ b.t(), 0.3, SEED)
+    assert inexact([y], [truth.bfloat16()], [truth], K + r) is None
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(12, 33), (1, 1), (3, 1536), (0, 8), (65, 252)], ids=str)
