@@ -32,12 +32,13 @@ inline bool amx() {
 
 // Whether oneDNN has instructions for bf16 that do more work than fp32's: AMX, or pairs (AVX512-BF16). Intel's
 // processors that have AMX multiply pairs at a quarter of the rate of fp32 vectors, half of their work (measured on
-// Emerald Rapids): without AMX, as a virtual machine may have it, fp32 is faster there.
+// Emerald Rapids): without AMX, as a virtual machine may have it, fp32 is faster there. Cooper Lake has no AMX at all
+// and is left to oneDNN.
 inline bool available() {
 #if defined(__AVX512BF16__) && !defined(FASTLORA_REFERENCE_BRGEMM)
   static const bool works = [] {
     if (amx()) return true;
-    if (__builtin_cpu_is("intel")) return false;
+    if (__builtin_cpu_is("intel") && !__builtin_cpu_is("cooperlake")) return false;
     const BFloat16 a[2] = {}, b[2 * PAD] = {};
     float c[PAD];
     try {
