@@ -41,6 +41,7 @@ _OPS = {
     "fastlora::lora_grad": ADAPTER,
     "fastlora::lora_grad_a": ADAPTER,
     "fastlora::decode_4bit": DECODE,
+    "fastlora::dora_grad": ELEMENTWISE,
     "fastlora::swiglu": ELEMENTWISE,
     "fastlora::swiglu_backward_": ELEMENTWISE,
     "bitsandbytes::gemm_4bit": BASE,

@@ -27,6 +27,7 @@ _VARIANTS = (
 )
 _NO_VARIANTS = (
     "use_rslora",
+    "use_dora",
     "runtime_config",
     "megatron_config",
     "eva_config",
@@ -50,6 +51,7 @@ class AdapterConfig:
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     bias: str = "none"
     init_lora_weights: bool | str = True
     target_modules: str | list[str] = field(default_factory=list)
@@ -64,7 +66,8 @@ class AdapterConfig:
         _check(is_finite_number(self.lora_alpha), "lora_alpha", "a finite number", self.lora_alpha)
         dropout = self.lora_dropout
         _check(is_finite_number(dropout) and 0 <= dropout < 1, "lora_dropout", "a number in [0, 1)", dropout)
-        _check(isinstance(self.use_rslora, bool), "use_rslora", "true or false", self.use_rslora)
+        for name in ("use_rslora", "use_dora"):
+            _check(isinstance(getattr(self, name), bool), name, "true or false", getattr(self, name))
         _check(self.bias in _BIASES, "bias", f"one of {', '.join(_BIASES)}", self.bias)
         init = self.init_lora_weights
         known = isinstance(init, bool | str) and init in _INITIALISATIONS
@@ -146,7 +149,7 @@ def describe(model: nn.Module, layers: dict[str, LoRALinear], bias: str) -> dict
 
     Raises ValueError if PEFT's format has none.
     """
-    for setting in ("use_rslora", "lora_dropout"):
+    for setting in ("use_rslora", "use_dora", "lora_dropout"):
         if len({getattr(layer, setting) for layer in layers.values()}) > 1:
             raise ValueError(f"PEFT's format has one {setting} for all layers; these have different ones")
     r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
@@ -160,6 +163,7 @@ def describe(model: nn.Module, layers: dict[str, LoRALinear], bias: str) -> dict
         "lora_alpha": alpha,
         "lora_dropout": float(first.lora_dropout),
         "use_rslora": first.use_rslora,
+        "use_dora": first.use_dora,
         "rank_pattern": {_only(name): layer.r for name, layer in layers.items() if layer.r != r},
         "alpha_pattern": {_only(name): la.lora_alpha for name, la in layers.items() if la.lora_alpha != alpha},
         "target_modules": sorted(layers),

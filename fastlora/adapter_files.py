@@ -16,15 +16,24 @@ from fastlora.nn import LoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"  # DoRA's, which PEFT saves without ".weight"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _READS = 100  # of a folder that is replaced while it is read
 
 
+class _Weights(NamedTuple):
+    """What a folder holds for one layer."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+
+
 class _Adapter(NamedTuple):
-    """What a folder holds: lora_A and lora_B by the name of their layer, and biases by the name of theirs."""
+    """What a folder holds: weights by the name of their layer, and biases by the name of theirs."""
 
     config: AdapterConfig
-    layers: dict[str, tuple[Tensor, Tensor]]
+    layers: dict[str, _Weights]
     biases: dict[str, Tensor]
 
 
@@ -40,7 +49,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
     two, it gets one of each. `load_adapter` sees that and reads again.)
 
     Raises ValueError, and writes nothing, if the model has no adapters of `add_lora`, or PEFT's format cannot say what
-    they are: dropouts that differ, use_rslora on some layers only, a scaling that is not that of lora_alpha and r.
+    they are: dropouts that differ, use_rslora or use_dora on some layers only, a scaling that is not that of lora_alpha
+    and r.
     Raises OSError, and leaves the old files, if the new ones cannot be written.
     """
     layers = dict(lora_layers(model))
@@ -50,6 +60,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
         _require_whole(name, layer)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{_PREFIX}{name}.{_MAGNITUDE}"] = layer.lora_magnitude_vector
     biases = {n: p for n, p in model.named_parameters() if p.requires_grad and n.rpartition(".")[2] == "bias"}
     tensors |= {_PREFIX + name: parameter for name, parameter in biases.items()}
     only_adapted = all(name.endswith(".base_layer.bias") for name in biases)
@@ -92,10 +104,12 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_dtype: torch.dtyp
         layers = existing or {name: _new_layer(model, name, adapter.config, adapter_dtype) for name in adapter.layers}
         if not existing:
             put_layers(model, layers)
-        for name, (a, b) in adapter.layers.items():
+        for name, (a, b, magnitude) in adapter.layers.items():
             layer = layers[name]
             layer.lora_A.copy_(a)
             layer.lora_B.copy_(b)
+            if layer.lora_magnitude_vector is not None and magnitude is not None:
+                layer.lora_magnitude_vector.copy_(magnitude)
             layer.set_scaling(adapter.config.alpha(name), adapter.config.use_rslora)
             layer.lora_dropout = adapter.config.lora_dropout
         for parameter, value in biases:
@@ -148,8 +162,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is corrupt or not a safetensors file: {error}") from None
 
 
-def _parse(tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Split an adapter file's tensors into (lora_A, lora_B) by layer name, and biases by parameter name."""
+def _parse(tensors: dict[str, Tensor]) -> tuple[dict[str, _Weights], dict[str, Tensor]]:
+    """Split an adapter file's tensors into weights by layer name, and biases by parameter name."""
     foreign = [name for name, t in tensors.items() if not name.startswith(_PREFIX) or not t.is_floating_point()]
     if foreign:
         name = foreign[0]
@@ -161,7 +175,7 @@ def _parse(tensors: dict[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor]]
         a, b = stripped.pop(f"{name}.lora_A.weight"), stripped.pop(f"{name}.lora_B.weight", None)
         if b is None:
             raise ValueError(f"the adapter has lora_A but no lora_B for {name}")
-        adapters[name] = (a, b)
+        adapters[name] = _Weights(a, b, stripped.pop(f"{name}.{_MAGNITUDE}", None))
     if not adapters:
         raise ValueError("the adapter file has no lora_A weights")
     unknown = [name for name in stripped if name.rpartition(".")[2] != "bias" or ".lora_" in name]
@@ -184,7 +198,7 @@ def _check_layers(model: nn.Module, adapter: _Adapter, existing: dict[str, LoRAL
         raise ValueError(
             f"the adapter's config and weights are for different layers; they differ in {', '.join(odd[:5])}"
         )
-    for name, (a, b) in adapter.layers.items():
+    for name, (a, b, magnitude) in adapter.layers.items():
         module = modules[name]
         r, K, N = adapter.config.rank(name), *(getattr(module, at, None) for at in ("in_features", "out_features"))
         if list(a.shape) != [r, K] or list(b.shape) != [N, r]:
@@ -192,17 +206,24 @@ def _check_layers(model: nn.Module, adapter: _Adapter, existing: dict[str, LoRAL
                 f"the adapter for {name!r} has shapes {list(a.shape)}, {list(b.shape)}; "
                 f"the layer needs {[r, K]}, {[N, r]}"
             )
+        if adapter.config.use_dora != (magnitude is not None):
+            has = "no magnitude" if magnitude is None else "a magnitude"
+            raise ValueError(f"the adapter's config says use_dora={adapter.config.use_dora}; {name!r} has {has}")
+        if magnitude is not None and list(magnitude.shape) != [N]:
+            raise ValueError(f"the magnitude for {name!r} is {list(magnitude.shape)}; the layer needs {[N]}")
         if name in existing:
-            _check_existing(name, existing[name], r)
+            _check_existing(name, existing[name], r, adapter.config.use_dora)
         elif any(p.is_meta for p in module.parameters()):
             raise ValueError(f"{name!r} is on the meta device, where an adapter has no values")
 
 
-def _check_existing(name: str, layer: LoRALinear, r: int) -> None:
+def _check_existing(name: str, layer: LoRALinear, r: int, use_dora: bool) -> None:
     if layer.merged:
         raise ValueError(f"the adapter of {name!r} is merged: call fastlora.unmerge(model) first")
     if layer.r != r:
         raise ValueError(f"the adapter for {name!r} has rank {r}; the model's has rank {layer.r}")
+    if layer.use_dora != use_dora:
+        raise ValueError(f"the adapter for {name!r} has use_dora={use_dora}; the model's has use_dora={layer.use_dora}")
     if layer.lora_A.is_meta or layer.lora_B.is_meta:
         raise ValueError(f"{name!r} is on the meta device, where an adapter has no values")
 
@@ -238,6 +259,7 @@ def _new_layer(model: nn.Module, name: str, config: AdapterConfig, dtype: torch.
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             adapter_dtype=dtype,
+            use_dora=config.use_dora,
         )
     except TypeError as error:
         raise ValueError(f"the adapter does not fit {name!r}: {error}") from None

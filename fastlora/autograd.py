@@ -32,7 +32,7 @@ from fastlora.compat import (
     top_saved_tensors_hooks,
     unsafe_view,
 )
-from fastlora.fourbit import Weight4bit
+from fastlora.dora import column_scale, gradients, keep_output, kept_output
 from fastlora.ops import overload
 from fastlora.products import (
     DxTerm,
@@ -142,10 +142,16 @@ def fused_linear(
     seed: Tensor | None,
     shared: SharedInput | None = None,
     eager: bool = False,
+    m: Tensor | None = None,
+    norms: Tensor | None = None,
 ) -> Tensor:
-    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight, outside autocast; ``shared`` if siblings get x too."""
+    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight, outside autocast; ``shared`` if siblings get x too.
+
+    With DoRA's ``m`` and ``norms`` (`fastlora.dora`) its columns are multiplied by ``m / norms``. There is no dropout
+    and no bias then.
+    """
     dense = isinstance(weight, Tensor)
-    merged = not dense and is_merged(weight, p)
+    merged = not dense and m is None and is_merged(weight, p)
     with_grad = torch.is_grad_enabled()
     xa, xa_index = None, -1
     if not merged:
@@ -160,16 +166,18 @@ def fused_linear(
     elif shared is not None and with_grad:
         xa_index = shared.wants_xa(a, s)
     if not with_grad:
-        return product(x, weight, a, b, bias, xa, s, p)
+        scale = None if m is None or norms is None else column_scale(m, norms)
+        return product(x, weight, a, b, bias, xa, s, p, scale)
     chained = shared is not None and shared.joins_dx
     token = shared.token if chained else None  # type: ignore[union-attr]
-    deferred = top_saved_tensors_hooks(True) is not None if eager else saved_tensor_hooks_active()
+    hooked = top_saved_tensors_hooks(True) is not None if eager else saved_tensor_hooks_active()
+    deferred = hooked and m is None  # y is saved for the gradient of m
     again = None  # how to compute x again; asked of layers that make x narrower, as the last of an MLP does
-    if b.shape[0] < a.shape[1] and token is None and eager and not deferred and type(x.grad_fn).__name__ in MAKERS:
+    if b.shape[0] < a.shape[1] and token is None and eager and not hooked and type(x.grad_fn).__name__ in MAKERS:
         again = recipe_of(x)
     tensors, numbers = ((weight,), ()) if dense else fields_of(weight)
     apply = _apply_fused_linear if eager else FusedLinear.apply
-    y = apply(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, *tensors)
+    y = apply(x, a, b, bias, m, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, norms, *tensors)
     if chained:
         y, shared.token = y  # type: ignore[union-attr]
     return deferred_product(y, partial(product, x, weight, a, b, bias, xa, s, p), eager) if deferred else y
@@ -183,11 +191,12 @@ class FusedLinear(Function):
     """
 
     @staticmethod
-    def forward(x, a, b, bias, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, *weight):
+    def forward(x, a, b, bias, m, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, norms, *weight):
         if deferred:
             y = zero_storage_output(x, b.shape[0])
-        elif numbers:
-            y = product(x, Weight4bit(*weight, *numbers), a, b, bias, xa, s, p)
+        elif numbers or norms is not None:
+            scale = None if norms is None else column_scale(m, norms)
+            y = product(x, weight_of(weight, numbers), a, b, bias, xa, s, p, scale)
         else:  # `product`, without the call
             if x.dim() == 2:
                 y = lora_matmul(x, weight[0], xa, b, bias)
@@ -198,22 +207,28 @@ class FusedLinear(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, b, bias, xa, token, seed, ctx.s, ctx.p, shared, ctx.xa_index, _, again, ctx.numbers, *weight = inputs
-        need_dx, need_da, need_db, _, *_ = ctx.needs_input_grad
+        x, a, b, bias, m, xa, token, seed, ctx.s, ctx.p, shared, ctx.xa_index, *inputs_left = inputs
+        _, again, ctx.numbers, norms, *weight = inputs_left
+        need_dx, need_da, need_db, _, need_dm, *_ = ctx.needs_input_grad
         ctx.chained = shared is not None and shared.joins_dx
         ctx.merged = xa is None
         need_xa = need_db and ctx.merged
-        need_x = need_da or need_xa
+        need_x = need_da or need_xa or need_dm
+        ctx.dora = norms is not None
+        of_dora: tuple = ()
+        if ctx.dora:
+            of_dora = m, norms, keep_output(ctx, output[0] if ctx.chained else output) if need_dm else None
         ctx.again, for_x = again if need_x and again is not None else (None, ())
         saved_x = x.detach() if ctx.chained else x  # the graph must not hold x itself: see SharedInput
         ctx.save_for_backward(
             saved_x if need_x and ctx.again is None else None,
             a if need_dx or need_xa else None,
-            b if need_dx or need_da else None,
-            xa if need_db else None,
+            b if need_dx or need_da or need_dm else None,
+            xa if need_db or need_dm else None,
             seed,
             *for_x,
-            *(weight if need_dx else ()),
+            *(weight if need_dx or need_dm else ()),
+            *of_dora,
         )
         ctx.kept_for_x = len(for_x)
         ctx.shared, ctx.first = shared, token is None
@@ -225,11 +240,11 @@ class FusedLinear(Function):
     def backward(ctx, dy, _=None):
         if torch.is_grad_enabled() or (dy is not None and any_autocast_is_enabled() and needs_guard(dy)):
             return guarded(ctx, FusedLinear.backward, dy)
-        need_dx, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
+        need_dx, need_da, need_db, need_dbias, need_dm, *_ = ctx.needs_input_grad
         shared, chained = ctx.shared, ctx.chained
         if chained and shared.token is not None:
             shared.release()
-        da = db = dbias = term = dx = None
+        da = db = dbias = dm = term = dx = None
         if dy is not None:
             x, a, b, xa, seed, *weight = ctx.saved_tensors
             s, p = ctx.s, ctx.p
@@ -237,6 +252,14 @@ class FusedLinear(Function):
                 x, weight = ctx.again(*weight[: ctx.kept_for_x]), weight[ctx.kept_for_x :]
             if dy.dim() != 2:
                 dy, x = dy.flatten(0, -2), None if x is None else x.flatten(0, -2)
+            if ctx.dora:
+                *weight, m, norms, y = weight
+                if need_dm:
+                    y = kept_output(ctx, y)
+                    if y is None:
+                        y = product(x, weight_of(weight, ctx.numbers), a, b, None, xa, s, 0.0, column_scale(m, norms))
+                    y = y.flatten(0, -2)
+                dy, dm = gradients(dy, y, m, norms, need_dm)
             if need_db and xa is None:
                 xa = shrink(x, a, s) if shared is None else shared.shrink_in_backward(ctx.xa_index, x)
             a_dtype, b_dtype, bias_dtype = ctx.dtypes
@@ -262,7 +285,7 @@ class FusedLinear(Function):
                 dx = input_gradient(terms)
                 if len(ctx.x_shape) != 2:
                     dx = unsafe_view(dx, ctx.x_shape)
-        return (dx, da, db, dbias, *(None,) * (ctx.inputs - 4))
+        return (dx, da, db, dbias, dm, *(None,) * (ctx.inputs - 5))
 
 
 _apply_fused_linear = apply_of(FusedLinear)

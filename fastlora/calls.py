@@ -27,7 +27,7 @@ class Calls:
     strict: bool = False
 
     def ran(self, base_kind: str) -> None:
-        """Count a call that fastlora computed, on a base layer of this `fastlora.functional.base_kind`."""
+        """Count a call that fastlora computed, on a base layer of this `fastlora.base_layers.base_kind`."""
         if base_kind == "opaque":
             self.added += 1
         else:

@@ -6,6 +6,7 @@ and `fastlora.kernels.operands` of what a GPU's read.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,13 +38,19 @@ def _adapter_of(op: str, x: Tensor, a: Tensor, s: float, p: float, seed: Tensor 
 
 
 def lora_matmul(
-    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     op = "lora_matmul"
     _matrix(op, x, x=x)
     _part(op, x, x, w, xa, b, p, seed)
-    if bias is not None:
-        _vector(op, x, w.shape[0], bias)
+    _vectors(op, x, w.shape[0], bias=bias, scale=scale)
 
 
 def lora_matmul_group(
@@ -101,6 +108,14 @@ def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = No
     _dropout("lora_grad_a", x, p, seed)
 
 
+def dora_grad(dy: Tensor, y: Tensor, scale: Tensor) -> None:
+    _matrix("dora_grad", dy, dy=dy)
+    _matrix("dora_grad", dy, tuple(dy.shape), dtype=dy.dtype, y=y)
+    if scale is None:
+        raise TypeError("fastlora: dora_grad: scale must be a tensor, got None")
+    _vectors("dora_grad", dy, dy.shape[1], scale=scale)
+
+
 def swiglu(gate: Tensor, up: Tensor | None, activation: str) -> None:
     _gated("swiglu", gate, activation, up=up)
 
@@ -136,9 +151,7 @@ def nf4_matmul(x: Tensor, *args: Any) -> None:
     packed, N, K = weight[0], weight[8], weight[9]
     _matrix(op, packed, (None, K), x=x)
     _decoded(op, "the dtype of x", x.dtype)
-    for bias in rest:
-        if bias is not None:
-            _vector(op, packed, N, bias)
+    _vectors(op, packed, N, bias=rest[0] if rest else None)
 
 
 def lora_matmul_4bit(
@@ -152,6 +165,7 @@ def lora_matmul_4bit(
     p: Sequence[float],
     seed: Sequence,
     transposed: bool,
+    scale: Tensor | None = None,
 ) -> None:
     op, count = "lora_matmul_4bit", len(x)
     _require(count > 0, lambda: f"{op}: x must have at least one entry")
@@ -170,8 +184,7 @@ def lora_matmul_4bit(
         _matrix(op, x[0], (M, None), xa=xa[i])
         _matrix(op, x[0], (outputs, xa[i].shape[1]), b=b[i])
         _dropout(op, x[0], p[i], seed[i])
-    if bias is not None:
-        _vector(op, x[0], outputs, bias)
+    _vectors(op, x[0], outputs, bias=bias, scale=scale)
 
 
 def _decoded(op: str, name: str, dtype: torch.dtype) -> None:
@@ -254,13 +267,18 @@ def _matrix(
     _floating(op, name, t, like, FLOATS if dtype is None or dtype not in FLOATS else (dtype,))
 
 
-def _vector(op: str, like: Tensor, length: int, bias: Tensor) -> None:
-    def message():
-        return f"{op}: bias must be [{length}], got {list(bias.shape)}"
+def _vectors(op: str, like: Tensor, length: int, **named: Tensor | None) -> None:
+    """Floating-point vectors of this length on like's device, or None."""
+    for name, t in named.items():
+        if t is not None:
+            message = partial(_expected_vector, op, name, length, t)
+            _require(t.dim() == 1, message)
+            _require(t.shape[0] == length, message)
+            _floating(op, name, t, like, FLOATS)
 
-    _require(bias.dim() == 1, message)
-    _require(bias.shape[0] == length, message)
-    _floating(op, "bias", bias, like, FLOATS)
+
+def _expected_vector(op: str, name: str, length: int, t: Tensor) -> str:
+    return f"{op}: {name} must be [{length}], got {list(t.shape)}"
 
 
 def _elements(

@@ -3,15 +3,17 @@
 import math
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastlora import autograd, mlp
+from fastlora.base_layers import base_kind, compute_dtype_4bit, weight_4bit_of
 from fastlora.compat import any_autocast_is_enabled, functorch_is_active, owners
-from fastlora.fourbit import Weight4bit, is_4bit, weight_4bit
+from fastlora.dora import row_norms
+from fastlora.fourbit import is_4bit, weight_4bit
 from fastlora.siblings import SharedInput, Siblings
 
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,13 +58,14 @@ def lora_linear(
 
 
 class Adapter(NamedTuple):
-    """``scaling * (linear(linear(dropout(x, p), a), b) + bias)``"""
+    """``scaling * (linear(linear(dropout(x, p), a), b) + bias)``; of DoRA if it has a magnitude (`fastlora.dora`)."""
 
     a: Tensor
     b: Tensor
     scaling: float | Tensor
     p: float = 0.0
     bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 def adapted_forward(
@@ -81,48 +84,88 @@ def adapted_forward(
 
 
 def fused_forward(
-    base_layer: Any, kind: str, x: Tensor, adapter: Adapter, siblings: Siblings | None, layer: Any, eager: bool
+    base_layer: Any,
+    kind: str,
+    x: Tensor,
+    adapter: Adapter,
+    siblings: Siblings | None,
+    layer: Any,
+    eager: bool,
+    with_bias: bool = True,
 ) -> Tensor:
     """`adapted_forward` for a base of this `base_kind`, not an opaque one."""
+    if adapter.magnitude is not None and adapter.p != 0.0:
+        return _dora_with_dropout(base_layer, kind, x, adapter, eager)
     shared = siblings.share(layer, x) if eager and siblings is not None else None
     bias = base_layer._parameters["bias"] if adapter.bias is None else whole_bias(base_layer, adapter)
+    bias = bias if with_bias else None
     if kind == "4bit":
         dtype, compute_dtype = x.dtype, compute_dtype_4bit(base_layer, x)
         if compute_dtype != dtype:
             x = x.to(compute_dtype) if shared is None else shared.converted(x, compute_dtype)
-        return _fused(x, _weight_of(base_layer), adapter, bias, shared, eager).to(dtype)
-    weight, (a, b, scaling, p, _) = base_layer._parameters["weight"], adapter
+        return _fused(x, weight_4bit_of(base_layer), adapter, bias, shared, eager, base_layer).to(dtype)
+    weight, (a, b, scaling, p, _, m) = base_layer._parameters["weight"], adapter
     if kind == "transposed":
         weight = weight.t()
-    plain = eager and p == 0.0 and type(scaling) is float and not any_autocast_is_enabled() and x.dim() > 1
+    plain = eager and p == 0.0 and m is None and type(scaling) is float
+    plain = plain and not any_autocast_is_enabled() and x.dim() > 1
     if plain and x.shape[-1] == a.shape[1]:  # nothing that `_fused` would do
         return autograd.fused_linear(x, weight, a, b, bias, scaling, 0.0, None, shared, True)  # type: ignore[arg-type]
-    return _fused(x, weight, adapter, bias, shared, eager)
+    return _fused(x, weight, adapter, bias, shared, eager, base_layer)
+
+
+def _dora_with_dropout(base_layer: Any, kind: str, x: Tensor, adapter: Adapter, eager: bool) -> Tensor:
+    """``base(x) + (g - 1) ∘ (drop(x) wᵀ) + g ∘ (drop(x) aᵀ bᵀ)``, as PEFT has it, with two products instead of three:
+    ``base(x - drop(x))`` and the layer without dropout of drop(x)."""
+    dropped = F.dropout(x, adapter.p)
+    frozen = Adapter(adapter.a.new_empty(0, adapter.a.shape[1]), adapter.b.new_empty(adapter.b.shape[0], 0), 1.0)
+    y = fused_forward(base_layer, kind, x - dropped, frozen, None, None, eager)
+    return y + fused_forward(base_layer, kind, dropped, adapter._replace(p=0.0), None, None, eager, with_bias=False)
 
 
 def _fused(
-    x: Tensor, weight: autograd.Weight, adapter: Adapter, bias: Tensor | None, shared: SharedInput | None, eager: bool
+    x: Tensor,
+    weight: autograd.Weight,
+    adapter: Adapter,
+    bias: Tensor | None,
+    shared: SharedInput | None,
+    eager: bool,
+    base_layer: Any = None,
 ) -> Tensor:
-    """`lora_linear` without its checks, except the one that keeps kernels from reading outside their operands."""
-    a, b, scaling, p, _ = adapter
+    """`lora_linear` without its checks, except the one that keeps kernels from reading outside their operands. DoRA
+    needs the base layer, whose parameter the norms of its rows are kept for."""
+    a, b, scaling, p, _, m = adapter
     if x.shape[-1] != a.shape[1]:
         raise _wrong_width(x, a)
     if x.dim() == 1:
-        return _fused(x.unsqueeze(0), weight, adapter, bias, None, eager).squeeze(0)
+        return _fused(x.unsqueeze(0), weight, adapter, bias, None, eager, base_layer).squeeze(0)
     if isinstance(scaling, Tensor):
         b, scaling = b * scaling, 1.0
     seed = new_seed(x, p)
     dtype = autocast_dtype(x)
-    if dtype is None:
-        return autograd.fused_linear(x, weight, a, b, bias, scaling, p, seed, shared, eager)
-    x = x.to(dtype) if shared is None else shared.converted(x, dtype)
-    weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
-    return autograd.without_autocast(autograd.fused_linear)(x, weight, a, b, bias, scaling, p, seed, shared, eager)
+    compute = autograd.fused_linear
+    if dtype is not None:
+        x = x.to(dtype) if shared is None else shared.converted(x, dtype)
+        weight = weight.to(dtype) if isinstance(weight, Tensor) else weight
+        compute = autograd.without_autocast(compute)
+    if m is None:
+        return compute(x, weight, a, b, bias, scaling, p, seed, shared, eager)
+    norms = adapted_row_norms(base_layer, adapter, x.dtype)
+    y = compute(x, weight, a, b, None, scaling, p, seed, shared, eager, m, norms)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def adapted_row_norms(base_layer: Any, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    """`fastlora.dora.row_norms` of a base layer that is not opaque and its adapter."""
+    kind, parameter = base_kind(base_layer), base_layer._parameters["weight"]
+    weight = weight_4bit_of(base_layer) if kind == "4bit" else parameter.t() if kind == "transposed" else parameter
+    a, b, scaling, *_ = adapter
+    return autograd.without_autocast(row_norms)(parameter, weight, a, b, scaling, dtype)
 
 
 def _added_to_base(base_layer: Any, x: Tensor, adapter: Adapter) -> Tensor:
     """``base_layer(x) + adapter(x)``, in place in the base layer's output if nothing else owns that."""
-    a, b, scaling, p, lora_bias = adapter
+    a, b, scaling, p, lora_bias, _ = adapter
     y = base_layer(x)
     in_place = False
     if not torch.compiler.is_compiling():  # which cannot trace reference counts
@@ -196,11 +239,12 @@ def mlp_forward(
     """``down(act(gate(x)) * up(x))`` for (gate, up, down), ``down(act(up(x)))`` for (up, down): bases and adapters.
     ``gate_first`` as in `fastlora.proof.Block`; ``dropout_p`` is of the input of down.
 
-    None if they cannot be computed as one: one is None, or its base layer is opaque, or they do not all compute in one
-    dtype. 4-bit layers compute in their own dtype, whatever that of x; the tensors between them then stay in it.
+    None if they cannot be computed as one: one is None, or its base layer is opaque, or it `stands_alone`, or they do
+    not all compute in one dtype. 4-bit layers compute in their own dtype, whatever that of x; the tensors between them
+    then stay in it.
     """
     layers = [operand for operand in operands if operand is not None]
-    if len(layers) < len(operands):
+    if len(layers) < len(operands) or any(stands_alone(*layer) for layer in layers):
         return None
     if x.shape[-1] != layers[0][1].a.shape[1]:
         raise _wrong_width(x, layers[0][1].a)
@@ -213,17 +257,23 @@ def mlp_forward(
     dtype: Any = dtypes.pop()
     projections = []
     for base_layer, adapter in layers:
-        a, b, scaling, p, _ = adapter
+        a, b, scaling, p, _, m = adapter
         if isinstance(scaling, Tensor):
             b, scaling = b * scaling, 1.0
         kind = base_kind(base_layer)
-        weight: Any = _weight_of(base_layer) if kind == "4bit" else base_layer._parameters["weight"].to(dtype)
+        weight: Any = weight_4bit_of(base_layer) if kind == "4bit" else base_layer._parameters["weight"].to(dtype)
         weight = weight.t() if kind == "transposed" else weight
         bias = whole_bias(base_layer, adapter)
-        projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p)))
+        norms = None if m is None else adapted_row_norms(base_layer, adapter, dtype)
+        projections.append(mlp.Projection(weight, a, b, bias, scaling, p, new_seed(x, p), m, norms))
     *first, down = projections
     result = mlp.fused_mlp(x.to(dtype), first, down, activation, gate_first, dropout_p)
     return result if autocast_dtype(x) is not None else result.to(x.dtype)
+
+
+def stands_alone(base_layer: Any, adapter: Adapter) -> bool:
+    """Whether this layer is never one of several that are computed as one: it is of DoRA with a bias or dropout."""
+    return adapter.magnitude is not None and (adapter.p != 0.0 or whole_bias(base_layer, adapter) is not None)
 
 
 def _compute_dtype(base_layer: Any, x: Tensor) -> torch.dtype | None:
@@ -244,51 +294,6 @@ def whole_bias(base_layer: Any, adapter: Adapter) -> Tensor | None:
     return adapter.scaling * lora_bias if bias is None else bias + adapter.scaling * lora_bias
 
 
-def base_kind(base_layer: nn.Module) -> str:
-    """``"dense"``, ``"transposed"``, ``"4bit"`` or ``"opaque"``: how `adapted_forward` treats this base layer.
-
-    The weight of transformers' ``Conv1D`` is ``[K, N]``; its transpose, with no copy, is that of a dense layer.
-    A subclass counts as what it inherits its forward from, so a layer that redefines forward is left alone. So is one
-    whose weight is not a parameter but computed (``torch.nn.utils.parametrize``), or a wrapper of other tensors, as
-    torchao's quantised weights are.
-    """
-    weight = base_layer._parameters.get("weight")
-    if weight is None:
-        return "opaque"
-    if hasattr(type(weight), "__tensor_flatten__") and type(weight).__name__ != "DTensor":  # that is sharded for now
-        return "opaque"
-    forward = type(base_layer).forward
-    if forward is nn.Linear.forward:
-        return "dense"
-    code = getattr(forward, "__code__", None)  # torch.compile gets comparisons with forward.__qualname__ wrong
-    if code is None:
-        return "opaque"
-    if code.co_qualname == "Linear4bit.forward" and forward.__module__.startswith("bitsandbytes."):
-        return "4bit"
-    if code.co_qualname == "FalconLinear.forward" and base_layer._parameters["bias"] is not None:
-        return "opaque"  # it adds its bias under autocast in another dtype
-    return _OF_TRANSFORMERS.get((forward.__module__, code.co_qualname), "opaque")
-
-
-_OF_TRANSFORMERS = {  # the kinds of other layers that multiply by a weight
-    ("transformers.pytorch_utils", "Conv1D.forward"): "transposed",
-    ("transformers.models.falcon.modeling_falcon", "FalconLinear.forward"): "dense",
-}
-
-
-def is_hooked(module: Any) -> bool:
-    """Whether calling this module runs more than its class's forward: hooks, or a forward set on the instance."""
-    d = module.__dict__
-    return bool(
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "_hf_hook" in d
-        or "forward" in d
-    )
-
-
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives the inputs of a linear layer here, or None outside autocast."""
     device = x.device.type
@@ -300,24 +305,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def new_seed(x: Tensor, p: float) -> Tensor | None:
     """A fresh dropout seed. Drawn by torch's generator, so that checkpointing replays it when it recomputes."""
     return None if p == 0.0 else torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64, device=x.device)
-
-
-def compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
-    if not layer.compute_type_is_set:  # as Linear4bit.forward does at its first call
-        layer.set_compute_type(x)
-        layer.compute_type_is_set = True
-    return layer.compute_dtype or x.dtype
-
-
-def _weight_of(layer: Any) -> Weight4bit:
-    """The weight of a Linear4bit, after the repairs that its own forward makes: a quant_state that sharding lost is
-    restored, and a weight that bitsandbytes repacked for CPU inference is unpacked."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None and layer.quant_state is not None:
-        import_module("bitsandbytes.nn.modules").fix_4bit_weight_quant_state_from_module(layer)
-    if getattr(state, "packing_format_for_cpu", False):
-        layer.state_dict()  # bitsandbytes' own way back: it saves the standard format only
-    return weight_4bit(layer.weight)
 
 
 def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:

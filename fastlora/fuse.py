@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.autograd import transform_without_rule
+from fastlora.base_layers import base_kind, is_hooked
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.compat import constant_while_tracing, functorch_is_active
-from fastlora.functional import autocast_dtype, base_kind, is_hooked, mlp_forward
+from fastlora.functional import autocast_dtype, mlp_forward, stands_alone
 from fastlora.proof import Block, prove
 
 HOOKED = "one of its layers has hooks, which only run when it is called"
@@ -298,6 +299,9 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
             calls.falls_back(HOOKED)
         else:
             calls.own += 1  # the layer whose operands cannot be had says why
+        return None
+    if any(stands_alone(*operand) for operand in operands if operand is not None):
+        calls.falls_back("its layers are of DoRA with a bias or dropout, and fused one by one", asked_for=True)
         return None
     y = block_output(module, block, x, operands)
     if y is None:

@@ -145,6 +145,10 @@ def lora_grad_a(*args: Any) -> Tensor:
     return launcher("lora_grad", "lora_grad_a")(*args)
 
 
+def dora_grad(*args: Any) -> tuple[Tensor, Tensor]:
+    return launcher("dora", "dora_grad")(*args)
+
+
 def swiglu(*args: Any) -> Tensor:
     return launcher("swiglu", "swiglu")(*args)
 
@@ -177,6 +181,7 @@ _LAUNCHERS = {
     "lora_matmul_group": lora_matmul_group,
     "lora_grad": lora_grad,
     "lora_grad_a": lora_grad_a,
+    "dora_grad": dora_grad,
     "swiglu": swiglu,
     "swiglu_backward_": swiglu_backward_,
     "decode_4bit": decode_4bit,

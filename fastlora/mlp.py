@@ -26,6 +26,7 @@ from fastlora.autograd import (
     zero_storage_output,
 )
 from fastlora.compat import apply_of, keeps_graph
+from fastlora.dora import column_scale, gradients, keep_output, kept_output
 from fastlora.fourbit import WEIGHT_TENSORS
 from fastlora.ops import overload
 from fastlora.products import (
@@ -47,7 +48,8 @@ lora_grad_a = overload("lora_grad_a")
 
 
 class Projection(NamedTuple):
-    """One adapted layer: ``x wᵀ + bias + s · drop(x) aᵀ bᵀ``."""
+    """One adapted layer: ``x wᵀ + bias + s · drop(x) aᵀ bᵀ``, its columns times ``m / norms`` if it is of DoRA, which
+    then has no dropout and no bias."""
 
     weight: Weight
     a: Tensor
@@ -56,13 +58,20 @@ class Projection(NamedTuple):
     s: float
     p: float
     seed: Tensor | None
+    m: Tensor | None = None
+    norms: Tensor | None = None
 
     @property
     def merged(self) -> bool:
-        return is_merged(self.weight, self.p)
+        return self.m is None and is_merged(self.weight, self.p)
 
     def forward(self, x: Tensor, xa: Tensor | None) -> Tensor:
-        return product(x, self.weight, self.a, self.b, self.bias, None if self.merged else xa, self.s, self.p)
+        scale = None if self.m is None or self.norms is None else column_scale(self.m, self.norms)
+        return product(x, self.weight, self.a, self.b, self.bias, None if self.merged else xa, self.s, self.p, scale)
+
+    def through_scale(self, dy: Tensor, y: Tensor | None, need: "Need") -> tuple[Tensor, Tensor | None]:
+        """What backward goes on with in the place of dy, and dm."""
+        return (dy, None) if self.m is None else gradients(dy, y, self.m, self.norms, need.m)  # type: ignore[arg-type]
 
     def dx_term(self, dy: Tensor, dxa: Tensor | None) -> DxTerm:
         return DxTerm(dy, self.weight, self.a, self.b, None if self.merged else dxa, self.s, self.p, self.seed)
@@ -70,18 +79,18 @@ class Projection(NamedTuple):
     def flat(self) -> tuple[tuple, tuple]:
         """The layer as SLOTS tensors or Nones, which autograd has to see, and its numbers."""
         weight, numbers = fields_of(self.weight)
-        tensors = (self.a, self.b, self.bias, self.seed, *weight)
+        tensors = (self.a, self.b, self.bias, self.m, self.seed, self.norms, *weight)
         return tensors + (None,) * (SLOTS - len(tensors)), (self.s, self.p, numbers)
 
 
-SLOTS = 4 + WEIGHT_TENSORS  # a, b, bias, seed and the tensors of a 4-bit weight
+SLOTS = 6 + WEIGHT_TENSORS  # a, b, bias, m, seed, norms and the tensors of a 4-bit weight
 
 
 def unflat(tensors: tuple, numbers: tuple) -> Projection:
     """The inverse of `Projection.flat`."""
-    a, b, bias, seed, *weight = tensors
+    a, b, bias, m, seed, norms, *weight = tensors
     s, p, numbers_of_weight = numbers
-    return Projection(weight_of(weight, numbers_of_weight), a, b, bias, s, p, seed)
+    return Projection(weight_of(weight, numbers_of_weight), a, b, bias, s, p, seed, m, norms)
 
 
 def shrink_all(rows: Tensor, layers: list[Projection]) -> list[Tensor]:
@@ -119,7 +128,7 @@ def fused_mlp(
     if not torch.is_grad_enabled():
         return down.forward(h, xa)
     tensors, numbers = zip(*(layer.flat() for layer in (*first, down)), strict=True)
-    eager, deferred = is_eager(), saved_tensor_hooks_active()
+    eager, deferred = is_eager(), saved_tensor_hooks_active() and down.m is None
     apply = _apply_fused_mlp if eager else FusedMLP.apply
     kept = (*sum(tensors, ()), mask, *zs, *xas, xa)
     y = apply(x, activation, gate_first, dropout_p, numbers, None if deferred else h, *kept)
@@ -139,6 +148,9 @@ def drop_(h: Tensor, mask: Tensor | None, p: float) -> None:
         h.mul_(mask.view(h.shape)).mul_(1 / (1 - p))
 
 
+BEFORE = 6  # arguments of `FusedMLP` before those of its layers
+
+
 class FusedMLP(Function):
     """`fused_mlp`, given everything but its last product. Without h that is deferred (`DeferredProduct`)."""
 
@@ -151,7 +163,9 @@ class FusedMLP(Function):
     def setup_context(ctx, inputs, output):
         x, ctx.activation, ctx.gate_first, ctx.dropout_p, ctx.numbers, _, *tensors = inputs
         ctx.x_shape = x.shape
-        ctx.save_for_backward(x, *tensors)
+        n = len(ctx.numbers)
+        need_dm = ctx.needs_input_grad[BEFORE + (n - 1) * SLOTS + 3]
+        ctx.save_for_backward(x, *tensors, keep_output(ctx, output) if need_dm else None)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -159,26 +173,31 @@ class FusedMLP(Function):
         if needs_guard(dy):
             return guarded(ctx, FusedMLP.backward, dy)
         n = len(ctx.numbers)
-        before, after = 6, 2 * n  # other arguments
+        after = 2 * n  # other arguments
         if dy is None:
-            return (None,) * (before + n * SLOTS + after)
-        x, *tensors = ctx.saved_tensors
+            return (None,) * (BEFORE + n * SLOTS + after)
+        x, *tensors, y = ctx.saved_tensors
         dy, rows = dy.flatten(0, -2), x.flatten(0, -2)
         starts = range(0, n * SLOTS, SLOTS)
         *first, down = (unflat(tensors[i : i + SLOTS], num) for i, num in zip(starts, ctx.numbers, strict=True))
         need_dx = ctx.needs_input_grad[0]
-        *needs, need = (Need(*ctx.needs_input_grad[before + i : before + i + 3]) for i in starts)
+        *needs, need = (Need(*ctx.needs_input_grad[BEFORE + i : BEFORE + i + 4]) for i in starts)
         mask, zs, (*xas, xa) = tensors[n * SLOTS], tensors[n * SLOTS + 1 : -n], tensors[-n:]
+        h: Any = None
+        if need.m and (y := kept_output(ctx, y)) is None:
+            h = swiglu(*gate_and_up(zs, ctx.gate_first), ctx.activation)
+            drop_(h, mask, ctx.dropout_p)
+            y = down.forward(h, xa)
+        dy, dm = down.through_scale(dy, None if y is None else y.flatten(0, -2), need)
 
         need_dh = need_dx or any(map(any, needs))
         need_dxa = need.a or (need_dh and not down.merged)
         dxa, _, db = adapter_grads(dy, None, down.b if need_dxa else None, xa if need.b else None, down.s, 0.0, None)
-        h: Any = None
-        da = None
+        da, outputs = None, zs
         if need_dh:
             h = input_gradient([down.dx_term(dy, dxa)])  # dh, until `swiglu_backward_` overwrites it
-            if torch.compiler.is_compiling() or keeps_graph():
-                zs = [z.clone() for z in zs]  # another backward will read them
+            if torch.compiler.is_compiling() or keeps_graph() or any(layer.m is not None for layer in first):
+                zs = [z.clone() for z in zs]  # read once more: by another backward, or for the gradient of m
             drop_(h, mask, ctx.dropout_p)
             swiglu_backward_(h, *gate_and_up(zs, ctx.gate_first), ctx.activation)
         elif need.a:
@@ -186,14 +205,15 @@ class FusedMLP(Function):
         if need.a:
             drop_(h, mask, ctx.dropout_p)
             da = lora_grad_a(dxa, h, down.p, down.seed)
-        of_down = gradients_of(down, need, dy, da, db)
+        of_down = gradients_of(down, need, dy, da, db, dm)
 
         grads: list[Tensor | None] = []
         terms: list[DxTerm] = []
         computed = iter(
             shrink_all(rows, [layer for layer, need in zip(first, needs, strict=True) if layer.merged and need.b])
         )
-        for layer, need, dz, xa in zip(first, needs, zs, xas, strict=True):
+        for layer, need, dz, z, xa in zip(first, needs, zs, outputs, xas, strict=True):
+            dz, dm = layer.through_scale(dz, z, need)
             if layer.merged and need.b:
                 xa = next(computed)
             need_dxa = need.a or (need_dx and not layer.merged)
@@ -206,10 +226,10 @@ class FusedMLP(Function):
                 layer.p,
                 layer.seed,
             )
-            grads += gradients_of(layer, need, dz, da, db)
+            grads += gradients_of(layer, need, dz, da, db, dm)
             terms.append(layer.dx_term(dz, dxa))
         dx = like_rows_of(ctx.x_shape, input_gradient(terms)) if need_dx else None
-        return dx, *(None,) * (before - 1), *grads, *of_down, *(None,) * after
+        return dx, *(None,) * (BEFORE - 1), *grads, *of_down, *(None,) * after
 
 
 _apply_fused_mlp = apply_of(FusedMLP)
@@ -221,10 +241,11 @@ class Need(NamedTuple):
     a: bool
     b: bool
     bias: bool
+    m: bool
 
 
-def gradients_of(layer: Projection, need: Need, dy: Tensor, da: Any, db: Any) -> tuple:
+def gradients_of(layer: Projection, need: Need, dy: Tensor, da: Any, db: Any, dm: Any) -> tuple:
     """In the order of `Projection.flat`."""
     dbias = dy.sum(0, dtype=layer.bias.dtype) if need.bias and layer.bias is not None else None
-    grads = da.to(layer.a.dtype) if need.a else None, db.to(layer.b.dtype) if need.b else None, dbias
+    grads = da.to(layer.a.dtype) if need.a else None, db.to(layer.b.dtype) if need.b else None, dbias, dm
     return grads + (None,) * (SLOTS - len(grads))

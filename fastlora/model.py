@@ -26,6 +26,7 @@ def add_lora(
     rank_pattern: dict[str, int] | None = None,
     alpha_pattern: dict[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
+    use_dora: bool = False,
 ) -> nn.Module:
     """Freeze a model and adapt its linear layers, in place: the `LoRALinear` of PEFT's ``get_peft_model``.
 
@@ -36,7 +37,7 @@ def add_lora(
         layers_to_transform: only these indices of repeated blocks (the number in ``layers.3.``).
         rank_pattern, alpha_pattern: r and lora_alpha for modules whose name ends in a match of the key.
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see `LoRALinear`.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype: see `LoRALinear`.
 
     Returns:
         The model. Nothing is changed if an error is raised.
@@ -59,6 +60,7 @@ def add_lora(
                 use_rslora=use_rslora,
                 init_lora_weights=init_lora_weights,
                 adapter_dtype=adapter_dtype,
+                use_dora=use_dora,
             )
             for name in names
         }
@@ -71,7 +73,8 @@ def add_lora(
 
 
 def merge(model: nn.Module, unload: bool = False) -> nn.Module:
-    """Fold every adapter into its base weight: ``weight += scaling * lora_B @ lora_A``, in place.
+    """Fold every adapter into its base weight: ``weight += scaling * lora_B @ lora_A``, in place. With DoRA the rows of
+    the sum get their trained norms.
 
     The sum is made in fp32 and rounded once; 4-bit weights are decoded, summed and quantised again (lossy, as with
     PEFT). The old weights are kept so that `unmerge` is exact, which costs their memory; ``unload=True`` drops them and

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.base_layers import base_kind, is_hooked
 from fastlora.calls import calls_of
+from fastlora.dora import column_scale
 from fastlora.fourbit import is_4bit, weight_4bit
 from fastlora.functional import (
     Adapter,
     adapted_forward,
-    base_kind,
+    adapted_row_norms,
     check_dropout,
     is_finite_number,
-    is_hooked,
     mlp_forward,
     refuse_transforms,
 )
@@ -35,19 +36,22 @@ class LoRALinear(nn.Module):
 
     Parameters ``lora_A [r, in_features]`` (Kaiming-uniform, or normal with std 1/r if ``init_lora_weights="gaussian"``)
     and ``lora_B [out_features, r]`` (zero); the base layer is the submodule ``base_layer``. ``scaling`` is
-    ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. The base weight is frozen; its bias keeps its
-    requires_grad. Takes ``[..., in_features]``, gives ``[..., out_features]``.
+    ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. With ``use_dora`` the rows of
+    ``weight + scaling * lora_B @ lora_A`` have trained norms, ``lora_magnitude_vector [out_features]``, which begin as
+    the weight's own. The base weight is frozen; its bias keeps its requires_grad. Takes ``[..., in_features]``, gives
+    ``[..., out_features]``.
 
     Args:
         in_features, out_features, bias, device, dtype: of the frozen ``nn.Linear`` made here; see also `from_linear`.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as in PEFT's ``LoraConfig``.
-        adapter_dtype: of lora_A and lora_B; by default fp32 on a half-precision or quantised base, else the base's.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights: as in PEFT's ``LoraConfig``.
+        adapter_dtype: of what is trained; by default fp32 on a half-precision or quantised base, else the base's.
 
     Raises:
         ValueError: r or the dropout is out of range, or init_lora_weights is unknown.
-        TypeError: the base is not a linear layer, or r is not an integer.
+        TypeError: the base is not a linear layer, or for DoRA not one whose weight is known, or r is not an integer.
 
-    Source: arXiv:2106.09685 (LoRA), arXiv:2312.03732 (rank-stabilised scaling), arXiv:2305.14314 (QLoRA).
+    Source: arXiv:2106.09685 (LoRA), arXiv:2312.03732 (rank-stabilised scaling), arXiv:2305.14314 (QLoRA),
+    arXiv:2402.09353 (DoRA).
     """
 
     base_layer: Any
@@ -64,13 +68,14 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         base_layer = nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._adapt(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        self._adapt(base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora)
 
     @classmethod
     def from_linear(
@@ -82,18 +87,22 @@ class LoRALinear(nn.Module):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
     ) -> "LoRALinear":
         """Adapt an existing layer, which becomes ``base_layer`` (not copied; its weight is frozen).
 
         ``nn.Linear`` and bitsandbytes' ``Linear4bit`` (NF4 or FP4, nested statistics or not) are fused; any other
-        module with in_features and out_features computes its own output, and the adapter is added to it.
+        module with in_features and out_features computes its own output, and the adapter is added to it: without DoRA,
+        which has to read the weight.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adapt(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype)
+        layer._adapt(linear, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora)
         return layer
 
-    def _adapt(self, base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype) -> None:
+    def _adapt(
+        self, base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora
+    ) -> None:
         K, N = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
         if not isinstance(base_layer, nn.Module) or not isinstance(K, int) or not isinstance(N, int):
             raise TypeError(
@@ -126,6 +135,13 @@ class LoRALinear(nn.Module):
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.set_scaling(lora_alpha, use_rslora)
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if use_dora:
+            if base_kind(base_layer) == "opaque":
+                raise TypeError(
+                    f"DoRA needs the weight of its base layer; that of {type(base_layer).__name__} is unknown"
+                )
+            self.lora_magnitude_vector = nn.Parameter(self._row_norms().to(adapter_dtype))
         self._unmerged_weight: Tensor | None = None
         self._siblings: Siblings | None = None  # set by add_lora, which knows the tree
 
@@ -150,7 +166,12 @@ class LoRALinear(nn.Module):
 
     def adapter(self) -> Adapter:
         """What this layer adds to its base layer now."""
-        return Adapter(self.lora_A, self.lora_B, self.scaling, self.lora_dropout if self.training else 0.0)
+        p = self.lora_dropout if self.training else 0.0
+        return Adapter(self.lora_A, self.lora_B, self.scaling, p, None, self.lora_magnitude_vector)
+
+    def _row_norms(self) -> Tensor:
+        """``‖weight + scaling * lora_B @ lora_A‖`` by row."""
+        return adapted_row_norms(self.base_layer, self.adapter(), torch.float32)
 
     def operands(self, x: Tensor) -> tuple[Any, Adapter] | None:
         """The base layer and its adapter, for a block that computes several layers as one; None if not now."""
@@ -184,26 +205,36 @@ class LoRALinear(nn.Module):
         return self.base_layer.bias
 
     @property
+    def use_dora(self) -> bool:
+        return self.lora_magnitude_vector is not None
+
+    @property
     def merged(self) -> bool:
         return self._unmerged_weight is not None
 
     def merged_weight(self) -> Tensor:
         """``weight + scaling * lora_B @ lora_A`` in fp32, rounded once to the base's dtype; 4-bit weights are decoded.
+        With DoRA its rows are multiplied by ``lora_magnitude_vector`` over their norms.
 
         Raises ValueError if the adapter has a NaN or infinity, TypeError if the base weight cannot be read.
         """
         a, b = self.lora_A.detach(), self.lora_B.detach()
-        if not (a.isfinite().all() and b.isfinite().all()):
+        m = self.lora_magnitude_vector
+        if not all(t.isfinite().all() for t in (a, b, m) if t is not None):
             raise ValueError("the adapter has NaN or infinite values and is not merged")
         kind = base_kind(self.base_layer)
         if kind not in ("dense", "4bit"):
             raise TypeError(f"cannot merge into a {type(self.base_layer).__name__}: only nn.Linear and Linear4bit")
         weight = self.base_layer.weight
         if kind == "4bit":
-            return weight_4bit(weight).decode_merged(weight.quant_state.dtype, a, b, self.scaling)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        merged = torch.addmm(weight.detach().to(wide), b.to(wide), a.to(wide), alpha=self.scaling)
-        return merged.to(weight.dtype)
+            dtype = weight.quant_state.dtype
+            merged = weight_4bit(weight).decode_merged(dtype if m is None else torch.float32, a, b, self.scaling)
+        else:
+            dtype, wide = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
+            merged = torch.addmm(weight.detach().to(wide), b.to(wide), a.to(wide), alpha=self.scaling)
+        if m is not None:
+            merged = merged * column_scale(m, self._row_norms()).unsqueeze(1)
+        return merged.to(dtype)
 
     def merge(self) -> None:
         """Fold the adapter into the base weight; `unmerge` gives the old weight back bit for bit, which is kept."""
@@ -233,7 +264,7 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, "
-            f"use_rslora={self.use_rslora}{', merged' if self.merged else ''}"
+            f"use_rslora={self.use_rslora}, use_dora={self.use_dora}{', merged' if self.merged else ''}"
         )
 
 

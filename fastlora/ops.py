@@ -121,13 +121,22 @@ def shrink_group(x: Tensor, a: list[Tensor], s: list[float], p: list[float], see
 
 
 @_op(
-    "lora_matmul(Tensor x, Tensor w, Tensor xa, Tensor b, Tensor? bias=None, float p=0.0, Tensor? seed=None) -> Tensor",
-    fake=lambda x, w, xa, b, bias=None, p=0.0, seed=None: x.new_empty(x.shape[0], w.shape[0]),
+    "lora_matmul(Tensor x, Tensor w, Tensor xa, Tensor b, Tensor? bias=None, float p=0.0, Tensor? seed=None, "
+    "Tensor? scale=None) -> Tensor",
+    fake=lambda x, w, *_, **__: x.new_empty(x.shape[0], w.shape[0]),
 )
 def lora_matmul(
-    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """``x @ w.T + bias + dropout(xa @ b.T, p)``: [M, K], [N, K], [M, r], [N, r] -> [M, N] in x's dtype.
+    """``x @ w.T + bias + dropout(xa @ b.T, p)``: [M, K], [N, K], [M, r], [N, r] -> [M, N] in x's dtype, its columns
+    times ``scale`` [N] if that is given.
 
     The adapter's product comes first and the base product accumulates into it: one rounding of the sum, so small
     updates survive, and no temporary. dx is the same call with w, b transposed: ``lora_matmul(dy, w.T, dxa, a.T)``.
@@ -138,7 +147,8 @@ def lora_matmul(
         y = _expand(xa, b, x.dtype, p, seed)
         if bias is not None:
             y += bias
-    return y.addmm_(x, w.t())
+    y.addmm_(x, w.t())
+    return y if scale is None else y.mul_(scale)
 
 
 def _expand(xa: Tensor, b: Tensor, dtype: torch.dtype, p: float, seed: Tensor | None) -> Tensor:
@@ -221,6 +231,22 @@ def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = No
     """``da = dxa.T @ dropout(x, p)``: [M, r], [M, K] -> [r, K] in dxa's dtype: what lora_grad gives when it has x."""
     product = dxa if p == 0.0 else dxa * dropout_scale(p)
     return torch.mm(product.to(x.dtype).t(), _drop(x, p, seed)).to(dxa.dtype)
+
+
+@_op(
+    "dora_grad(Tensor dy, Tensor y, Tensor scale) -> (Tensor dz, Tensor dscale)",
+    fake=lambda dy, y, scale: (dy.new_empty(dy.shape), dy.new_empty(dy.shape[1], dtype=_wide(dy.dtype))),
+)
+def dora_grad(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of ``y = scale * z``: ``dz = scale * dy`` [M, N] in dy's dtype and ``dscale = (dy * z).sum(0)`` [N]
+    in fp32 (fp64 for fp64), with ``z = y / scale``. No scale is zero."""
+    wide = _wide(dy.dtype)
+    dscale = torch.sum(dy.to(wide) * y, 0, dtype=wide) / scale.to(wide)
+    return (dy * scale).to(dy.dtype).contiguous(), dscale
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _quick_gelu_backward(dy: Tensor, x: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ def lora_matmul_4bit(
     p: Sequence[float],
     seed: Sequence[Tensor | None],
     transposed: bool,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """``sum(lora_matmul(x_i, w_i, xa_i, b_i, None, p_i, seed_i) for ...) + bias`` for 4-bit w_i, their transposes if
-    ``transposed``: y of a layer, or dx of several layers of one x."""
-    return _lora_matmul_4bit(x, *lists_of(weights), xa, b, bias, p, seed, transposed)
+    ``transposed``: y of a layer, or dx of several layers of one x. Its columns times ``scale`` if that is given."""
+    return _lora_matmul_4bit(x, *lists_of(weights), xa, b, bias, p, seed, transposed, scale)
 
 
 def lists_of(weights: Sequence[Weight4bit]) -> tuple[list[Tensor | None], list[int], list[str]]:
@@ -34,7 +35,7 @@ def lists_of(weights: Sequence[Weight4bit]) -> tuple[list[Tensor | None], list[i
 
 @_op(
     "lora_matmul_4bit(Tensor[] x, Tensor?[] weights, int[] sizes, str[] quant_types, Tensor[] xa, Tensor[] b, "
-    "Tensor? bias, float[] p, Tensor?[] seed, bool transposed) -> Tensor",
+    "Tensor? bias, float[] p, Tensor?[] seed, bool transposed, Tensor? scale=None) -> Tensor",
     fake=lambda x, weights, sizes, quant_types, xa, b, *_: x[0].new_empty(x[0].shape[0], b[0].shape[0]),
 )
 def _by_decoding(
@@ -48,6 +49,7 @@ def _by_decoding(
     p: list[float],
     seed: list[Tensor | None],
     transposed: bool,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """`lora_matmul_4bit` on whole decoded weights. The CPU kernel instead decodes one panel at a time, in cache."""
     ws = []
@@ -64,9 +66,10 @@ def _by_decoding(
         w = torch.ops.fastlora.decode_4bit(*fields, x[0].dtype, None, None, 1.0)
         ws.append(w.t() if transposed else w)
     if len(ws) == 1:
-        return torch.ops.fastlora.lora_matmul(x[0], ws[0], xa[0], b[0], bias, p[0], seed[0])
+        return torch.ops.fastlora.lora_matmul(x[0], ws[0], xa[0], b[0], bias, p[0], seed[0], scale)
     y = torch.ops.fastlora.lora_matmul_group(x, ws, xa, b, p, seed)
-    return y if bias is None else y.add_(bias)
+    y = y if bias is None else y.add_(bias)
+    return y if scale is None else y.mul_(scale)
 
 
 _lora_matmul_4bit = overload("lora_matmul_4bit")

@@ -12,9 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fastlora.autograd import transform_without_rule
+from fastlora.base_layers import base_kind, is_hooked
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.compat import attribute, forward_ad, functorch_is_active
-from fastlora.functional import Adapter, adapted_forward, add_adapter_output, base_kind, fused_forward, is_hooked
+from fastlora.functional import Adapter, adapted_forward, add_adapter_output, fused_forward
 
 DISABLED, MERGED = "its adapters are disabled", "its adapters are merged"
 MIXED_BATCH = "it was called with more than x, such as the adapter_names of a mixed batch"
@@ -53,9 +54,12 @@ def _base_reason(base: nn.Module) -> str | None:
 
 def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
     """Why this adapter needs PEFT's own forward."""
-    if name in layer.lora_variant:
-        return f"adapter {name!r} is not plain LoRA ({type(layer.lora_variant[name]).__name__})"
     modules = layer.__dict__["_modules"]
+    if name in layer.lora_variant:
+        if not is_dora(layer.lora_variant[name]):
+            return f"adapter {name!r} is not LoRA or DoRA ({type(layer.lora_variant[name]).__name__})"
+        if (reason := _dora_reason(layer, name)) is not None:
+            return reason
     for part in ("lora_A", "lora_B"):
         module = modules[part]._modules[name]
         if type(module) is not nn.Linear:
@@ -73,6 +77,41 @@ def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
     if is_hooked(dropout):
         return f"dropout of adapter {name!r} has hooks, which only run when it is called"
     return None
+
+
+_VARIANTS: Any = import_module("peft.tuners.lora.variants")
+_DORA: Any = import_module("peft.tuners.lora.dora")
+
+
+def is_dora(variant: Any) -> bool:
+    """Whether PEFT computes an adapter with this entry of ``lora_variant`` as DoRA of a linear layer."""
+    return type(variant) is _VARIANTS.DoraLinearVariant
+
+
+def _dora_reason(layer: LoraLayer, name: str) -> str | None:
+    """Why this adapter, which is of DoRA, needs PEFT's own forward."""
+    modules = layer.__dict__["_modules"]
+    magnitude, base = modules["lora_magnitude_vector"]._modules.get(name), modules["base_layer"]
+    if type(magnitude) is not _DORA.DoraLinearLayer:
+        return f"the magnitude of adapter {name!r} is a {type(magnitude).__name__}"
+    if is_hooked(magnitude):
+        return f"the magnitude of adapter {name!r} has hooks, which only run when it is called"
+    reason = _sharding(magnitude)
+    if reason is not None:
+        return f"the magnitude of adapter {name!r} is {reason}"
+    if base_kind(base) == "opaque":
+        return f"adapter {name!r} is of DoRA, which needs the weight of its base layer, a {type(base).__name__}"
+    weight = magnitude._parameters.get("weight")
+    if weight is None or weight.device != modules["lora_B"]._modules[name].weight.device:
+        return f"the magnitude of adapter {name!r} is not a parameter beside its lora_B"
+    if modules["lora_B"]._modules[name].bias is not None:
+        return f"adapter {name!r} is of DoRA with lora_bias"
+    first = next(each for each in layer.active_adapters if each in modules["lora_A"]._modules)
+    return None if name == first else f"adapter {name!r} is of DoRA and not the first of several"
+
+
+def _magnitude(layer: LoraLayer, name: str) -> Tensor:
+    return layer.__dict__["_modules"]["lora_magnitude_vector"]._modules[name]._parameters["weight"]
 
 
 SHARDED = "sharded now, and fused when it is gathered for a call"
@@ -115,10 +154,14 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
         getattr(layer, _DISABLED)
         or layer.merged_adapters
         or not layer.cast_input_dtype_enabled
-        or name in layer.lora_variant
         or type(lora_A) is not nn.Linear
     ):
         return None
+    magnitude = None
+    if name in layer.lora_variant:
+        if not is_dora(layer.lora_variant[name]) or _dora_reason(layer, name) is not None:
+            return None
+        magnitude = _magnitude(layer, name)
     lora_B: Any = modules["lora_B"]._modules[name]
     dropout: Any = modules["lora_dropout"]._modules[name]
     p = 0.0
@@ -151,7 +194,7 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     kind = "dense" if type(base).forward is nn.Linear.forward else base_kind(base)
     if kind == "opaque":
         return None
-    return base, kind, Adapter(a, b, layer.scaling[name], p, lora_B._parameters["bias"])
+    return base, kind, Adapter(a, b, layer.scaling[name], p, lora_B._parameters["bias"], magnitude)
 
 
 def _forward(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
@@ -190,7 +233,7 @@ def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
     d = layer.__dict__
     siblings = None if d["_forward_pre_hooks"] else d.get(SIBLINGS)
     y = adapted_forward(base, x, adapters[0], siblings, layer)
-    for a, b, scaling, p, bias in adapters[1:]:  # each with a dropout mask of its own
+    for a, b, scaling, p, bias, _ in adapters[1:]:  # each with a dropout mask of its own
         y = add_adapter_output(y, x, a, b, scaling, p)
         if bias is not None:
             y = y + (scaling * bias).to(y.dtype)
@@ -214,7 +257,7 @@ def _adapters(layer: LoraLayer) -> list[Adapter]:
     """The active adapters, as one where they can be."""
     lora_A = layer.__dict__["_modules"]["lora_A"]._modules
     adapters = [_adapter(layer, name) for name in layer.active_adapters if name in lora_A]
-    if len(adapters) > 1 and all(adapter.p == 0.0 for adapter in adapters):
+    if len(adapters) > 1 and all(adapter.p == 0.0 and adapter.magnitude is None for adapter in adapters):
         return [_stack(adapters)]
     return adapters
 
@@ -225,7 +268,8 @@ def _adapter(layer: LoraLayer, name: str) -> Adapter:
     a, b = modules["lora_A"]._modules[name]._parameters, modules["lora_B"]._modules[name]._parameters
     dropout = modules["lora_dropout"]._modules[name]
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    return Adapter(a["weight"], b["weight"], layer.scaling[name], p, b["bias"])
+    magnitude = _magnitude(layer, name) if name in layer.lora_variant else None
+    return Adapter(a["weight"], b["weight"], layer.scaling[name], p, b["bias"], magnitude)
 
 
 def _stack(adapters: list[Adapter]) -> Adapter:

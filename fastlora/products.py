@@ -37,19 +37,23 @@ def is_merged(weight: Weight, p: float) -> bool:
     return p == 0.0 and type(weight) is Weight4bit and kernel_ops.decodes_whole_weights(weight.packed.device)
 
 
-def product(x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any, s: float, p: float) -> Tensor:
-    """``x wᵀ + bias + xa bᵀ``, like x but for its last dimension. Without xa the adapter is merged (`is_merged`).
+def product(
+    x: Tensor, weight: Weight, a: Tensor, b: Tensor, bias: Any, xa: Any, s: float, p: float, scale: Tensor | None = None
+) -> Tensor:
+    """``x wᵀ + bias + xa bᵀ``, like x but for its last dimension; its columns times ``scale`` if that is given.
 
-    Merged is ``nf4_matmul``, which decodes the weight inside the product for few tokens on a GPU. A CPU decodes inside
-    `lora_matmul_4bit` for any number of tokens.
+    Without xa the adapter is merged (`is_merged`).
+
+    Merged is ``nf4_matmul``, which decodes the weight inside the product for few tokens on a GPU. A CPU
+    decodes inside `lora_matmul_4bit` for any number of tokens.
     """
     rows = x.flatten(0, -2)
     if isinstance(weight, Tensor):
-        y = lora_matmul(rows, weight, xa, b, bias)
+        y = lora_matmul(rows, weight, xa, b, bias, 0.0, None, scale)
     elif xa is None:
         y = nf4_matmul(rows, *weight, a, b, s, bias)
     else:
-        y = lora_matmul_4bit([rows], [weight], [xa], [b], bias, [0.0], [None], False)
+        y = lora_matmul_4bit([rows], [weight], [xa], [b], bias, [0.0], [None], False, scale)
     return like_rows_of(x.shape, y)
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastlora.base_layers import is_hooked
 from fastlora.compat import without_modes
-from fastlora.functional import is_hooked
 from fastlora.kernels.limits import ACTIVATIONS
 from fastlora.reference import halves, swiglu
 

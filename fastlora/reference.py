@@ -74,11 +74,13 @@ def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None =
 
 
 def lora_matmul(
-    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed=None, scale=None
 ) -> Tensor:
-    """``x @ w.T + bias + dropout(xa @ b.T, p)``: forward with ``p = 0``, dx with ``w.T`` and ``a.T`` for w and b."""
+    """``x @ w.T + bias + dropout(xa @ b.T, p)``: forward with ``p = 0``, dx with ``w.T`` and ``a.T`` for w and b. The
+    columns of a DoRA layer are multiplied by ``scale``."""
     y = x @ w.to(x.dtype).T + dropout(xa @ b.to(x.dtype).T, p, seed)
-    return y if bias is None else y + bias.to(x.dtype)
+    y = y if bias is None else y + bias.to(x.dtype)
+    return y if scale is None else y * scale.to(x.dtype)
 
 
 def lora_grad(
@@ -87,6 +89,11 @@ def lora_grad(
     """``dxa, da, db``; ``b`` also gives the dtype of da and db."""
     dxa = s * (dy @ b.to(dy.dtype))
     return dxa, (dxa.T @ dropout(x, p, seed)).to(b.dtype), (dy.T @ xa).to(b.dtype)
+
+
+def dora_grad(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``dz, dscale`` of ``y = scale * z``"""
+    return dy * scale, (dy * y / scale).sum(0)
 
 
 def shrink_group(x: Tensor, a, s, p, seed) -> list[Tensor]:

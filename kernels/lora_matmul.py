@@ -28,7 +28,10 @@ from fastlora.kernels.tiles import Tile, multiprocessors, tile
 TMA = "lora_matmul tma"  # how the rows of tiles begin that are copied so
 
 Layouts = tuple[Layout, ...]
-Operands = tuple[Layouts, Layouts, Layouts, Layouts, tuple[Layout | None], tuple[Layout | None, ...], tuple[float, ...]]
+# of every x, w, xa and b; of bias and column_scale; of the seeds; and every p
+Operands = tuple[
+    Layouts, Layouts, Layouts, Layouts, tuple[Layout | None, ...], tuple[Layout | None, ...], tuple[float, ...]
+]
 
 
 @triton.jit
@@ -80,8 +83,9 @@ def _adapters(
 def _lora_matmul_kernel(
     x_ptrs, x_strides, w_ptrs, w_strides, lengths,
     y_ptr, stride_ym,
-    xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, M, N,
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, column_scale_ptr, M, N,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_COLUMN_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     # fmt: on
@@ -108,6 +112,8 @@ def _lora_matmul_kernel(
             x_tile += tl.cast(BLOCK_K, tl.int64) * x_strides[i][1]
             w_tile += tl.cast(BLOCK_K, tl.int64) * w_strides[i][1]
 
+    if HAS_COLUMN_SCALE:
+        acc *= tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
@@ -117,8 +123,9 @@ def _lora_matmul_kernel(
 def _lora_matmul_tma_kernel(
     x0, x1, x2, w0, w1, w2,  # descriptors: Triton's launcher finds none in a tuple before 3.8
     lengths, y_desc, programs,
-    xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, M, N,
-    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, TRANSPOSED: tl.constexpr,
+    xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, column_scale_ptr, M, N,
+    PARTS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_COLUMN_SCALE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """The same sum where the hardware copies tiles itself: one program a multiprocessor walks over its tiles."""
@@ -138,21 +145,40 @@ def _lora_matmul_tma_kernel(
                     acc = tl.dot(x, w_descs[i].load([k, pid_n * BLOCK_N]), acc)
                 else:
                     acc = tl.dot(x, w_descs[i].load([pid_n * BLOCK_N, k]).T, acc)
+        if HAS_COLUMN_SCALE:
+            offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc *= tl.load(column_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
         y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], acc.to(y_desc.dtype))
 
 
 def lora_matmul(
-    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """``x @ w.T + bias + dropout(xa @ b.T, p)``: [M, K], [N, K], [M, r], [N, r] -> [M, N] in x's dtype."""
-    return _lora_matmul((x,), (w,), (xa,), (b,), bias, (p,), (seed,))
+    """``x @ w.T + bias + dropout(xa @ b.T, p)``: [M, K], [N, K], [M, r], [N, r] -> [M, N] in x's dtype; its columns
+    times ``scale`` [N] before they are rounded, if that is given."""
+    return _lora_matmul((x,), (w,), (xa,), (b,), bias, (p,), (seed,), scale)
 
 
 def lora_matmul_base_last(
-    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, bias: Tensor | None = None, p: float = 0.0, seed: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    xa: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """The same with the base product by the vendor's GEMM, which accumulates into the adapter's."""
-    return lora_matmul(x[:, :0], w[:, :0], xa, b, bias, p, seed).addmm_(x, w.t())
+    y = lora_matmul(x[:, :0], w[:, :0], xa, b, bias, p, seed).addmm_(x, w.t())
+    return y if scale is None else y.mul_(scale)
 
 
 def lora_matmul_group(
@@ -190,10 +216,11 @@ def _lora_matmul(
     bias: Tensor | None,
     ps: tuple[float, ...],
     seeds: tuple[Tensor | None, ...],
+    column_scale: Tensor | None = None,
 ) -> Tensor:
     x, M, N = xs[0], xs[0].shape[0], ws[0].shape[0]
-    n, found = len(xs), layouts(*xs, *ws, *xas, *bs, bias, *seeds)
-    adapters_of = found[2 * n : 3 * n], found[3 * n : 4 * n], found[4 * n : 4 * n + 1], found[4 * n + 1 :]
+    n, found = len(xs), layouts(*xs, *ws, *xas, *bs, bias, column_scale, *seeds)
+    adapters_of = found[2 * n : 3 * n], found[3 * n : 4 * n], found[4 * n : 4 * n + 2], found[4 * n + 2 :]
     operands: Operands = found[:n], found[n : 2 * n], *adapters_of, ps
     name = _row_of_tiles(tiles.has_tma(), *operands)
     y = x.new_empty(M, N)
@@ -204,6 +231,7 @@ def _lora_matmul(
         "b_ptrs": bs,
         "seed_ptrs": seeds,
         "bias_ptr": None if bias is None else bias.contiguous(),
+        "column_scale_ptr": None if column_scale is None else column_scale.contiguous(),
     }
     t = tile(name, M)
     launch = _launch(name, t, dot_precision(x), *operands)
@@ -248,11 +276,12 @@ def _template(shape: Any, stride: int, block: list[int], dtype: torch.dtype) -> 
 @cached_by_layout
 def _row_of_tiles(has_tma: bool, *operands: *Operands) -> str:
     """The name in the table of tiles of what carries this out."""
-    xs, ws, xas, bs, (bias,), seeds, ps = operands
+    xs, ws, xas, bs, (bias, column_scale), seeds, ps = operands
     M, N = xs[0].shape[0], ws[0].shape[0]
     for x, w, xa, b, p, seed in zip(xs, ws, xas, bs, ps, seeds, strict=True):
         K, r = x.shape[1], b.shape[1]
-        check_operands(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)), bias=(bias, (N,)))
+        check_operands(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)))
+    check_operands(xs[0], bias=(bias, (N,)), scale=(column_scale, (N,)))
     group, dropout = " group" * (len(xs) > 1), " dropout" * any(ps)
     if has_tma and _fits_tma(xs, ws):
         return TMA + group + dropout
@@ -279,7 +308,7 @@ def _transposed(t: Layout) -> Layout:
 
 @cached_by_layout
 def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
-    xs, ws, xas, bs, (bias,), _, ps = operands
+    xs, ws, xas, bs, (bias, column_scale), _, ps = operands
     M, N, ranks = xs[0].shape[0], ws[0].shape[0], tuple(b.shape[1] for b in bs)
     wide = any(t.dtype != xs[0].dtype for t in (*xas, *bs))  # two tiles of each wait in registers
     arguments = {
@@ -293,6 +322,7 @@ def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
         "lengths": tuple(x.shape[1] for x in xs),
         "PARTS": len(xs),
         "HAS_BIAS": bias is not None,
+        "HAS_COLUMN_SCALE": column_scale is not None,
         "HAS_DROPOUT": tuple(p != 0.0 for p in ps),
         "BLOCK_R": min(padded_rank(max(ranks)), 16 if wide else 32),
         **t.kwargs(),

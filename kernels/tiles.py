@@ -292,6 +292,10 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {ANY: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
+    "dora_grad": {  # rows of 256 bytes, so that a program has few columns to sum up and many programs are there
+        "default": {ANY: Tile(BLOCK_M=16, BLOCK_N=128, num_warps=4)},
+        "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
+    },
     "swiglu": {  # 8 elements a thread, so that a half-precision load is 16 bytes
         "default": {ANY: Tile(BLOCK_M=1, BLOCK_K=1024, num_warps=4)},
         "interpreter": {ANY: Tile(BLOCK_M=2, BLOCK_K=32)},

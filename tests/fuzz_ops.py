@@ -60,6 +60,9 @@ class Calls:
     def values(self, shape, dtype):
         return torch.randn(shape, generator=self.generator).to(dtype)
 
+    def vector(self, length):
+        return self.maybe(self.values((length,), self.one_of(FLOATS)))
+
     def dropout(self):
         p = self.one_of([0.0, 0.0, 0.3])
         return p, torch.tensor(self.random.randrange(1 << 62)) if p else None
@@ -89,8 +92,7 @@ class Calls:
 
     def lora_matmul(self):
         M, N, *_ = self.sizes()
-        bias = self.maybe(self.values((N,), self.one_of(FLOATS)))
-        return [*self.part(M, N, self.one_of(FLOATS)), bias, *self.dropout()]
+        return [*self.part(M, N, self.one_of(FLOATS)), self.vector(N), *self.dropout(), self.vector(N)]
 
     def lora_matmul_group(self):
         (M, N, *_), dtype, n = self.sizes(), self.one_of(FLOATS), self.random.randrange(1, 4)
@@ -106,6 +108,11 @@ class Calls:
     def lora_grad_a(self):
         M, K, r, _ = self.sizes()
         return [self.matrix((M, r), self.one_of(FLOATS)), self.matrix((M, K), self.one_of(FLOATS)), *self.dropout()]
+
+    def dora_grad(self):
+        shape, dtype = self.sizes()[:2], self.one_of(FLOATS)
+        scale = self.values(shape[1:], self.one_of(FLOATS)).abs_().add_(0.5)
+        return [self.matrix(shape, dtype), self.matrix(shape, dtype), scale]
 
     def swiglu(self):
         shape, dtype = self.sizes()[:2], self.one_of(FLOATS)
@@ -145,8 +152,7 @@ class Calls:
     def nf4_matmul(self):
         weight, dtype = self.weight(), self.one_of(FLOATS[:3])
         x = self.matrix((self.one_of(SIZES), weight.K), dtype)
-        bias = self.maybe(self.values((weight.N,), self.one_of(FLOATS)))
-        return [x, *weight, *self.adapter(weight), 0.3, bias]
+        return [x, *weight, *self.adapter(weight), 0.3, self.vector(weight.N)]
 
     def lora_matmul_4bit(self):
         (M, N, *_), dtype, transposed = self.sizes(), self.one_of(FLOATS[:3]), self.one_of([True, False])
@@ -158,8 +164,7 @@ class Calls:
             x, xa, b = self.matrix((M, K), dtype), self.matrix((M, r), adapter), self.matrix((N, r), adapter)
             parts.append((x, weight, xa, b, *self.dropout()))
         x, weights, xa, b, p, seed = map(list, zip(*parts, strict=True))
-        bias = self.maybe(self.values((N,), self.one_of(FLOATS)))
-        return [x, *ops_4bit.lists_of(weights), xa, b, bias, p, seed, transposed]
+        return [x, *ops_4bit.lists_of(weights), xa, b, self.vector(N), p, seed, transposed, self.vector(N)]
 
     def broken(self, args):
         """One operand, or one of a list, made another."""

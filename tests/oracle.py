@@ -104,7 +104,7 @@ def with_biases(model: nn.Module) -> nn.Module:
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj"), "mlp", "mlp.down_proj", "mlp.act_fn"
 NEOX = ("attention.query_key_value",) * 2, "mlp", "mlp.dense_4h_to_h", "mlp.act"
 GPT2 = ("attn.c_attn",) * 2, "mlp", "mlp.c_proj", "mlp.act"
-ALL = {"target_modules": "all-linear"}
+ALL, DORA = {"target_modules": "all-linear"}, {"use_dora": True}
 CASES = {
     "llama": Case(llama, *LLAMA, ALL),
     "qwen2, biases trained": Case(qwen2, *LLAMA, ALL | {"bias": "lora_only"}),
@@ -113,6 +113,10 @@ CASES = {
     "nf4 in lora.Linear": Case(lambda: nf4(False), *LLAMA, ALL),
     "nf4 in lora.Linear4bit": Case(lambda: nf4(True), *LLAMA, ALL),
     "llama bf16": Case(lambda: llama(torch.bfloat16), *LLAMA, ALL),
+    "qwen2, dora": Case(qwen2, *LLAMA, ALL | DORA),
+    "gpt2, dora": Case(gpt2, *GPT2, ALL | DORA | {"fan_in_fan_out": True}),
+    "nf4, dora": Case(lambda: nf4(True), *LLAMA, ALL | DORA),
+    "llama bf16, dora": Case(lambda: llama(torch.bfloat16), *LLAMA, ALL | DORA),
 }
 
 
@@ -159,6 +163,8 @@ def randomise(model: nn.Module, adapter: str) -> nn.Module:
         for name, p in model.named_parameters():
             if f"lora_B.{adapter}." in name:
                 p.copy_(torch.randn(p.shape, generator=generator) / 10)
+            if f"lora_magnitude_vector.{adapter}." in name:
+                p.mul_(1 + torch.randn(p.shape, generator=generator) / 10)
     return model
 
 

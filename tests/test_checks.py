@@ -22,13 +22,14 @@ weights, sizes, quant_types = ops_4bit.lists_of([flat, nested])
 OPERANDS = {  # that every op takes, in the order of its schema
     "shrink": {"x": x, "a": a, "s": 2.0, "p": 0.3, "seed": SEED},
     "shrink_group": {"x": x, "a": [a, a], "s": [1.0, 2.0], "p": [0.3, 0.0], "seed": [SEED, None]},
-    "lora_matmul": {"x": x, "w": w, "xa": xa, "b": b, "bias": bias, "p": 0.3, "seed": SEED},
+    "lora_matmul": {"x": x, "w": w, "xa": xa, "b": b, "bias": bias, "p": 0.3, "seed": SEED, "scale": bias},
     "lora_matmul_group": {
         **{"x": [x, x], "w": [w, w], "xa": [xa, xa], "b": [b, b]},
         **{"p": [0.3, 0.0], "seed": [SEED, None]},
     },
     "lora_grad": {"dy": dy, "x": x, "b": b, "xa": xa, "s": 2.0, "p": 0.3, "seed": SEED},
     "lora_grad_a": {"dxa": xa, "x": x, "p": 0.3, "seed": SEED},
+    "dora_grad": {"dy": dy, "y": dy, "scale": bias},
     "swiglu": {"gate": x, "up": x, "activation": "silu"},
     "swiglu_backward_": {"dh": x.clone(), "gate": x.clone(), "up": x.clone(), "activation": "silu"},
     "decode_4bit": {**flat._asdict(), "dtype": torch.float32, "a": a, "b": b, "s": 2.0},
@@ -36,6 +37,7 @@ OPERANDS = {  # that every op takes, in the order of its schema
     "lora_matmul_4bit": {
         **{"x": [x, x], "weights": weights, "sizes": sizes, "quant_types": quant_types},
         **{"xa": [xa, xa], "b": [b, b], "bias": bias, "p": [0.3, 0.0], "seed": [SEED, None], "transposed": False},
+        **{"scale": bias},
     },
 }
 
@@ -96,6 +98,8 @@ REFUSALS = {
         ({"b": b.int()}, "b must be "),
         ({"bias": bias[1:]}, "bias must be [24], got [23]"),
         ({"bias": bias[None]}, "bias must be [24], got [1, 24]"),
+        ({"scale": bias[1:]}, "scale must be [24], got [23]"),
+        ({"scale": bias.int()}, "scale must be "),
     ],
     "lora_matmul_group": [
         ({name: [] for name in OPERANDS["lora_matmul_group"]}, "a group must have at least one x"),
@@ -117,6 +121,13 @@ REFUSALS = {
         ({"s": float("nan")}, "s must be finite"),
     ],
     "lora_grad_a": [*P, ({"dxa": xa[1:]}, "dxa must be [12, *], got [11, 4]"), ({"x": x.int()}, "x must be ")],
+    "dora_grad": [
+        ({"dy": dy[0]}, "dy must be [*, *], got [24]"),
+        ({"y": dy[1:]}, "y must be [12, 24], got [11, 24]"),
+        ({"y": dy.bfloat16()}, "y must be "),
+        ({"scale": bias[1:]}, "scale must be [24], got [23]"),
+        ({"scale": bias.int()}, "scale must be "),
+    ],
     "swiglu": [
         ({"gate": x[0], "up": None}, "gate must be [*, *], got [32]"),
         ({"up": x[:, 1:]}, "up must be [12, 32], got [12, 31]"),
@@ -147,6 +158,7 @@ REFUSALS = {
         ({"sizes": [0, *sizes[1:]]}, "blocksize must be a power of two"),
         ({"sizes": [*sizes[:6], N - 2, K]}, "the weights must have the same outputs"),
         ({"quant_types": ["nf4", "int4"]}, "quant_type must be nf4 or fp4, got int4"),
+        ({"scale": bias[1:]}, "scale must be [24], got [23]"),
         ({"x": [x, x[1:]]}, "x must be [12, 32], got [11, 32]"),
         ({"x": [x, x.bfloat16()]}, "x must be "),
         ({"x": [x.double()] * 2}, "the dtype of x must be float32, bfloat16 or float16"),

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora import reference
+from fastlora.base_layers import base_kind
 from fastlora.benchmarks.accuracy import inexact, relative_error
 from fastlora.fourbit import weight_4bit
-from fastlora.functional import Adapter, adapted_forward, base_kind, lora_linear
+from fastlora.functional import Adapter, adapted_forward, lora_linear
 
 K, N, r = 128, 32, 4
 INF = float("inf")

@@ -66,6 +66,7 @@ def op_calls():
         ),
         "lora_grad": lambda: lora.lora_grad(dy, x, b, xa, S, P, seed),
         "lora_grad_a": lambda: (lora.lora_grad_a(xa, x, P, seed),),
+        "dora_grad": lambda: lora.dora_grad(dy, dy + 1, xa.new_full((N,), 0.5)),
         "swiglu": lambda: (lora.swiglu(gate, up, "gelu"),),
         "swiglu_backward_": swiglu_backward,
         "decode_4bit": lambda: (w4.decode(BF16), w4.decode_merged(BF16, a, b, S)),

@@ -62,6 +62,9 @@ class TestRefusals:
             "xa of lora_grad": (lambda: op.lora_grad(dy, x, b, xa[:, 1:], 1.0), "xa must be [5, 6]"),
             "x of lora_grad": (lambda: op.lora_grad(dy, x[1:], b, xa, 1.0), "x must be [5, 128]"),
             "dxa": (lambda: op.lora_grad_a(xa[1:], x), "dxa must be [5, 6]"),
+            "scale": (lambda: op.lora_matmul(x, w, xa, b, None, 0.0, None, bias[1:]), "scale must be [48]"),
+            "y of dora_grad": (lambda: op.dora_grad(dy, dy[1:], bias), "y must be [5, 48]"),
+            "scale of dora_grad": (lambda: op.dora_grad(dy, dy, bias[1:]), "scale must be [48]"),
             "up": (lambda: op.swiglu(x, x[1:], "silu"), "up must be [5, 128]"),
             "dh": (lambda: op.swiglu_backward_(x[1:], x, x, "silu"), "dh must be [5, 128]"),
             "activation": (lambda: op.swiglu(x, x, "tanh"), "activation must be one of silu, gelu"),
@@ -133,6 +136,7 @@ def test_ops_on_nothing_are_those_of_torch(sizes):
         op.lora_matmul: (x, w, xa, b, torch.randn(N)),
         op.lora_matmul_group: ([x, x], [w, w], [xa, xa], [b, b], [0.0, 0.1], [None, seed]),
         op.lora_grad: (dy, x, b, xa, 2.0),
+        op.dora_grad: (dy, dy, torch.ones(N)),
         op.lora_grad_a: (xa, x),
         op.swiglu: (x, x + 1, "silu"),
     }

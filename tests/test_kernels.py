@@ -13,6 +13,7 @@ import torch
 from fastlora import reference
 from fastlora.benchmarks.accuracy import FACTOR, inexact, relative_error, same
 from fastlora.kernels import dropout, tiles
+from fastlora.kernels.dora import dora_grad
 from fastlora.kernels.limits import ACTIVATIONS
 from fastlora.kernels.lora_grad import lora_grad, lora_grad_a
 from fastlora.kernels.lora_matmul import (
@@ -218,13 +219,15 @@ def test_shrink_split_along_k_adds_in_a_fixed_order():
     assert torch.equal(shrink(x, a, 1.0), shrink(x, a, 1.0))
 
 
-def check_lora_matmul(x, w, xa, b, bias=None, p=0.0):
+def check_lora_matmul(x, w, xa, b, bias=None, p=0.0, scale=None):
     D = mask(x.shape[0], w.shape[0], p) if p else x.new_ones(x.shape[0], w.shape[0], dtype=torch.float64)
-    y = lora_matmul(x, w, xa, b, bias, p, SEED if p else None)
+    y = lora_matmul(x, w, xa, b, bias, p, SEED if p else None, scale)
     assert y.dtype == x.dtype
     adapter = D.to(wide(x, xa).dtype) * (wide(xa, x) @ wide(b, x).T)
     eager = (x @ w.T + adapter + (0 if bias is None else bias)).to(x.dtype)
     truth = x.double() @ w.double().T + D * (xa.double() @ b.double().T) + (0 if bias is None else bias.double())
+    if scale is not None:
+        eager, truth = (eager * scale).to(x.dtype), truth * scale.double()
     check(y, eager, truth, x.shape[1] + b.shape[1])
 
 
@@ -262,6 +265,14 @@ class TestLoRAMatmul:
     def test_dx_is_the_same_call_with_transposed_strides(self, p):
         dy, w, dxa, a = normal(40, 96).half(), normal(96, 72).half(), normal(40, 6), normal(6, 72)
         check_lora_matmul(dy, w.t(), dxa, a.t(), None, p)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_columns_are_scaled_before_they_are_rounded(self, dtype):
+        x, w, scale = normal(40, 48).to(dtype), normal(72, 48).to(dtype), normal(72)
+        check_lora_matmul(x, w, normal(40, 6), normal(72, 6), scale=scale)
+        check_lora_matmul(x, w, normal(40, 6), normal(72, 6), normal(72), 0.2, scale.double())
+        one, other = (f(x, w, x[:, :6], w[:, :6], scale=scale) for f in (lora_matmul, lora_matmul_base_last))
+        assert same(other, one)
 
     def test_more_tiles_than_programs(self):
         check_lora_matmul(normal(120, 40).half(), normal(200, 40).half(), normal(120, 4), normal(200, 4))
@@ -399,6 +410,19 @@ def test_other_amd_gpus_take_the_tiles_of_gfx942_but_no_tf32(monkeypatch):
             assert not tiles.has_ptx() and not tiles.has_tma()
     finally:
         tiles.force_family(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 70), (700, 130), (0, 8), (8, 0)], ids=str)
+def test_gradients_of_a_scale(shape, dtype):
+    M, N = shape
+    dy, y, scale = normal(M, N).to(dtype), normal(N, M).to(dtype).t(), normal(N).abs() + 0.5
+    dz, dscale = dora_grad(dy, y, scale)
+    wide = dy.double(), y.double(), scale.double()
+    eager = (dy * scale).to(dtype), (dy.float() * y.float()).sum(0) / scale
+    for value, bar, expected in zip((dz, dscale), eager, reference.dora_grad(*wide), strict=True):
+        check(value, bar, expected, M)
+    assert all(map(torch.equal, dora_grad(dy, y, scale), (dz, dscale)))
 
 
 @pytest.mark.one_case_in(3)

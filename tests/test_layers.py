@@ -20,7 +20,7 @@ LAYERS = [  # each may import what stands before it
     {"fourbit"},
     {"ops_4bit"},
     {"products"},
-    {"recompute", "siblings"},
+    {"recompute", "siblings", "dora", "base_layers"},
     {"autograd"},
     {"mlp"},
     {"functional"},

@@ -9,6 +9,7 @@ from accuracy import linear
 from oracle import lora_layers
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft_models import H, K, adapted, inputs, patched, results, uses_fastlora
 from torch import nn
 
@@ -52,8 +53,29 @@ def other_lora_A(model):
     return model
 
 
+class OwnVariant(DoraLinearVariant):
+    """What may compute anything."""
+
+
+def own_variant(model):
+    for layer in lora_layers(model):
+        layer.lora_variant["default"] = OwnVariant()
+    return model
+
+
+def hook_on_magnitude(model):
+    return hook_on(lambda m: m.lora_magnitude_vector["default"])(model)
+
+
 LEFT_TO_PEFT = {
-    "DoRA": (lambda: adapted(use_dora=True), r"'default' is not plain LoRA \(DoraLinearVariant\)"),
+    "another variant": (
+        lambda: own_variant(adapted(use_dora=True)),
+        r"'default' is not LoRA or DoRA \(OwnVariant\)",
+    ),
+    "hook on the magnitude": (
+        lambda: hook_on_magnitude(adapted(use_dora=True)),
+        r"magnitude of adapter.* has hooks",
+    ),
     "base weight trained": (lambda: trained_base(adapted()), r"base weight requires grad"),
     "hook on the base": (lambda: hook_on(lambda m: m.base_layer)(adapted()), r"base layer has hooks"),
     "hook on lora_A": (lambda: hook_on(lambda m: m.lora_A["default"])(adapted()), r"lora_A of adapter.* has hooks"),

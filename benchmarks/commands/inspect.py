@@ -55,6 +55,7 @@ def run(args: Namespace) -> int:
 
 def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """(op, what is special, a launch on meta tensors) so that every row of the tile table is compiled."""
+    from fastlora.kernels.dora import dora_grad
     from fastlora.kernels.lora_grad import lora_grad
     from fastlora.kernels.lora_matmul import lora_matmul, lora_matmul_group
     from fastlora.kernels.nf4 import decode_4bit
@@ -87,6 +88,8 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
             drops = [q for _ in widths], [seed if q else None for _ in widths]
             yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, *drops)
     r = 16
+    x, w, xa, b = _meta(M, K), _meta(N, K), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
+    yield "lora_matmul", "of DoRA", _call(lora_matmul, x, w, xa, b, None, 0.0, None, _meta(N, dtype=FP32))
     for m in (16, 64):
         x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
         yield "lora_matmul", f"M={m}", _call(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
@@ -97,6 +100,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     x, w, dy, a, b, xa = (_meta(*shape, dtype=FP32) for shape in ((M, K), (N, K), (M, N), (r, K), (N, r), (M, r)))
     yield "shrink", "fp32", _call(shrink, x, a, 2.0, p, seed)
     yield "lora_matmul", "fp32", _call(lora_matmul, x, w, xa, b)
+    yield "dora_grad", "bf16", _call(dora_grad, *(_meta(M, N) for _ in range(2)), _meta(N, dtype=FP32))
     yield "lora_grad", "fp32", _call(lora_grad, dy, x, b, xa, 2.0)
     yield "swiglu", "forward", _call(swiglu, _meta(M, K), _meta(M, K), "silu")
     yield "swiglu", "backward", _call(swiglu_backward_, *(_meta(M, K) for _ in range(3)), "silu")

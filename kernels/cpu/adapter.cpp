@@ -50,10 +50,10 @@ Tensor shrink_op(const Tensor& x, const Tensor& a, double s, double p, const Opt
   return shrink_group_op(x, a, s, p, Seeds({seed}))[0];
 }
 
-// The sum of x[i] w[i]^T + drop(xa[i] b[i]^T), and a bias.
+// The sum of x[i] w[i]^T + drop(xa[i] b[i]^T), and a bias; its columns times `scale`.
 Tensor matmul(
     at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, const OptionalTensor& bias,
-    at::ArrayRef<double> p, const Seeds& seed) {
+    at::ArrayRef<double> p, const Seeds& seed, const OptionalTensor& scale) {
   const Operands operands{"lora_matmul"};
   TORCH_CHECK(!x.empty(), "fastlora: lora_matmul: a group must have at least one x");
   operands.length("w", w.size(), x.size());
@@ -77,14 +77,17 @@ Tensor matmul(
     adapters.push_back({xa[i], dropout.scale(), b[i].t(), dropout});
   }
   if (bias.has_value()) operands.vector("bias", *bias, N);
+  if (scale.has_value()) operands.vector("scale", *scale, N);
   Tensor y = at::empty({M, N}, x[0].options());
   if (is_empty(y)) return y;
+  const OptionalTensor factors = scale.has_value() ? OptionalTensor(in_fp32(*scale)) : scale;
+  const ColumnScale column_scale{factors.has_value() ? factors->const_data_ptr<float>() : nullptr};
   bool complete = false;  // with the base products
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
     using A = Wide<scalar_t>;
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     const auto multiply = [&](const auto& init) {
-      complete = tail<scalar_t>(x, w, init, adapters, to);
+      complete = tail<scalar_t>(x, w, init, adapters, column_scale, to);
       if (!complete) expand<scalar_t>(init, adapters, to, y.size(0), N);
     };
     if (!bias.has_value()) return multiply(nullptr);
@@ -93,19 +96,20 @@ Tensor matmul(
   });
   for (size_t i = 0; !complete && i < x.size(); ++i)
     if (x[i].size(1) > 0) y.addmm_(x[i], w[i].t());
+  if (!complete && scale.has_value()) y.mul_(*scale);
   return y;
 }
 
 Tensor lora_matmul_op(
     const Tensor& x, const Tensor& w, const Tensor& xa, const Tensor& b, const OptionalTensor& bias, double p,
-    const OptionalTensor& seed) {
-  return matmul(x, w, xa, b, bias, p, Seeds({seed}));
+    const OptionalTensor& seed, const OptionalTensor& scale) {
+  return matmul(x, w, xa, b, bias, p, Seeds({seed}), scale);
 }
 
 Tensor lora_matmul_group_op(
     at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, at::ArrayRef<double> p,
     const Seeds& seed) {
-  return matmul(x, w, xa, b, std::nullopt, p, seed);
+  return matmul(x, w, xa, b, std::nullopt, p, seed, std::nullopt);
 }
 
 Tensor lora_grad_a_op(const Tensor& dxa, const Tensor& x, double p, const OptionalTensor& seed) {

@@ -302,12 +302,12 @@ std::vector<std::vector<Piece>> panels_of(const std::vector<Operand>& w) {
   return panels;
 }
 
-// y[M, N] = sum of x[i] @ w[i] + init + the adapters' parts: all accumulate in one fp32 tile, which is rounded once. A
-// panel of the weights is packed and kept in the second-level cache for all rows. Depths are even.
+// y[M, N] = scale * (sum of x[i] @ w[i] + init + the adapters' parts): all accumulate in one fp32 tile, which is
+// rounded once. A panel of the weights is packed and kept in the second-level cache for all rows. Depths are even.
 template <typename Operand, typename Init>
 void tail(
     const std::vector<Tensor>& x, const std::vector<Operand>& w, const Init& init, const std::vector<Adapter>& adapters,
-    BFloat16* y, int64_t M, int64_t N) {
+    const ColumnScale& column_scale, BFloat16* y, int64_t M, int64_t N) {
   const int64_t threads = at::get_num_threads();
   if (M == 0 || N == 0) return;
   const int64_t across = (N + TAIL_N - 1) / TAIL_N, blocks = (M + TAIL_M - 1) / TAIL_M;
@@ -348,8 +348,10 @@ void tail(
               multiply_block(x[part], m0, rows, k0, depth, padded, packed, sum, copy.row(0));
               packed += depth / 2 * TAIL_N;
             }
-            for (int64_t i = 0; n + 1 == panels.size() && i < rows; ++i)
+            for (int64_t i = 0; n + 1 == panels.size() && i < rows; ++i) {
+              column_scale.apply(sum + i * TAIL_N, n0, cols);
               round_to(sum + i * TAIL_N, cols, y + (m0 + i) * N + n0);
+            }
           }
         }
       }

@@ -238,10 +238,11 @@ void dots(
   if constexpr (I > 1) dots<Way, J, I - 1>(w, n, scales, x, rows, out, ld_out);
 }
 
-// y[M, N] = x w^T + init + the adapters' parts
+// y[M, N] = scale * (x w^T + init + the adapters' parts)
 template <typename Way, typename T, typename Init>
 void multiply_few(
-    const Tensor& x, const typename Way::Weight& w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
+    const Tensor& x, const typename Way::Weight& w, const Init& init, const std::vector<Adapter>& adapters,
+    const ColumnScale& column_scale, T* y) {
   constexpr int64_t STRIP = 32;
   const int64_t M = x.size(0), N = w.N, K = w.K, blocks = w.blocks();
   const Buffer<typename Way::Element> ordered(M, ld_of_x(K));
@@ -280,7 +281,10 @@ void multiply_few(
         for (constexpr int J = Way::ROWS_OF_W; M > Way::IN_ONE_STREAM && n + J <= cols; n += J)
           multiply.template operator()<J>(n);
       for (; n < cols; ++n) multiply.template operator()<1>(n);
-      for (int64_t m = 0; m < M; ++m) at::vec::convert(tile.row(m), y + m * N + n0, cols);
+      for (int64_t m = 0; m < M; ++m) {
+        column_scale.apply(tile.row(m), n0, cols);
+        at::vec::convert(tile.row(m), y + m * N + n0, cols);
+      }
     }
   });
 }

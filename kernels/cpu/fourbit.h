@@ -77,10 +77,10 @@ struct Scales {
   Scales(
       const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2, const OptionalTensor& offset,
       int64_t blocksize2)
-      : absmax(code2 ? absmax.contiguous() : absmax.to(at::kFloat).contiguous()), blocksize2(blocksize2) {
+      : absmax(code2 ? absmax.contiguous() : in_fp32(absmax)), blocksize2(blocksize2) {
     if (!code2) return;
-    code = code2->to(at::kFloat).contiguous();
-    absmax_of_bytes = absmax2->to(at::kFloat).contiguous();
+    code = in_fp32(*code2);
+    absmax_of_bytes = in_fp32(*absmax2);
     plus = offset->item<float>();
   }
 

@@ -8,11 +8,11 @@
 namespace fastlora {
 namespace {
 
-// The sum of the products with 4-bit weights, with the adapters' parts and a bias
+// The sum of the products with 4-bit weights, with the adapters' parts and a bias; its columns times `scale`
 Tensor lora_matmul_4bit(
     at::TensorList x, const c10::List<OptionalTensor>& weights, at::IntArrayRef sizes,
     const c10::List<std::string>& quant_types, at::TensorList xa, at::TensorList b, const OptionalTensor& bias,
-    at::ArrayRef<double> p, const c10::List<OptionalTensor>& seed, bool transposed) {
+    at::ArrayRef<double> p, const c10::List<OptionalTensor>& seed, bool transposed, const OptionalTensor& scale) {
   const Operands check{"lora_matmul_4bit"};
   const size_t count = x.size();
   TORCH_CHECK(count > 0, "fastlora: lora_matmul_4bit: x must have at least one entry");
@@ -53,15 +53,18 @@ Tensor lora_matmul_4bit(
     adapters.push_back({xa[i], dropout.scale(), b[i].t(), dropout});
   }
   if (bias.has_value()) check.vector("bias", *bias, N);
+  if (scale.has_value()) check.vector("scale", *scale, N);
   Tensor y = at::empty({M, N}, x[0].options());
   if (y.numel() == 0) return y;
   const std::vector<Tensor> rows = with_rows(x);
+  const OptionalTensor factors = scale.has_value() ? OptionalTensor(in_fp32(*scale)) : scale;
+  const ColumnScale column_scale{factors.has_value() ? factors->const_data_ptr<float>() : nullptr};
   FASTLORA_DISPATCH_FLOAT(y.scalar_type(), [&] {
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    if (!bias.has_value()) return multiply_4bit<scalar_t>(rows, operands, nullptr, adapters, to, M, N);
+    if (!bias.has_value()) return multiply_4bit<scalar_t>(rows, operands, nullptr, adapters, column_scale, to, M, N);
     const Tile<float> row = to_tile<float>(bias->unsqueeze(0));
     const auto init = [&](int64_t, int64_t n0, int64_t cols, float* out) { std::copy_n(row.row(0) + n0, cols, out); };
-    multiply_4bit<scalar_t>(rows, operands, init, adapters, to, M, N);
+    multiply_4bit<scalar_t>(rows, operands, init, adapters, column_scale, to, M, N);
   });
   return y;
 }

@@ -88,11 +88,12 @@ void pack(const Operand& w, int64_t n0, int64_t cols, int64_t k0, int64_t depth,
   }
 }
 
-// y[M, N] = sum of x[i] @ w[i] + init + the adapters' parts, all in fp32, rounded once. Rows of x have unit stride.
+// y[M, N] = scale * (sum of x[i] @ w[i] + init + the adapters' parts), all in fp32, rounded once. Rows of x have unit
+// stride.
 template <typename T, typename Operand, typename Init>
 void multiply(
     const std::vector<Tensor>& x, const std::vector<Operand>& w, const Init& init, const std::vector<Adapter>& adapters,
-    T* y, int64_t M, int64_t N) {
+    const ColumnScale& column_scale, T* y, int64_t M, int64_t N) {
   const int64_t threads = at::get_num_threads();
   const auto divided = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
   const int64_t share = divided(N, round_up(std::max<int64_t>(1, divided(N, PANEL_N)), threads));
@@ -127,7 +128,10 @@ void multiply(
           }
         }
       }
-      for (int64_t i = 0; i < rows; ++i) at::vec::convert(tile.row(i), y + (m0 + i) * N + n0, cols);
+      for (int64_t i = 0; i < rows; ++i) {
+        column_scale.apply(tile.row(i), n0, cols);
+        at::vec::convert(tile.row(i), y + (m0 + i) * N + n0, cols);
+      }
     }
   });
 }

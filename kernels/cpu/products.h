@@ -55,19 +55,21 @@ constexpr int64_t FEW_DENSE = 31, LEAST_PANEL = 32;
 constexpr int64_t FEW_DENSE = vector::LANES == 8 ? 23 : 31, LEAST_PANEL = vector::LANES == 8 ? 2 : 8;
 #endif
 
-// y[M, N] = sum of x[M, K] @ w[N, K]^T + init + sum of the adapters' parts, if there is a faster way to it than
-// `expand` and torch's GEMMs; otherwise does nothing and returns false.
+// y[M, N] = scale * (sum of x[M, K] @ w[N, K]^T + init + sum of the adapters' parts), if there is a faster way to it
+// than `expand` and torch's GEMMs; otherwise does nothing and returns false.
 template <typename T, typename Init>
-bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter>& adapters, T* y) {
+bool tail(
+    at::TensorList x, at::TensorList w, const Init& init, const std::vector<Adapter>& adapters,
+    const ColumnScale& column_scale, T* y) {
   const int64_t M = x[0].size(0), N = w[0].size(0);
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     const bool fast = bf16::available();
     if (x.size() == 1 && M <= (fast ? FEW_ROWS - 1 : FEW_DENSE) && DenseRows::fits(w[0])) {
-      multiply_few<DenseInFloat>(with_rows(x[0]), DenseRows(w[0]), init, adapters, y);
+      multiply_few<DenseInFloat>(with_rows(x[0]), DenseRows(w[0]), init, adapters, column_scale, y);
       return true;
     }
     if (by_matrix_instructions<T>(M) && bf16::prefers_tail(x, w)) {
-      bf16::tail(x.vec(), operands_of<bf16::DenseOperand>(w), init, adapters, y, M, N);
+      bf16::tail(x.vec(), operands_of<bf16::DenseOperand>(w), init, adapters, column_scale, y, M, N);
       return true;
     }
     if (fast) return false;
@@ -76,7 +78,7 @@ bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vecto
   const auto by_lines = [](const Tensor& t) { return t.stride(0) == 1 || t.stride(1) == 1; };
   if constexpr (sizeof(T) == 2 && (vector::LANES == 8 || std::is_same_v<T, at::BFloat16>)) {
     if (M < LEAST_PANEL || !std::all_of(w.begin(), w.end(), by_lines)) return false;
-    vector::multiply(with_rows(x), operands_of<DenseOperand<T>>(w), init, adapters, y, M, N);
+    vector::multiply(with_rows(x), operands_of<DenseOperand<T>>(w), init, adapters, column_scale, y, M, N);
     return true;
   }
   return false;
@@ -86,23 +88,23 @@ bool tail(at::TensorList x, at::TensorList w, const Init& init, const std::vecto
 template <typename T, typename Init>
 void multiply_4bit(
     const std::vector<Tensor>& x, const std::vector<FourBitOperand>& w, const Init& init,
-    const std::vector<Adapter>& adapters, T* y, int64_t M, int64_t N) {
+    const std::vector<Adapter>& adapters, const ColumnScale& column_scale, T* y, int64_t M, int64_t N) {
   if (x.size() == 1 && w[0].by_columns && in_chunks(*w[0].w)) {
 #ifdef __AVX512BF16__
     if constexpr (std::is_same_v<T, at::BFloat16>)
-      if (M <= FEW_IN_PAIRS) return multiply_few<InPairs>(x[0], *w[0].w, init, adapters, y);
+      if (M <= FEW_IN_PAIRS) return multiply_few<InPairs>(x[0], *w[0].w, init, adapters, column_scale, y);
 #endif
-    if (M <= FEW_IN_FLOAT) return multiply_few<InFloat>(x[0], *w[0].w, init, adapters, y);
+    if (M <= FEW_IN_FLOAT) return multiply_few<InFloat>(x[0], *w[0].w, init, adapters, column_scale, y);
   }
   for (const FourBitOperand& each : w) each.w->decode_scales();
   const auto in_pairs = [](const FourBitOperand& each) { return each.depth() % 2 == 0; };
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     if (by_matrix_instructions<T>(M) && std::all_of(w.begin(), w.end(), in_pairs)) {
       const std::vector<bf16::DecodedOperand> decoded(w.begin(), w.end());
-      return bf16::tail(x, decoded, init, adapters, y, M, N);
+      return bf16::tail(x, decoded, init, adapters, column_scale, y, M, N);
     }
   }
-  vector::multiply(x, w, init, adapters, y, M, N);
+  vector::multiply(x, w, init, adapters, column_scale, y, M, N);
 }
 
 // dxa = s * dy @ b, da = dxa^T @ drop(x) and db = dy^T @ xa; none without its operands, which are then undefined

@@ -85,6 +85,10 @@ inline std::vector<Tensor> with_rows(at::ArrayRef<Tensor> all) {
   return out;
 }
 
+inline Tensor in_fp32(const Tensor& t) {
+  return t.to(at::kFloat).contiguous();
+}
+
 // ---- from tensors to tiles and back
 
 // to[rows, cols] = from, whose rows or columns have unit stride if it is to be fast, and zeros up to whole vectors
@@ -272,6 +276,14 @@ void sum_adapters(
     add = true;
   }
 }
+
+// What multiplies the columns of a finished tile, before it is rounded
+struct ColumnScale {
+  void apply(float* row, int64_t n0, int64_t cols) const {
+    for (int64_t c = 0; values != nullptr && c < cols; ++c) row[c] *= values[n0 + c];
+  }
+  const float* values = nullptr;  // of all columns, or nothing to do
+};
 
 // ---- the products by vector instructions
 

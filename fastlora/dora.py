@@ -1,0 +1,109 @@
+"""DoRA: ``y = g ∘ (x wᵀ + s x aᵀ bᵀ) + bias`` with ``g = m / ‖w + s b a‖``, a trained magnitude m for each row of w.
+
+The norm of a row is constant in the gradient, as in the paper and in PEFT. It is computed without the sum [N, K]:
+``‖w + s b a‖² = ‖w‖² + 2 s b·(w aᵀ) + s² b (a aᵀ)·b`` by row, of which the first term is kept while w is frozen.
+
+Backward needs ``dz = g ∘ dy`` in the place of dy, and for m the sums over rows of ``dy ∘ y / g``: the op `dora_grad`.
+Without a bias y is the layer's own output, so it takes no memory of its own.
+
+Source: DoRA, arXiv:2402.09353.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastlora.compat import keeps_graph, top_saved_tensors_hooks
+from fastlora.fourbit import Weight4bit
+from fastlora.ops import overload
+from fastlora.products import Weight
+
+shrink = overload("shrink")
+nf4_matmul = overload("nf4_matmul")
+dora_grad = overload("dora_grad")
+
+ROWS = 256  # of a weight, converted to fp32 at a time
+LEAST = 1e-20  # in the place of a scale of zero, by which the backward could not divide
+
+
+def column_scale(m: Tensor, norms: Tensor) -> Tensor:
+    """``g = m / norms`` in the dtype of norms."""
+    g = m.detach().to(norms.dtype) / norms
+    return g.masked_fill_(g == 0, LEAST)
+
+
+@torch.no_grad()
+def row_norms(parameter: Tensor, weight: Weight, a: Tensor, b: Tensor, s: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """``‖w + s b a‖`` of every row [N], in fp32 (fp64 for fp64). ``weight`` is read from ``parameter``, and a product
+    with one in 4 bits has this dtype."""
+    if isinstance(weight, Weight4bit):
+        wa = nf4_matmul(a.to(dtype), *weight, None, None, 1.0).t()
+    elif weight.stride(1) == 1:
+        wa = shrink(weight, a if a.dtype == torch.float64 else a.float(), 1.0)
+    else:
+        wa = torch.mm(weight, a.to(weight.dtype).t())
+    squares = _squares_of(parameter, weight)
+    a, b = a.to(squares.dtype), b.to(squares.dtype) * s
+    inner = torch.addmm(2 * wa.to(squares.dtype), b, a @ a.t())
+    return (squares + (b * inner).sum(1)).clamp_min_(0).sqrt_()
+
+
+# By parameter: where its values are, how often they were changed, and the squared norms of its rows.
+_kept: Any = WeakIdKeyDictionary()
+
+
+def _squares_of(parameter: Tensor, weight: Weight) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _squares(weight)
+    values = weight.packed if isinstance(weight, Weight4bit) else parameter
+    state = values.data_ptr(), values._version, values.device, values.dtype
+    found = _kept.get(parameter)
+    if found is None or found[0] != state:
+        found = _kept[parameter] = state, _squares(weight)
+    return found[1]
+
+
+def _squares(weight: Weight) -> Tensor:
+    """``‖w‖²`` by row"""
+    w = weight.decode(torch.float32) if isinstance(weight, Weight4bit) else weight
+    if w.dtype == torch.float64:
+        return w.square().sum(1)
+    return torch.cat([rows.float().square().sum(1) for rows in w.split(ROWS)])
+
+
+def keep_output(ctx: Any, y: Tensor) -> Tensor | None:
+    """Keep the output of a Function for its backward; what ``save_for_backward`` is to be given for it.
+
+    It is kept beside the saved tensors, whose check would forbid the model to change it in place, except where they go
+    through hooks: to checkpointing, or to memory elsewhere.
+    """
+    ctx.y = ctx.version = None
+    if torch.compiler.is_compiling():  # a graph without changes in place
+        return y
+    y = y.detach()
+    ctx.version = y._version
+    if top_saved_tensors_hooks(True) is not None:
+        return y
+    ctx.y = y
+    return None
+
+
+def kept_output(ctx: Any, saved: Tensor | None) -> Tensor | None:
+    """In backward: the output, None if it was changed since."""
+    y = saved if ctx.y is None else ctx.y
+    if torch.compiler.is_compiling():
+        return y
+    if not keeps_graph():
+        ctx.y = None
+    return y if y is not None and y._version == ctx.version else None
+
+
+def gradients(dy: Tensor, y: Tensor | None, m: Tensor, norms: Tensor, need_dm: bool) -> tuple[Tensor, Tensor | None]:
+    """``dz = g ∘ dy`` and dm, for 2-D dy and the output y before the bias."""
+    g = column_scale(m, norms)
+    if not need_dm or y is None:
+        return (dy * g).to(dy.dtype), None
+    dz, dscale = dora_grad(dy, y, g)
+    return dz, (dscale / norms).to(m.dtype)
