@@ -34,10 +34,27 @@ def column_scale(m: Tensor, norms: Tensor) -> Tensor:
     return g.masked_fill_(g == 0, LEAST)
 
 
-@torch.no_grad()
 def row_norms(parameter: Tensor, weight: Weight, a: Tensor, b: Tensor, s: float | Tensor, dtype: torch.dtype) -> Tensor:
     """``‖w + s b a‖`` of every row [N], in fp32 (fp64 for fp64). ``weight`` is read from ``parameter``, and a product
-    with one in 4 bits has this dtype."""
+    with one in 4 bits has this dtype.
+
+    Without gradients on a CPU, where tokens are generated one after another, the norms are kept too. They are found
+    by comparing values: a and b may change through ``.data``, which counts no version.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or a.device.type != "cpu" or isinstance(s, Tensor):
+        with torch.no_grad():
+            return _row_norms(parameter, weight, a, b, s, dtype)
+    state = _state(parameter, weight), s, dtype
+    found = _for_inference.get(a)
+    if found is None or found[0] != state or not (torch.equal(found[1], a) and torch.equal(found[2], b)):
+        norms = _row_norms(parameter, weight, a, b, s, dtype)
+        found = _for_inference[a] = state, a.detach().clone(), b.detach().clone(), norms
+    return found[3]
+
+
+def _row_norms(
+    parameter: Tensor, weight: Weight, a: Tensor, b: Tensor, s: float | Tensor, dtype: torch.dtype
+) -> Tensor:
     if isinstance(weight, Weight4bit):
         wa = nf4_matmul(a.to(dtype), *weight, None, None, 1.0).t()
     elif weight.stride(1) == 1:
@@ -50,15 +67,21 @@ def row_norms(parameter: Tensor, weight: Weight, a: Tensor, b: Tensor, s: float 
     return (squares + (b * inner).sum(1)).clamp_min_(0).sqrt_()
 
 
-# By parameter: where its values are, how often they were changed, and the squared norms of its rows.
-_kept: Any = WeakIdKeyDictionary()
+_kept: Any = WeakIdKeyDictionary()  # by parameter: its state, and the squared norms of its rows
+_for_inference: Any = WeakIdKeyDictionary()  # by a: what the norms were computed from, and the norms
+
+
+def _state(parameter: Tensor, weight: Weight) -> tuple:
+    """Where the values of a frozen weight are, and how often they were changed."""
+    values = weight.packed if isinstance(weight, Weight4bit) else parameter
+    version = None if values.is_inference() else values._version
+    return values.data_ptr(), version, values.device, values.dtype
 
 
 def _squares_of(parameter: Tensor, weight: Weight) -> Tensor:
     if torch.compiler.is_compiling():
         return _squares(weight)
-    values = weight.packed if isinstance(weight, Weight4bit) else parameter
-    state = values.data_ptr(), values._version, values.device, values.dtype
+    state = _state(parameter, weight)
     found = _kept.get(parameter)
     if found is None or found[0] != state:
         found = _kept[parameter] = state, _squares(weight)

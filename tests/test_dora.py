@@ -114,6 +114,24 @@ def test_what_is_kept_of_a_weight_is_its_own(weight):
     assert same(layer._row_norms(), 8 * plain, longest=128)
 
 
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_norms_for_inference_follow_the_adapter(weight):
+    """Also where it changes without autograd's knowing, as hotswapping does."""
+    layer, x = layer_of(weight)
+    with torch.no_grad():
+        layer(x)
+        for tensor in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            tensor.data.copy_(2 * tensor)
+            assert torch.equal(layer(x), with_gradients(layer, x))
+        layer.set_scaling(7.0)
+        assert torch.equal(layer(x), with_gradients(layer, x))
+
+
+def with_gradients(layer, x):
+    with torch.enable_grad():
+        return layer(x).detach()
+
+
 def test_no_sum_of_the_size_of_the_weight():
     layer, x = layer_of("fp32", r=5)
     N, K = layer.base_layer.weight.shape
