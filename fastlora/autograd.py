@@ -42,6 +42,7 @@ from fastlora.products import (
     is_merged,
     like_rows_of,
     product,
+    weight_gradient,
     weight_of,
 )
 from fastlora.recompute import MAKERS, recipe_of
@@ -145,7 +146,7 @@ def fused_linear(
     m: Tensor | None = None,
     norms: Tensor | None = None,
 ) -> Tensor:
-    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ`` on a frozen weight, outside autocast; ``shared`` if siblings get x too.
+    """``x wᵀ + bias + s · drop(x) aᵀ bᵀ``, outside autocast; ``shared`` if siblings get x too.
 
     With DoRA's ``m`` and ``norms`` (`fastlora.dora`) its columns are multiplied by ``m / norms``. There is no dropout
     and no bias then.
@@ -210,10 +211,11 @@ class FusedLinear(Function):
         x, a, b, bias, m, xa, token, seed, ctx.s, ctx.p, shared, ctx.xa_index, *inputs_left = inputs
         _, again, ctx.numbers, norms, *weight = inputs_left
         need_dx, need_da, need_db, _, need_dm, *_ = ctx.needs_input_grad
+        ctx.need_dw = ctx.needs_input_grad[len(inputs) - len(weight)]
         ctx.chained = shared is not None and shared.joins_dx
         ctx.merged = xa is None
         need_xa = need_db and ctx.merged
-        need_x = need_da or need_xa or need_dm
+        need_x = need_da or need_xa or need_dm or ctx.need_dw
         ctx.dora = norms is not None
         of_dora: tuple = ()
         if ctx.dora:
@@ -244,7 +246,7 @@ class FusedLinear(Function):
         shared, chained = ctx.shared, ctx.chained
         if chained and shared.token is not None:
             shared.release()
-        da = db = dbias = dm = term = dx = None
+        da = db = dbias = dm = dw = term = dx = None
         if dy is not None:
             x, a, b, xa, seed, *weight = ctx.saved_tensors
             s, p = ctx.s, ctx.p
@@ -271,6 +273,8 @@ class FusedLinear(Function):
                 db = None if not need_db else db if db.dtype == b_dtype else db.to(b_dtype)
             if need_dbias:
                 dbias = dy.sum(0, dtype=bias_dtype)
+            if ctx.need_dw:
+                dw = weight_gradient(dy, x)
             if need_dx:
                 weight = weight_of(weight, ctx.numbers) if ctx.numbers else weight[0]
                 term = DxTerm(dy, weight, a, b, None if ctx.merged else dxa, s, p, seed)
@@ -285,6 +289,8 @@ class FusedLinear(Function):
                 dx = input_gradient(terms)
                 if len(ctx.x_shape) != 2:
                     dx = unsafe_view(dx, ctx.x_shape)
+        if dw is not None:
+            return (dx, da, db, dbias, dm, *(None,) * (ctx.inputs - 6), dw)
         return (dx, da, db, dbias, dm, *(None,) * (ctx.inputs - 5))
 
 

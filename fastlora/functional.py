@@ -30,13 +30,13 @@ def lora_linear(
 ) -> Tensor:
     """``F.linear(x, weight, bias) + scaling * F.linear(F.linear(F.dropout(x, dropout_p), lora_A), lora_B)``
 
-    Differentiable (once) in x, lora_A, lora_B and bias. Saves x and [M, r] for backward, and no dropout mask: backward
-    draws the same mask again, from a seed that the default generator of x's device gave to forward.
+    Differentiable (once) in x, lora_A, lora_B, bias and a dense weight. Saves x and [M, r] for backward, and no dropout
+    mask: backward draws the same mask again, from a seed that the default generator of x's device gave to forward.
 
     Args:
         x: ``[..., K]``, floating point. Under autocast it is cast as ``F.linear`` would.
-        weight: frozen; a dense ``[N, K]`` tensor of x's dtype, or a bitsandbytes 4-bit weight (``Params4bit``,
-            NF4 or FP4) of logical shape ``[N, K]``, which is decoded to x's dtype.
+        weight: a dense ``[N, K]`` tensor of x's dtype, which may train, or a frozen bitsandbytes 4-bit weight
+            (``Params4bit``, NF4 or FP4) of logical shape ``[N, K]``, which is decoded to x's dtype.
         lora_A, lora_B: ``[r, K]`` and ``[N, r]``, of any floating dtype: fp32 master weights are converted, x is not.
         scaling: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rank-stabilised LoRA.
         bias: ``[N]`` or None.
@@ -46,7 +46,7 @@ def lora_linear(
         ``[..., N]`` in x's dtype, under autocast in the autocast dtype.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or value is not as above, or weight requires grad.
+        TypeError, ValueError: a dtype, shape or value is not as above.
         RuntimeError: under forward-mode AD or ``torch.func.vmap``, which have no rule for it.
 
     Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314.
@@ -272,7 +272,11 @@ def mlp_forward(
 
 
 def stands_alone(base_layer: Any, adapter: Adapter) -> bool:
-    """Whether this layer is never one of several that are computed as one: it is of DoRA with a bias or dropout."""
+    """Whether this layer is none of several that are computed as one now: its weight trains, or it is of DoRA with a
+    bias or dropout."""
+    weight = base_layer._parameters.get("weight")
+    if weight is not None and weight.requires_grad:
+        return True
     return adapter.magnitude is not None and (adapter.p != 0.0 or whole_bias(base_layer, adapter) is not None)
 
 
@@ -321,9 +325,9 @@ def _check(x, weight, lora_A, lora_B, scaling, bias, dropout_p) -> None:
         raise TypeError(f"weight must be a tensor or a bitsandbytes 4-bit weight, got {type(weight).__name__}")
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if weight.requires_grad:
-        raise ValueError("weight must be frozen: lora_linear gives it no gradient; call weight.requires_grad_(False)")
     if is_4bit(weight):
+        if weight.requires_grad:
+            raise ValueError("a 4-bit weight must be frozen: call weight.requires_grad_(False)")
         N, K = weight_4bit(weight).N, weight_4bit(weight).K
     else:
         if not weight.is_floating_point():

@@ -24,6 +24,7 @@ from fastlora.functional import autocast_dtype, mlp_forward, stands_alone
 from fastlora.proof import Block, prove
 
 HOOKED = "one of its layers has hooks, which only run when it is called"
+ONE_BY_ONE = "one of its layers trains its weight, or is of DoRA with a bias or dropout: they are fused one by one"
 PROOFS = 4  # of a block that changes at every call, before it is left to its own forward
 
 
@@ -301,7 +302,7 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
             calls.own += 1  # the layer whose operands cannot be had says why
         return None
     if any(stands_alone(*operand) for operand in operands if operand is not None):
-        calls.falls_back("its layers are of DoRA with a bias or dropout, and fused one by one", asked_for=True)
+        calls.falls_back(ONE_BY_ONE, asked_for=True)
         return None
     y = block_output(module, block, x, operands)
     if y is None:

@@ -15,6 +15,7 @@ from fastlora.autograd import transform_without_rule
 from fastlora.base_layers import base_kind, is_hooked
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.compat import attribute, forward_ad, functorch_is_active
+from fastlora.fourbit import is_4bit
 from fastlora.functional import Adapter, adapted_forward, add_adapter_output, fused_forward
 
 DISABLED, MERGED = "its adapters are disabled", "its adapters are merged"
@@ -47,8 +48,8 @@ def _base_reason(base: nn.Module) -> str | None:
             return "its base layer is sharded by itself, through hooks that only run when it is called"
         return "its base layer has hooks, which only run when it is called"
     weight = base.__dict__["_parameters"].get("weight")
-    if weight is not None and weight.requires_grad and reason in (None, SHARDED):
-        return "its base weight requires grad: PEFT's forward trains it"
+    if reason is None and weight is not None and weight.requires_grad and is_4bit(weight):
+        return "its base weight requires grad and is in 4 bits"
     return reason and f"its base weight is {reason}"
 
 
@@ -189,10 +190,10 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     for t in (weight, a, b):  # `_sharding`, and what `base_kind` calls a wrapper
         if t is None or t.is_meta or hasattr(type(t), "__tensor_flatten__") or hasattr(t, "ds_id"):
             return None
-    if weight.requires_grad or type(lora_B) is not nn.Linear:
+    if type(lora_B) is not nn.Linear:
         return None
     kind = "dense" if type(base).forward is nn.Linear.forward else base_kind(base)
-    if kind == "opaque":
+    if kind == "opaque" or (kind == "4bit" and weight.requires_grad):
         return None
     return base, kind, Adapter(a, b, layer.scaling[name], p, lora_B._parameters["bias"], magnitude)
 

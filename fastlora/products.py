@@ -110,6 +110,13 @@ def input_gradient(terms: list[DxTerm]) -> Tensor:
     return dx
 
 
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``dyᵀ x``: that of a dense weight that trains. On a CPU by the op that may be faster than torch's product."""
+    if dy.device.type != "cpu":
+        return torch.mm(dy.t(), x)
+    return lora_matmul(dy.t(), x.t(), x.new_empty(dy.shape[1], 0), x.new_empty(x.shape[1], 0))
+
+
 def fields_of(weight: Weight) -> tuple[tuple, tuple]:
     """The tensors of a weight, which autograd has to see, and its numbers: none of a dense weight."""
     return ((weight,), ()) if isinstance(weight, Tensor) else (weight[:WEIGHT_TENSORS], weight[WEIGHT_TENSORS:])
