@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 
 WORLD, ROWS = 2, 4
+WIDE = ("fp64", "dora")  # bases that are in fp64
 
 
 class Model(nn.Module):
@@ -45,15 +46,17 @@ class Model(nn.Module):
 
 def adapted(case: Case) -> nn.Module:
     torch.manual_seed(0)
-    model = Model(case.checkpointing).to(torch.float64 if case.base == "fp64" else torch.float32)
+    wide = case.base in WIDE
+    model = Model(case.checkpointing).to(torch.float64 if wide else torch.float32)
     if case.base == "nf4":
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear):
                 bias = None if layer.bias is None else layer.bias.detach()
                 model.set_submodule(name, linear_4bit(layer.weight.detach(), bias, storage=torch.float32))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets))
-    if case.base == "fp64":
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, use_dora=case.base == "dora")
+    model = peft.get_peft_model(model, config)
+    if wide:
         model.to(torch.float64)
     return randomise(model)
 
@@ -89,7 +92,7 @@ def run(case: Case) -> dict:
     x, target = torch.randn(2, ROWS, 5, HIDDEN, dtype=torch.float64, generator=generator)
     rank, share = dist.get_rank(), ROWS // WORLD
     mine = slice(None) if case.stack == "one process" else slice(rank * share, (rank + 1) * share)
-    dtype = torch.float64 if case.base == "fp64" else torch.float32
+    dtype = torch.float64 if case.base in WIDE else torch.float32
     losses = []
     for _ in range(case.steps):
         loss = (whole(x[mine].to(dtype)) - target[mine]).square().mean()

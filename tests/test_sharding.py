@@ -20,7 +20,7 @@ STEPS = 20
 @dataclass(frozen=True)
 class Case:
     stack: str = "one process"  # or DDP, FSDP2, FSDP1
-    base: str = "fp64"  # or nf4, or fp32 computed in bf16 by FSDP2's mixed precision: "mixed"
+    base: str = "fp64"  # or nf4, or dora: that in fp64, or fp32 computed in bf16 by FSDP2's mixed precision: "mixed"
     patch: str = "before"  # wrapping, or after; anything else is plain PEFT
     reshard: bool = True
     checkpointing: bool = False
@@ -33,9 +33,14 @@ class Case:
         return " ".join(words + [f"by {self.unit}"] * (self.unit != "block"))
 
 
-DTYPES = {"fp64": torch.float64, "nf4": torch.float32, "mixed": torch.bfloat16}  # that a base computes in
-PLAIN = [Case(patch="no"), Case(base="nf4", patch="no"), Case("FSDP2", "mixed", patch="no")]
-FUSED = [Case(), Case("FSDP2"), Case("FSDP2", "nf4", patch="after", checkpointing=True)]
+DTYPES = {"fp64": torch.float64, "dora": torch.float64, "nf4": torch.float32, "mixed": torch.bfloat16}  # that a base computes in
+PLAIN = [Case(patch="no"), Case(base="nf4", patch="no"), Case(base="dora", patch="no"), Case("FSDP2", "mixed", patch="no")]
+FUSED = [
+    Case(),
+    Case("FSDP2"),
+    Case("FSDP2", "nf4", patch="after", checkpointing=True),
+    Case("FSDP2", "dora", patch="after"),
+]
 BY_LAYER = [Case("FSDP2", "nf4", patch="after", unit="layer")]
 FLAT = [Case("FSDP1", checkpointing=True)]
 MORE = [
@@ -57,7 +62,7 @@ def trained(cases: list[Case], folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    return trained([*PLAIN[:2], *FUSED, *BY_LAYER, *FLAT], tmp_path_factory.mktemp("runs"))
+    return trained([*PLAIN[:3], *FUSED, *BY_LAYER, *FLAT], tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
