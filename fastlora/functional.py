@@ -244,7 +244,7 @@ def mlp_forward(
     then stay in it.
     """
     layers = [operand for operand in operands if operand is not None]
-    if len(layers) < len(operands) or any(stands_alone(*layer) for layer in layers):
+    if len(layers) < len(operands) or any(stands_alone(x, *layer) for layer in layers):
         return None
     if x.shape[-1] != layers[0][1].a.shape[1]:
         raise _wrong_width(x, layers[0][1].a)
@@ -271,13 +271,14 @@ def mlp_forward(
     return result if autocast_dtype(x) is not None else result.to(x.dtype)
 
 
-def stands_alone(base_layer: Any, adapter: Adapter) -> bool:
+def stands_alone(x: Tensor, base_layer: Any, adapter: Adapter) -> bool:
     """Whether this layer is none of several that are computed as one now: its weight trains, or it is of DoRA with a
-    bias or dropout."""
+    bias or dropout, or for a vector x."""
     weight = base_layer._parameters.get("weight")
     if weight is not None and weight.requires_grad:
         return True
-    return adapter.magnitude is not None and (adapter.p != 0.0 or whole_bias(base_layer, adapter) is not None)
+    apart = x.dim() == 1 or adapter.p != 0.0 or whole_bias(base_layer, adapter) is not None
+    return adapter.magnitude is not None and apart
 
 
 def _compute_dtype(base_layer: Any, x: Tensor) -> torch.dtype | None:

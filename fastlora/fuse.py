@@ -301,7 +301,7 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
         else:
             calls.own += 1  # the layer whose operands cannot be had says why
         return None
-    if any(stands_alone(*operand) for operand in operands if operand is not None):
+    if any(stands_alone(x, *operand) for operand in operands if operand is not None):
         calls.falls_back(ONE_BY_ONE, asked_for=True)
         return None
     y = block_output(module, block, x, operands)

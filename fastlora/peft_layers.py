@@ -206,7 +206,7 @@ def _forward(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
             base, kind, adapter = operands
             dtype = base._parameters["weight"].dtype  # type: ignore[union-attr]
             takes_x = x.is_floating_point() if kind == "4bit" else x.dtype == dtype and dtype.is_floating_point
-            if takes_x:
+            if takes_x and (adapter.magnitude is None or x.dim() > 1):
                 d = layer.__dict__
                 calls = d.get(ATTRIBUTE) or calls_of(layer)
                 calls.fused += 1
@@ -247,6 +247,8 @@ def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
         return f"x is a {type(x).__name__}, not a plain tensor"
     if not x.is_floating_point():
         return f"x is {x.dtype}"
+    if x.dim() == 1 and any(name in layer.lora_variant for name in layer.active_adapters):
+        return "x is a vector, of which PEFT's DoRA makes a matrix"
     base = layer.__dict__["_modules"]["base_layer"]
     if base_kind(base) not in ("dense", "transposed") or torch.is_autocast_enabled(x.device.type):
         return None

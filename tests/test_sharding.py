@@ -33,8 +33,18 @@ class Case:
         return " ".join(words + [f"by {self.unit}"] * (self.unit != "block"))
 
 
-DTYPES = {"fp64": torch.float64, "dora": torch.float64, "nf4": torch.float32, "mixed": torch.bfloat16}  # that a base computes in
-PLAIN = [Case(patch="no"), Case(base="nf4", patch="no"), Case(base="dora", patch="no"), Case("FSDP2", "mixed", patch="no")]
+DTYPES = {
+    "fp64": torch.float64,
+    "dora": torch.float64,
+    "nf4": torch.float32,
+    "mixed": torch.bfloat16,
+}  # that a base computes in
+PLAIN = [
+    Case(patch="no"),
+    Case(base="nf4", patch="no"),
+    Case(base="dora", patch="no"),
+    Case("FSDP2", "mixed", patch="no"),
+]
 FUSED = [
     Case(),
     Case("FSDP2"),
