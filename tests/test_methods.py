@@ -49,6 +49,8 @@ def with_eva():
 def with_loftq():
     """The base holds what a quantised one would, and the adapter its error."""
     pytest.importorskip("scipy", reason="PEFT's LoftQ needs scipy")
+    if not torch.cuda.is_available():
+        pytest.skip("PEFT's LoftQ needs CUDA")
     return adapted(LLAMA, init_lora_weights="loftq", loftq_config=peft.LoftQConfig(loftq_bits=4))
 
 
