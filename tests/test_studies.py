@@ -134,6 +134,20 @@ def test_optimizer_bytes_are_the_formula(out):
 
 
 @pytest.mark.slow
+def test_methods_have_about_the_parameters_of_lora(out):
+    rows = rows_of(out, "methods")
+    (lora, ours), (dora, our_dora) = (pick(rows, method=name)[:2] for name in ("LoRA", "DoRA"))
+    count = lora["trainable_parameters"]
+    for name in ("rsLoRA", "DoRA", "adapters", "prefix"):
+        assert 0.6 < pick(rows, method=name)[0]["trainable_parameters"] / count < 1.4, name
+    assert pick(rows, method="none")[0]["trainable_parameters"] == 0
+    assert ours["saved_bytes"] < lora["saved_bytes"] and our_dora["saved_bytes"] < dora["saved_bytes"]
+    for method in ("LoRA", "rsLoRA", "DoRA"):
+        theirs, fused = pick(rows, method=method)
+        assert fused["loss"] == pytest.approx(theirs["loss"], abs=0.05)  # of bf16 after four steps
+
+
+@pytest.mark.slow
 def test_small_updates_survive_where_they_should(out):
     kept = {row["layer"]: row["share_kept"] for row in pick(rows_of(out, "small_updates"), magnitude_of_B=1e-4)}
     assert kept["unfused bf16 layer"] < 0.5
