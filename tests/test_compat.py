@@ -16,6 +16,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 
 from fastlora import compat
 from fastlora.benchmarks.accuracy import same
@@ -165,16 +167,33 @@ READ = {  # hashes of PEFT's forward, without comments and layout, in the versio
 }
 
 
+def hash_of(function):
+    source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(function))))
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
 @pytest.mark.parametrize("name", READ)
 def test_the_forward_of_peft_is_the_one_that_was_read(name):
     layer = next((theirs for theirs in OURS if theirs.__name__ == name), None)
     if layer is None:
         pytest.skip(f"this PEFT has no {name}, or what it needs is not installed")
-    source = ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(layer.forward))))
-    found = hashlib.sha256(source.encode()).hexdigest()[:16]
+    found = hash_of(layer.forward)
     assert found in READ[name], (
         f"PEFT {peft.__version__} has another lora.{name}.forward ({found}). Read it for anything that "
         "fastlora.peft_layers would ignore: a new condition before the base layer is called, a new argument, another "
         "cast of x or of the result, another kind of adapter. Make `why_peft` and `_operands_now` refuse what is new, "
         "compare the results (tests/test_peft_*.py), and add the hash here."
     )
+
+
+READ_OF_DORA = {  # in PEFT 0.18 and 0.21
+    DoraLinearVariant.forward: {"c046a3d47eaf1fe3", "9733ecbed230bb12"},
+    DoraLinearLayer.forward: {"d361199adfc0201e", "d25329f77da3fa59"},
+    DoraLinearLayer.get_weight_norm: {"d04fb3fbe8f41f8b", "e546ef1acfc84fe8"},
+}
+
+
+@pytest.mark.parametrize("function", READ_OF_DORA, ids=lambda function: function.__qualname__)
+def test_the_dora_of_peft_is_the_one_that_was_read(function):
+    """See `fastlora.dora` for what it computes, and `fastlora.peft_layers._dora_reason` for what is left to PEFT."""
+    assert hash_of(function) in READ_OF_DORA[function], f"PEFT {peft.__version__}: {hash_of(function)}"
