@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accuracy import check_model, decoded, linear, linear_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -240,7 +240,7 @@ class Twins:
         plain, fast = (outcome(twin, action, args) for twin in (self.plain, self.fast))
         what = f"in {action.__name__}{args}:"
         if isinstance(plain, Exception):
-            may_run = lost_quant_state(self.plain.model)
+            may_run = has_pickled_4bit(self.plain.model)
             assert may_run or isinstance(fast, Exception), f"{what} PEFT raises {plain!r}, the patched model does not"
             for p in (*self.plain.model.parameters(), *self.fast.model.parameters()):
                 p.grad = None
@@ -302,11 +302,10 @@ def weights_to_repack(model: nn.Module) -> list[tuple]:
     return [(layer, layer.weight.data, copy.copy(s)) for layer, s in zip(layers, states, strict=True) if s is not None]
 
 
-def lost_quant_state(model: nn.Module) -> bool:
-    """Whether a 4-bit weight was pickled, which leaves its quant_state to the layer. bitsandbytes' forward and fastlora
-    give it back; PEFT's DoRA cannot read the weight without."""
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    return any(getattr(layer.weight, "quant_state", None) is None for layer in layers)
+def has_pickled_4bit(model: nn.Module) -> bool:
+    """Whether a 4-bit weight was pickled, which leaves a plain parameter. bitsandbytes' forward and fastlora take it for
+    what it is; PEFT's DoRA reads its bytes as numbers."""
+    return any(isinstance(m, Linear4bit) and not isinstance(m.weight, Params4bit) for m in model.modules())
 
 
 def undo_repacking(weights: list[tuple]) -> bool:
