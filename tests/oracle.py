@@ -303,7 +303,7 @@ def weights_to_repack(model: nn.Module) -> list[tuple]:
 
 
 def has_pickled_4bit(model: nn.Module) -> bool:
-    """Whether a 4-bit weight was pickled, which leaves a plain parameter. bitsandbytes' forward and fastlora take it for
+    """Whether a 4-bit weight was pickled, which makes it a plain parameter. bitsandbytes and fastlora take it for
     what it is; PEFT's DoRA reads its bytes as numbers."""
     return any(isinstance(m, Linear4bit) and not isinstance(m.weight, Params4bit) for m in model.modules())
 
