@@ -278,6 +278,21 @@ def test_dropout_does_not_change_its_input():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_a_product_without_terms_or_columns(dtypes, p):
+    """With rows enough for matrix instructions, for which oneDNN has no empty product."""
+    seed = SEED if p else None
+    x, w, a, b, _, _, xa = tensors(*dtypes, M=32, K=0)
+    assert torch.equal(op.shrink(x, a, 0.3, p, seed), torch.zeros_like(xa))
+    check_like(reference.lora_matmul, (x, w, xa, b), op.lora_matmul(x, w, xa, b))
+    x, _, a, b, _, dy, xa = tensors(*dtypes, M=32, N=0)
+    expected = torch.zeros_like(xa), torch.zeros_like(a), b
+    assert all(map(torch.equal, op.lora_grad(dy, x, b, xa, 0.3, p, seed), expected))
+    none, some = op.shrink_group(x, [a[:0], a], [1.0, 0.3], [p, p], [seed, seed])
+    assert none.shape == (32, 0) and torch.equal(some, op.shrink(x, a, 0.3, p, seed))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_lora_matmul_allocates_one_output_and_nothing_as_large(dtypes, with_bias, p):

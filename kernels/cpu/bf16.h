@@ -55,6 +55,14 @@ inline bool available() {
 #endif
 }
 
+// c[M, N] (+)= a[M, K] @ b, which is in pairs. oneDNN runs out of memory on an empty product.
+inline void multiply(
+    int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add, const BFloat16* a,
+    const BFloat16* b, float* c) {
+  if (M > 0 && N > 0 && K > 0) return cpublas::brgemm(M, N, K, ld_a, ld_b, ld_c, add, a, b, c);
+  for (int64_t m = 0; !add && m < M; ++m) std::fill_n(c + m * ld_c, N, 0.0f);
+}
+
 // sink(n, m0, rows, block, ld) is given rows m0 to m0 + rows of what adapter n makes of x, each row by one thread.
 // Adapters without dropout are columns of one product, the others each one of a copy of x.
 template <typename Sink>
@@ -92,7 +100,7 @@ void shrink(const Tensor& x, const std::vector<Shrink>& adapters, const Sink& si
             dropout.apply(copy.row(i), m0 + i, 0, K);
           }
         }
-        cpublas::brgemm(
+        multiply(
             BLOCK_M, width, even, direct ? ldx : even, cols, cols, false, direct ? block : copy.row(0),
             as_bf16(packed.row(0) + first), sum.row(0) + first);
       };
@@ -141,13 +149,9 @@ class AdapterProduct {
 
   // tile[rows, cols] (+)= rows m0 and columns n0 on, for a multiple of PAD columns
   void onto(float* tile, int64_t ld, bool add, int64_t m0, int64_t rows, int64_t n0, int64_t cols) const {
-    if (L_ > 0) {
-      cpublas::brgemm(
-          rows, cols, L_, L_, stride_, ld, add, reinterpret_cast<const BFloat16*>(left_.row(m0)),
-          as_bf16(right_.row(0) + n0), tile);
-    } else if (!add) {
-      for (int64_t i = 0; i < rows; ++i) std::fill_n(tile + i * ld, cols, 0.0f);
-    }
+    multiply(
+        rows, cols, L_, L_, stride_, ld, add, reinterpret_cast<const BFloat16*>(left_.row(m0)),
+        as_bf16(right_.row(0) + n0), tile);
   }
 
  private:
@@ -231,7 +235,7 @@ inline void multiply_block(
       std::fill_n(copy + rows * terms, (height - rows) * terms, BFloat16(0));
       block = copy;
     }
-    cpublas::brgemm(
+    multiply(
         height, cols, terms, direct ? ldx : terms, TAIL_N, TAIL_N, true, block, as_bf16(packed + k / 2 * TAIL_N), sum);
   }
 }

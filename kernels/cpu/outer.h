@@ -48,7 +48,7 @@ struct Outer {
           interleave(rows[0], rows[1], cols, pairs.row(i / 2));
           std::fill(pairs.row(i / 2) + cols, pairs.row(i / 2) + padded, 0u);
         }
-        cpublas::brgemm(
+        multiply(
             left_rows, padded, BLOCK_L, p.stride, BLOCK_C, BLOCK_C, m0 > 0,
             reinterpret_cast<const BFloat16*>(p.row(0) + m0), as_bf16(pairs.row(0)), sum.row(0));
       }
