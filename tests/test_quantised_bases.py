@@ -62,7 +62,8 @@ def standing_in(layer_class):
     def make():
         model = MLP()
         for name in ("up", "down"):
-            layer = layer_class(Quantised(getattr(model, name)), "default", CONFIG, r=4, lora_alpha=8)
+            base = Quantised(getattr(model, name))
+            layer = layer_class(base, "default", config=CONFIG, r=4, lora_alpha=8)  # PEFT 0.18 ignores config
             setattr(model, name, layer)
         return model
 
