@@ -13,7 +13,7 @@ whose errors walk randomly. Over n independent elements they average out:
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -39,23 +39,40 @@ def judge(
     bars: Mapping[str, float],
     floors: Mapping[str, float],
     kind: Callable[[str], str] = str,
+    singly: Collection[str] | None = None,
 ) -> str | None:
     """Why results with these errors are not exact enough beside the baseline's (``bars``), None if they are.
 
     Results of one ``kind``, such as dA of all layers, are judged by the root mean square of their errors, and none of
-    them may be further off than twice as much as a single result.
+    them (of ``singly``, if it is given) may be `far_off`.
     """
-    kinds: dict[str, list[str]] = {}
-    for name in errors:
-        kinds.setdefault(kind(name), []).append(name)
-    for what, names in kinds.items():
-        for name in names if len(names) > 1 else ():
-            if not errors[name] <= FACTOR_OF_ONE * bars[name] + floors[name]:  # so that NaN fails
+    alone = [name for name in far_off(errors, bars, floors, kind) if singly is None or name in singly]
+    for what, names in _kinds(errors, kind).items():
+        for name in names:
+            if name in alone:
                 return _reason(name, errors[name], bars[name])
         error, bar, least = (math.sqrt(sum(e[n] ** 2 for n in names) / len(names)) for e in (errors, bars, floors))
         if not error <= FACTOR * bar + least:
             return _reason(names[0] if len(names) == 1 else what, error, bar)
     return None
+
+
+def far_off(
+    errors: Mapping[str, float],
+    bars: Mapping[str, float],
+    floors: Mapping[str, float],
+    kind: Callable[[str], str],
+) -> list[str]:
+    """Which of several results of one kind are further off than twice as much as a result that is the only one."""
+    several = (name for names in _kinds(errors, kind).values() if len(names) > 1 for name in names)
+    return [n for n in several if not errors[n] <= FACTOR_OF_ONE * bars[n] + floors[n]]  # so that NaN is
+
+
+def _kinds(names: Iterable[str], kind: Callable[[str], str]) -> dict[str, list[str]]:
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind(name), []).append(name)
+    return kinds
 
 
 def _reason(name: str, error: float, bar: float) -> str:

@@ -267,6 +267,25 @@ class TestWrong:
         assert "error of y" in reason(2.2e-2, *[1e-2] * 20)
         assert "error of y nan" in reason(float("nan"), *[1e-2] * 20)
 
+    @pytest.mark.parametrize("again", [False, True])
+    def test_one_gradient_of_many_is_judged_with_other_inputs(self, again):
+        """What is too far off once is chance; what is again is wrong."""
+        subject = modules.make_subject(Case("model", "tiny", "model", M=16, r=4, base="bf16"), CPU)
+        gate, provider = protocol.Gate(subject), providers.PROVIDERS["peft"]
+        module = provider.build(subject)
+        name, weight = next((n, p) for n, p in module.named_parameters() if "1.self_attn.v_proj.lora_A" in n)
+        floor = accuracy.floor(subject.case.dtype, *subject.case.terms_and_elements)
+        noise = iter([3.2 * gate.bar[name] + floor, *[20 * gate.bar[name] * again] * 2])
+
+        def spoil(grad):
+            added = torch.randn_like(grad)
+            return grad + next(noise) * grad.norm() / added.norm() * added
+
+        weight.register_hook(spoil)
+        reason = gate.judge(provider, module)[1]
+        assert reason.startswith(f"wrong: error of {name}") if again else reason is None
+        assert len(list(noise)) == again, "one with other inputs is enough to be wrong, both are needed to be right"
+
     def test_shape(self):
         subject = modules.make_subject(LINEAR, CPU)
         gate, module = protocol.Gate(subject), subject.adapted

@@ -138,6 +138,16 @@ def make_subject(case: Case, device: torch.device, seed: int = 0) -> Subject:
     return Subject(case, base, adapt(base, case).train(), x, dy)
 
 
+def with_other_inputs(subject: Subject, seed: int) -> Subject:
+    """The same modules, with an x of other numbers or tokens."""
+    x, generator = subject.x, torch.Generator(subject.x.device).manual_seed(seed)
+    if subject.dy is None:
+        config: Any = subject.base.config
+        return replace(subject, x=torch.randint(config.vocab_size, x.shape, generator=generator, device=x.device))
+    other = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+    return replace(subject, x=other.requires_grad_())
+
+
 def adapt(base: nn.Module, case: Case) -> nn.Module:
     """A copy of the module with PEFT's adapters, its weights shared."""
     import peft
@@ -158,7 +168,10 @@ def _targets(base: nn.Module) -> list[str]:
 
 
 def truth(subject: Subject, adapted: bool) -> dict[str, Tensor]:
-    """`Subject.results` in fp32, or in fp64 if the case is in fp32: of the same weights, decoded, without dropout."""
+    """`Subject.results` in fp32, or in fp64 if the case is in fp32: of the same weights, decoded, without dropout.
+
+    Decoded weights are not rounded to the compute dtype: those who do that, as bitsandbytes does, have the error.
+    """
     wide = torch.float64 if subject.case.dtype == torch.float32 else torch.float32
     dense: Any = copy.deepcopy(subject.base)
     for name, m in [(n, m) for n, m in dense.named_modules() if isinstance(m, nn.Linear)]:
