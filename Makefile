@@ -108,7 +108,7 @@ wheel: setup
 	cd $(SMOKE) && bin/fastlora info | grep 'cpu kernels *loaded'
 	$(SMOKE_PIP) "$$(echo dist/*.whl)[cli,test]"
 	cd $(SMOKE) && OMP_NUM_THREADS=1 bin/python -P -m pytest --override-ini=pythonpath=tests \
-		$(addprefix $(CURDIR)/tests/test_,$(addsuffix .py,examples peft trainer))
+		$(addprefix $(CURDIR)/,$(call tests,examples peft_patch trainer))
 	cd $(SMOKE) && bin/fastlora bench linear --quick --out bench
 
 # The measurements behind the README's tables and pictures. On a CPU without bf16 instructions, where bf16 is very slow:

@@ -1,6 +1,7 @@
 """What the source distribution and the wheel contain, built without the CPU kernels; `make wheel` builds with them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,3 +60,11 @@ def test_the_source_distribution_has_what_a_build_needs_and_no_results(built):
     kernels = {f"kernels/cpu/{path.name}" for path in (ROOT / "kernels" / "cpu").iterdir()}
     assert {*FILES, *kernels, *modules()} <= built[0]
     assert not [name for name in built[0] if "results/" in name or name.startswith("tests/")]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_files_of_tests_that_the_makefile_runs_are_there():
+    targets = "wheel", "test-torch-ops", "test-interpreted", "test-quantised"
+    done = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = set(re.findall(r"tests/test_\w+\.py", done.stdout))
+    assert names and all((ROOT / name).exists() for name in names), names
