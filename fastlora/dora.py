@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastlora.compat import keeps_graph, top_saved_tensors_hooks
+from fastlora.compat import functorch_is_active, keeps_graph, top_saved_tensors_hooks
 from fastlora.fourbit import Weight4bit
 from fastlora.ops import overload
 from fastlora.products import Weight
@@ -25,6 +25,7 @@ nf4_matmul = overload("nf4_matmul")
 dora_grad = overload("dora_grad")
 
 ROWS = 256  # of a weight, converted to fp32 at a time
+SAMPLES = 16  # values of a weight that are compared
 LEAST = 1e-20  # in the place of a scale of zero, by which the backward could not divide
 
 
@@ -41,7 +42,7 @@ def row_norms(parameter: Tensor, weight: Weight, a: Tensor, b: Tensor, s: float 
     Without gradients on a CPU, where tokens are generated one after another, the norms are kept too. They are found
     by comparing values: a and b may change through ``.data``, which counts no version.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or a.device.type != "cpu" or isinstance(s, Tensor):
+    if _is_traced() or torch.is_grad_enabled() or a.device.type != "cpu" or isinstance(s, Tensor):
         with torch.no_grad():
             return _row_norms(parameter, weight, a, b, s, dtype)
     state = _state(parameter, weight), s, dtype
@@ -71,20 +72,30 @@ _kept: Any = WeakIdKeyDictionary()  # by parameter: its state, and the squared n
 _for_inference: Any = WeakIdKeyDictionary()  # by a: what the norms were computed from, and the norms
 
 
+def _is_traced() -> bool:
+    """Whether tensors are stand-ins, of which nothing can be kept: for torch.compile, or for torch.func."""
+    return torch.compiler.is_compiling() or functorch_is_active()
+
+
 def _state(parameter: Tensor, weight: Weight) -> tuple:
-    """Where the values of a frozen weight are, and how often they were changed."""
+    """Where the values of a frozen weight are, how often they were changed, and on a CPU a few of them: a change
+    through ``.data`` counts no version."""
     values = weight.packed if isinstance(weight, Weight4bit) else parameter
     version = None if values.is_inference() else values._version
-    return values.data_ptr(), version, values.device, values.dtype
+    on_cpu = values.device.type == "cpu" and values.is_contiguous()
+    some = values.flatten()[:: max(1, values.numel() // SAMPLES)].tolist() if on_cpu else None
+    return values.data_ptr(), version, values.device, values.dtype, some
 
 
 def _squares_of(parameter: Tensor, weight: Weight) -> Tensor:
-    if torch.compiler.is_compiling():
+    if _is_traced() or parameter.requires_grad:
         return _squares(weight)
     state = _state(parameter, weight)
     found = _kept.get(parameter)
     if found is None or found[0] != state:
-        found = _kept[parameter] = state, _squares(weight)
+        found = state, _squares(weight)
+        if type(found[1]) is Tensor:  # not a fake one
+            _kept[parameter] = found
     return found[1]
 
 

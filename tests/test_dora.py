@@ -10,6 +10,7 @@ from oracle import CASES, LONGEST, Twin, adapted, gradients, in_fp64, lora_layer
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
@@ -112,6 +113,11 @@ def test_what_is_kept_of_a_weight_is_its_own(weight):
     assert same(layer._row_norms(), 2 * plain, longest=128)
     layer.base_layer.weight.data = 4 * layer.base_layer.weight.data
     assert same(layer._row_norms(), 8 * plain, longest=128)
+    layer.base_layer.weight.data.mul_(2)  # which counts no version
+    assert same(layer._row_norms(), 16 * plain, longest=128)
+    layer.base_layer.weight.requires_grad_(True)
+    layer.base_layer.weight.data[3] *= 2
+    assert same(layer._row_norms()[3], 32 * plain[3], longest=128)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -255,6 +261,46 @@ def test_compiled(weight):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for ours, value in zip(run(compiled, x, dy), expected, strict=True):
         assert same(ours, value, longest=128)
+
+
+@pytest.mark.parametrize("case", ["qwen2, dora", "nf4, dora"])
+def test_a_patched_model_compiles_as_one_graph(case):
+    """Where PEFT's does not: Dynamo breaks at its reading of the weight."""
+    model = adapted(CASES[case])
+    patch(model)
+    x = Twin(CASES[case], model).randn(2, 4, 64)
+
+    def trained(model):
+        model.zero_grad()
+        y = model(inputs_embeds=x, use_cache=False).logits
+        y.square().sum().backward()
+        return y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)
+
+    expected = trained(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert all(same(one, other, longest=1 << 14) for one, other in zip(trained(compiled), expected, strict=True))
+    with torch.no_grad():
+        assert same(compiled(inputs_embeds=x, use_cache=False).logits, expected[0], longest=1 << 14)
+
+
+def test_torch_func_and_fake_tensors_leave_nothing_behind():
+    """They give stand-ins for parameters, which have no memory, or for what is computed from them."""
+    layer, x = layer_of("fp32")
+    layer.base_layer.weight.requires_grad_(True)
+    parameters = {name: p.detach().clone() for name, p in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(layer(x), FakeTensor)
+    found = torch.func.grad(loss)(parameters)
+    layer(x).square().sum().backward()
+    for name, p in layer.named_parameters():
+        assert same(found[name], p.grad, longest=128), name
+    with torch.no_grad():
+        assert type(layer(x)) is torch.Tensor
 
 
 @pytest.mark.parametrize("second", [{}, {"use_dora": True}], ids=["lora", "dora"])
