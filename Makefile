@@ -126,7 +126,8 @@ bench: setup
 	$(BIN)/python benchmarks/host_overhead.py --out $(RESULTS)/host_overhead.json
 	$(BIN)/python -m benchmarks.report
 
-# Memory and time against position, rank, number of adapters, modules, base and optimizer: under ten minutes on two cores.
+# Memory and time against position, rank, number of adapters, modules, base, optimizer and method: ten to twenty minutes
+# on two cores.
 studies: setup
 	$(BIN)/python -m benchmarks.studies
 	$(BIN)/python -m benchmarks.report

@@ -167,7 +167,8 @@ def draw(rows: list[Row], figure: Figure) -> None:
             found = pick(adapted, provider=name)
             places = [methods.index(row["method"]) + offset for row in found]
             lengths = [row[key] * scale for row in found]
-            axes.barh(places, lengths, 0.38, color=COLOURS[colour], label=NAMES.get(name))
+            bars = axes.barh(places, lengths, 0.38, color=COLOURS[colour], label=NAMES.get(name))
+            axes.bar_label(bars, fmt="%.0f" if key == "saved_bytes" else "%.2f", fontsize=7, padding=2)
         axes.axvline(none[key] * scale, color="black", linestyle="--", label="frozen model")
         axes.set_yticks(range(len(methods)), methods if axes is figure.axes[0] else [])
         axes.invert_yaxis()
