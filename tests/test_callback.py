@@ -109,8 +109,8 @@ def test_only_the_main_process_reports(tmp_path, logged, monkeypatch):
 
 def test_strict_and_nothing_to_patch(tmp_path, logged):
     model = adapted()
-    model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.requires_grad_()
-    with pytest.raises(ValueError, match="its base weight requires grad"):
+    model.base_model.model.model.layers[0].mlp.up_proj.base_layer.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="its base layer has hooks"):
         trainer(model, tmp_path, callbacks=[fastlora.Callback(strict=True)])
     trainer(tiny_llama(), tmp_path, steps=1, callbacks=[fastlora.Callback()]).train()
     assert "nothing to patch: the model has no PEFT LoRA layers" in logged[0]

@@ -99,9 +99,9 @@ def test_falling_back_is_said_once_a_reason():
     model = adapted(nn.Sequential(Attention()))
     fastlora.patch(model)
     layer = model.base_model.model[0].q_proj
-    layer.base_layer.weight.requires_grad_()
+    layer.base_layer.register_forward_hook(lambda *_: None)
     x = torch.randn(2, 3, HIDDEN)
-    with pytest.warns(UserWarning, match="base weight requires grad") as said:
+    with pytest.warns(UserWarning, match="its base layer has hooks") as said:
         for _ in range(3):
             model(x)
     assert len(said) == 1 and said[0].filename.endswith("blocks.py"), "where the layer is called"
@@ -113,12 +113,12 @@ def test_falling_back_is_said_once_a_reason():
 
 def test_strict_refuses_what_peft_would_compute():
     model = adapted(nn.Sequential(Attention()))
-    model.base_model.model[0].k_proj.base_layer.weight.requires_grad_()
+    hook = model.base_model.model[0].k_proj.base_layer.register_forward_hook(lambda *_: None)
     classes = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=r"k_proj: its base weight requires grad"):
+    with pytest.raises(ValueError, match=r"k_proj: its base layer has hooks"):
         fastlora.patch(model, strict=True)
     assert [type(m) for m in model.modules()] == classes
-    model.base_model.model[0].k_proj.base_layer.weight.requires_grad_(False)
+    hook.remove()
     fastlora.patch(model, strict=True)
     model.base_model.model[0].q_proj.base_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="cannot run fused: its base layer has hooks"):
