@@ -202,6 +202,14 @@ def _walk(c: Problem, rates: Rates, with_b: bool) -> list[LaunchCost]:
     return [walk, *_sums(e, (splits, c.K * c.r), (slabs if with_b else 1, c.M * c.r))]
 
 
+def _dora_grad(c: Problem, rates: Rates) -> list[LaunchCost]:
+    """A pass over dy[M, K] and y that writes dz, with sums over rows in fp32."""
+    t = import_module("fastlora.kernels.tiles").tile("dora_grad", c.K)
+    splits = _splits(c.M, t.BLOCK_M, cdiv(c.K, t.BLOCK_N), 4, rates)
+    moved = 3 * c.M * c.K * c.itemsize + 4 * c.K * (1 + splits)
+    return [LaunchCost("dora_grad", moved), *_sums(4, (splits, c.K))]
+
+
 # Instructions that the compiler spends on one weight at r=16 with fp32 adapters (``fastlora inspect --arch sm_90``).
 DECODE, DECODE_MERGED, DECODE_FUSED = 7, 10, 8
 
@@ -253,6 +261,7 @@ COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[LaunchCost]]] = {
     ("linear_4bit", "merged"): _merged,
     ("linear_4bit", "decoded"): _decoded,
     ("linear_4bit", "fused"): _fused,
+    ("dora_grad", ""): _dora_grad,
     ("swiglu", ""): lambda c, rates: [LaunchCost("swiglu", 3 * c.M * c.K * c.itemsize)],
     ("swiglu_backward_", ""): lambda c, rates: [LaunchCost("swiglu", 6 * c.M * c.K * c.itemsize)],
 }

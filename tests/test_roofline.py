@@ -85,6 +85,7 @@ def operands(c, dtype):
 
 def launch(op, plan, c):
     """Carry out the op by the plan, by its launchers."""
+    from fastlora.kernels.dora import dora_grad
     from fastlora.kernels.lora_grad import lora_grad
     from fastlora.kernels.lora_matmul import (
         lora_matmul,
@@ -121,6 +122,7 @@ def launch(op, plan, c):
         ("linear_4bit", "merged"): lambda: torch.mm(x, decode(a, b).t()),
         ("linear_4bit", "decoded"): lambda: dense["tail"](x, decode(), shrink(x, a, 0.5), b),
         ("linear_4bit", "fused"): lambda: nf4_matmul(x, *weight, a, b, 0.5),
+        ("dora_grad", ""): lambda: dora_grad(x, x.clone(), torch.ones(c.K)),
         ("swiglu", ""): lambda: swiglu(x, x.clone(), "silu"),
         ("swiglu_backward_", ""): lambda: swiglu_backward_(x, x.clone(), x.clone(), "silu"),
     }
