@@ -167,6 +167,9 @@ def fused_linear(
     elif shared is not None and with_grad:
         xa_index = shared.wants_xa(a, s)
     if not with_grad:
+        if dense and m is None:  # `product`, without what was done above
+            y = lora_matmul(rows, weight, xa, b, bias)
+            return y if x.dim() == 2 else unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
         scale = None if m is None or norms is None else column_scale(m, norms)
         return product(x, weight, a, b, bias, xa, s, p, scale)
     chained = shared is not None and shared.joins_dx
