@@ -25,14 +25,13 @@ nf4_matmul = overload("nf4_matmul")
 dora_grad = overload("dora_grad")
 
 ROWS = 256  # of a weight, converted to fp32 at a time
-SAMPLES = 16  # values of a weight that are compared
-LEAST = 1e-20  # in the place of a scale of zero, by which the backward could not divide
+SAMPLES = 16.618  # values of a weight that are compared; no whole number, so that they are of many rows and columns
 
 
 def column_scale(m: Tensor, norms: Tensor) -> Tensor:
-    """``g = m / norms`` in the dtype of norms."""
+    """``g = m / norms`` in the dtype of norms, 1e-20 where that is zero, by which the backward could not divide."""
     g = m.detach().to(norms.dtype) / norms
-    return g.masked_fill_(g == 0, LEAST)
+    return g.masked_fill_(g == 0, 1e-20)  # a constant: with dynamic shapes a global would be an input of the graph
 
 
 def row_norms(parameter: Tensor, weight: Weight, a: Tensor, b: Tensor, s: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +64,8 @@ def _row_norms(
     squares = _squares_of(parameter, weight)
     a, b = a.to(squares.dtype), b.to(squares.dtype) * s
     inner = torch.addmm(2 * wa.to(squares.dtype), b, a @ a.t())
-    return (squares + (b * inner).sum(1)).clamp_min_(0).sqrt_()
+    least = squares * torch.finfo(squares.dtype).eps  # what cancels beyond that is rounding
+    return torch.maximum(squares + (b * inner).sum(1), least).sqrt_()
 
 
 _kept: Any = WeakIdKeyDictionary()  # by parameter: its state, and the squared norms of its rows
@@ -79,11 +79,11 @@ def _is_traced() -> bool:
 
 def _state(parameter: Tensor, weight: Weight) -> tuple:
     """Where the values of a frozen weight are, how often they were changed, and on a CPU a few of them: a change
-    through ``.data`` counts no version."""
+    through ``.data`` counts no version. (A GPU would have to be waited for.)"""
     values = weight.packed if isinstance(weight, Weight4bit) else parameter
     version = None if values.is_inference() else values._version
     on_cpu = values.device.type == "cpu" and values.is_contiguous()
-    some = values.flatten()[:: max(1, values.numel() // SAMPLES)].tolist() if on_cpu else None
+    some = values.flatten()[:: max(1, int(values.numel() / SAMPLES))].tolist() if on_cpu else None
     return values.data_ptr(), version, values.device, values.dtype, some
 
 
