@@ -40,6 +40,11 @@ def _unknown_hooks(ignore_is_tracing: bool) -> tuple:
 top_saved_tensors_hooks: Callable = find(torch._C, "_autograd._top_saved_tensors_default_hooks", _unknown_hooks)
 
 
+# How many modes see every op here, as selective checkpointing's does, which keeps results. The replacement says one,
+# which costs a copy under checkpointing.
+dispatch_modes: Callable[[], int] = find(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
+
 def _maybe_functorch() -> bool:
     return True
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora import kernel_ops
-from fastlora.compat import unsafe_view
+from fastlora.compat import dispatch_modes, top_saved_tensors_hooks, unsafe_view
 from fastlora.fourbit import WEIGHT_TENSORS, Weight4bit
 from fastlora.ops import overload
 from fastlora.ops_4bit import lora_matmul_4bit
@@ -23,8 +23,15 @@ Weight = Tensor | Weight4bit
 
 
 def like_rows_of(x_shape: torch.Size, y: Tensor) -> Tensor:
-    """``[M, N]`` with the leading dimensions of x, not as a view: see `unsafe_view`."""
-    return y if len(x_shape) == 2 else unsafe_view(y, (*x_shape[:-1], y.shape[-1]))
+    """``[M, N]`` with the leading dimensions of x, not as a view: see `unsafe_view`.
+
+    Selective checkpointing may keep y, and would not notice that what is returned here is changed in place.
+    """
+    if len(x_shape) == 2:
+        return y
+    if not torch.compiler.is_compiling() and dispatch_modes() > 0 and top_saved_tensors_hooks(True) is not None:
+        y = y.clone()
+    return unsafe_view(y, (*x_shape[:-1], y.shape[-1]))
 
 
 def is_merged(weight: Weight, p: float) -> bool:

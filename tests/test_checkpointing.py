@@ -123,6 +123,25 @@ def test_every_way_gives_the_same_to_the_bit(way, p):
         assert torch.equal(ours, theirs)
 
 
+class ChangedInPlace(nn.Module):
+    def __init__(self, **arguments):
+        super().__init__()
+        self.layer = fastlora.LoRALinear(HIDDEN, HIDDEN, r=4, bias=False, **arguments)
+        nn.init.normal_(self.layer.lora_B, std=0.1)
+
+    def forward(self, x):
+        return torch.sin(self.layer(x).mul_(2)) * x
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["", "dora"])
+def test_what_selective_checkpointing_keeps_is_not_changed_by_the_model(use_dora):
+    """It would take the changed output for the product's, without an error."""
+    model, x = ChangedInPlace(use_dora=use_dora), torch.randn(2, 5, HIDDEN)
+    expected = outcomes(model, model, x)
+    for ours, theirs in zip(outcomes(model, selective(save_products)(model), x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_the_split_changes_no_bit(p, monkeypatch):
     """Two Functions or one, with and without checkpointing."""

@@ -27,6 +27,7 @@ GONE = {  # what is taken away before fastlora is imported
     "nothing": [],
     "saved-tensor hooks": ["torch._C._autograd._top_saved_tensors_default_hooks"],
     "functorch": ["torch._C._are_functorch_transforms_active"],
+    "dispatch modes": ["torch._C._len_torch_dispatch_stack"],
     "forward AD": ["torch.autograd.forward_ad._current_level"],
     "grad mode": ["torch._C._set_grad_enabled"],
     "autocast": ["torch._C._is_any_autocast_enabled"],
