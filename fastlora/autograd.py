@@ -32,7 +32,7 @@ from fastlora.compat import (
     top_saved_tensors_hooks,
     unsafe_view,
 )
-from fastlora.dora import column_scale, gradients, keep_output, kept_output
+from fastlora.dora import column_scale, keep_output, kept_output, through_scale
 from fastlora.ops import overload
 from fastlora.products import (
     DxTerm,
@@ -152,7 +152,7 @@ def fused_linear(
     and no bias then.
     """
     dense = isinstance(weight, Tensor)
-    merged = not dense and m is None and is_merged(weight, p)
+    merged = not dense and is_merged(weight, p, m)
     with_grad = torch.is_grad_enabled()
     xa, xa_index = None, -1
     if not merged:
@@ -264,7 +264,7 @@ class FusedLinear(Function):
                     if y is None:
                         y = product(x, weight_of(weight, ctx.numbers), a, b, None, xa, s, 0.0, column_scale(m, norms))
                     y = y.flatten(0, -2)
-                dy, dm = gradients(dy, y, m, norms, need_dm)
+                dy, dm = through_scale(dy, y, m, norms, need_dm)
             if need_db and xa is None:
                 xa = shrink(x, a, s) if shared is None else shared.shrink_in_backward(ctx.xa_index, x)
             a_dtype, b_dtype, bias_dtype = ctx.dtypes

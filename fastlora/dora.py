@@ -134,7 +134,9 @@ def kept_output(ctx: Any, saved: Tensor | None) -> Tensor | None:
     return y if y is not None and y._version == ctx.version else None
 
 
-def gradients(dy: Tensor, y: Tensor | None, m: Tensor, norms: Tensor, need_dm: bool) -> tuple[Tensor, Tensor | None]:
+def through_scale(
+    dy: Tensor, y: Tensor | None, m: Tensor, norms: Tensor, need_dm: bool
+) -> tuple[Tensor, Tensor | None]:
     """``dz = g ∘ dy`` and dm, for 2-D dy and the output y before the bias."""
     g = column_scale(m, norms)
     if not need_dm or y is None:

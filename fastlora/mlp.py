@@ -26,7 +26,7 @@ from fastlora.autograd import (
     zero_storage_output,
 )
 from fastlora.compat import apply_of, keeps_graph
-from fastlora.dora import column_scale, gradients, keep_output, kept_output
+from fastlora.dora import column_scale, keep_output, kept_output, through_scale
 from fastlora.fourbit import WEIGHT_TENSORS
 from fastlora.ops import overload
 from fastlora.products import (
@@ -63,7 +63,7 @@ class Projection(NamedTuple):
 
     @property
     def merged(self) -> bool:
-        return self.m is None and is_merged(self.weight, self.p)
+        return is_merged(self.weight, self.p, self.m)
 
     def forward(self, x: Tensor, xa: Tensor | None) -> Tensor:
         scale = None if self.m is None or self.norms is None else column_scale(self.m, self.norms)
@@ -71,7 +71,7 @@ class Projection(NamedTuple):
 
     def through_scale(self, dy: Tensor, y: Tensor | None, need: "Need") -> tuple[Tensor, Tensor | None]:
         """What backward goes on with in the place of dy, and dm."""
-        return (dy, None) if self.m is None else gradients(dy, y, self.m, self.norms, need.m)  # type: ignore[arg-type]
+        return (dy, None) if self.m is None else through_scale(dy, y, self.m, self.norms, need.m)  # type: ignore[arg-type]
 
     def dx_term(self, dy: Tensor, dxa: Tensor | None) -> DxTerm:
         return DxTerm(dy, self.weight, self.a, self.b, None if self.merged else dxa, self.s, self.p, self.seed)

@@ -65,18 +65,25 @@ def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
         module = modules[part]._modules[name]
         if type(module) is not nn.Linear:
             return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
-        if is_hooked(module):
-            return f"{part} of adapter {name!r} has hooks, which only run when it is called"
-        reason = _sharding(module)
-        if reason is not None:
-            return f"{part} of adapter {name!r} is {reason}"
-        if module._parameters.get("weight") is None:
-            return f"{part} of adapter {name!r} has a weight that is not a parameter"
+        if (reason := _part_reason(part, module, name)) is not None:
+            return reason
     dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
         return f"dropout of adapter {name!r} is {dropout}"
     if is_hooked(dropout):
         return f"dropout of adapter {name!r} has hooks, which only run when it is called"
+    return None
+
+
+def _part_reason(part: str, module: nn.Module, name: str) -> str | None:
+    """Why the weight of this part of an adapter cannot be read instead of calling the part."""
+    if is_hooked(module):
+        return f"{part} of adapter {name!r} has hooks, which only run when it is called"
+    reason = _sharding(module)
+    if reason is not None:
+        return f"{part} of adapter {name!r} is {reason}"
+    if module._parameters.get("weight") is None:
+        return f"{part} of adapter {name!r} has a weight that is not a parameter"
     return None
 
 
@@ -95,17 +102,14 @@ def _dora_reason(layer: LoraLayer, name: str) -> str | None:
     magnitude, base = modules["lora_magnitude_vector"]._modules.get(name), modules["base_layer"]
     if type(magnitude) is not _DORA.DoraLinearLayer:
         return f"the magnitude of adapter {name!r} is a {type(magnitude).__name__}"
-    if is_hooked(magnitude):
-        return f"the magnitude of adapter {name!r} has hooks, which only run when it is called"
-    reason = _sharding(magnitude)
-    if reason is not None:
-        return f"the magnitude of adapter {name!r} is {reason}"
+    if (reason := _part_reason("the magnitude", magnitude, name)) is not None:
+        return reason
     if base_kind(base) == "opaque":
         return f"adapter {name!r} is of DoRA, which needs the weight of its base layer, a {type(base).__name__}"
-    weight = magnitude._parameters.get("weight")
-    if weight is None or weight.device != modules["lora_B"]._modules[name].weight.device:
-        return f"the magnitude of adapter {name!r} is not a parameter beside its lora_B"
-    if modules["lora_B"]._modules[name].bias is not None:
+    lora_B = modules["lora_B"]._modules[name]
+    if magnitude.weight.device != lora_B.weight.device:
+        return f"the magnitude of adapter {name!r} is not on the device of its lora_B"
+    if lora_B.bias is not None:
         return f"adapter {name!r} is of DoRA with lora_bias"
     first = next(each for each in layer.active_adapters if each in modules["lora_A"]._modules)
     return None if name == first else f"adapter {name!r} is of DoRA and not the first of several"

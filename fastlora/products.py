@@ -34,14 +34,16 @@ def like_rows_of(x_shape: torch.Size, y: Tensor) -> Tensor:
     return unsafe_view(y, (*x_shape[:-1], y.shape[-1]))
 
 
-def is_merged(weight: Weight, p: float) -> bool:
+def is_merged(weight: Weight, p: float, m: Tensor | None = None) -> bool:
     """Whether the adapter is added to the weight while that is decoded: forward and dx are then one product each.
 
     4-bit weights do not lie on the grid of the compute dtype, so the one rounding after the merge dithers and small
     updates survive; on a dense bf16 weight they would not. A CPU decodes inside its products: there the adapter's own
-    product costs less than merging.
+    product costs less than merging. Not with DoRA's ``m``: decoding scales no rows.
     """
-    return p == 0.0 and type(weight) is Weight4bit and kernel_ops.decodes_whole_weights(weight.packed.device)
+    return (
+        p == 0.0 and m is None and type(weight) is Weight4bit and kernel_ops.decodes_whole_weights(weight.packed.device)
+    )
 
 
 def product(

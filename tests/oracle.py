@@ -329,10 +329,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def one_pass(twin: Twin) -> Results:
+def one_pass(twin: Twin, tokens: int = 4) -> Results:
     """The logits of the model as it is, and the gradients of its input and of every parameter that has one."""
-    x = twin.randn(2, 4, HIDDEN).requires_grad_()
+    x = twin.randn(2, tokens, HIDDEN).requires_grad_()
     return gradients(twin, x, twin.logits(x))
+
+
+def pass_of(model: nn.Module, tokens: int, autocast: bool = False) -> dict[str, Tensor]:
+    """The tensors that `one_pass` gives for a model that is no twin."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        results = one_pass(Twin(CASES["llama"], model), tokens)
+    return {name: t for name, t in results.items() if isinstance(t, Tensor)}
 
 
 def backward(twin: Twin, y: Tensor) -> None:

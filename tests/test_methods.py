@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from accuracy import check_model
-from oracle import CASES, LONGEST, Twin, adapted, gradients, in_fp64
+from oracle import CASES, LONGEST, Twin, adapted, in_fp64, pass_of
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
@@ -20,19 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT, which says much ab
 LLAMA = CASES["llama"]
 
 
-def one_pass(model):
-    twin = Twin(LLAMA, model)
-    x = twin.randn(2, 16, 64).requires_grad_()
-    results = gradients(twin, x, twin.logits(x))
-    del results["requires grad"]
-    return {name: t for name, t in results.items() if t is not None}
-
-
 def check_fused(model):
     """A patched copy gives the results of this model, through fastlora in every layer."""
     fast = copy.deepcopy(model)
     patch(fast)
-    check_model(one_pass(fast), one_pass(model), one_pass(in_fp64(model)), LONGEST, torch.float32)
+    results = [pass_of(each, tokens=16) for each in (fast, model, in_fp64(model))]
+    check_model(*results, LONGEST, torch.float32)
     layers = {name: calls_of(m) for name, m in fast.named_modules() if isinstance(m, LoraLayer)}
     assert layers and all(calls.fused == 1 and calls.own == 0 for calls in layers.values())
 
@@ -180,7 +173,7 @@ def test_other_methods_are_left_alone(make):
     fast = copy.deepcopy(model)
     if hasattr(fast, "peft_config"):
         patch(fast)
-    ours, theirs = one_pass(fast), one_pass(model)
+    ours, theirs = pass_of(fast, tokens=16), pass_of(model, tokens=16)
     assert ours.keys() == theirs.keys() and len(ours) > 2
     assert all(torch.equal(ours[name], t) for name, t in theirs.items())
     assert not any(type(m).__module__.startswith("fastlora") for m in fast.modules())

@@ -80,8 +80,7 @@ Tensor matmul(
   if (scale.has_value()) operands.vector("scale", *scale, N);
   Tensor y = at::empty({M, N}, x[0].options());
   if (is_empty(y)) return y;
-  const OptionalTensor factors = scale.has_value() ? OptionalTensor(in_fp32(*scale)) : scale;
-  const ColumnScale column_scale{factors.has_value() ? factors->const_data_ptr<float>() : nullptr};
+  const ColumnScale column_scale(scale);
   bool complete = false;  // with the base products
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
     using A = Wide<scalar_t>;

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t CHUNK = 256;  // elements of a row that are in fp32 at a time, in the first-level cache
 constexpr int64_t BLOCK = 64;   // rows that one thread sums up. Sums do not depend on how many threads there are.
 
-// Of y = scale * z: dz = scale * dy, and sums[N] = sum of dy * z over rows, where z is y / scale
+// Of y = scale * z: dz = scale * dy, and dscale[N] = sum of dy * z over rows, where z is y / scale
 template <typename T>
 void scale_backward(const Tensor& dy, const Tensor& y, const Tensor& scale, const Tensor& dz, const Tensor& dscale) {
   using A = Wide<T>;

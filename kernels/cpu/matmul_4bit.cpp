@@ -57,8 +57,7 @@ Tensor lora_matmul_4bit(
   Tensor y = at::empty({M, N}, x[0].options());
   if (y.numel() == 0) return y;
   const std::vector<Tensor> rows = with_rows(x);
-  const OptionalTensor factors = scale.has_value() ? OptionalTensor(in_fp32(*scale)) : scale;
-  const ColumnScale column_scale{factors.has_value() ? factors->const_data_ptr<float>() : nullptr};
+  const ColumnScale column_scale(scale);
   FASTLORA_DISPATCH_FLOAT(y.scalar_type(), [&] {
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
     if (!bias.has_value()) return multiply_4bit<scalar_t>(rows, operands, nullptr, adapters, column_scale, to, M, N);

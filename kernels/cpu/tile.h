@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -277,12 +278,17 @@ void sum_adapters(
   }
 }
 
-// What multiplies the columns of a finished tile, before it is rounded
+// What multiplies the columns of a finished tile, before it is rounded: nothing if no scale is given
 struct ColumnScale {
-  void apply(float* row, int64_t n0, int64_t cols) const {
-    for (int64_t c = 0; values != nullptr && c < cols; ++c) row[c] *= values[n0 + c];
+  explicit ColumnScale(const std::optional<Tensor>& scale) {
+    if (scale.has_value()) values = in_fp32(*scale);
   }
-  const float* values = nullptr;  // of all columns, or nothing to do
+  void apply(float* row, int64_t n0, int64_t cols) const {
+    if (!values.defined()) return;
+    const float* by = values.const_data_ptr<float>() + n0;
+    for (int64_t c = 0; c < cols; ++c) row[c] *= by[c];
+  }
+  Tensor values;  // of all columns
 };
 
 // ---- the products by vector instructions
