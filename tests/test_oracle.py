@@ -293,6 +293,17 @@ def test_sequence_on(case, name, bitsandbytes_eager):
     assert twins.passes == len(SEQUENCES[name]) + 1
 
 
+@pytest.mark.parametrize("case", ("nf4, dora", "llama bf16, dora"))
+@pytest.mark.parametrize("how", ((), IN_PLACE), ids=("", "in place"))
+@pytest.mark.parametrize("shape", ((), (2, 3)), ids=("a vector", "x 3-D"))
+@pytest.mark.parametrize("module", (Q, "mlp"))
+def test_dora_takes_the_shapes_and_changes_of_peft(module, shape, how, case, bitsandbytes_eager):
+    """PEFT's DoRA makes a matrix of a vector; ours keeps the outputs of layers and MLPs for the gradient of magnitudes."""
+    twins = Twins(CASES[case])
+    twins.do(act.patch)
+    twins.do(act.call, module, shape, how)
+
+
 @pytest.mark.parametrize("scale", (1.02, 0.98))
 def test_nearly_the_same_activation_in_half_precision(scale):
     """What differs by a few roundings is another function: over enough elements that is no matter of chance."""
