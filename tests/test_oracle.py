@@ -298,7 +298,7 @@ def test_sequence_on(case, name, bitsandbytes_eager):
 @pytest.mark.parametrize("shape", ((), (2, 3)), ids=("a vector", "x 3-D"))
 @pytest.mark.parametrize("module", (Q, "mlp"))
 def test_dora_takes_the_shapes_and_changes_of_peft(module, shape, how, case, bitsandbytes_eager):
-    """PEFT's DoRA makes a matrix of a vector; ours keeps the outputs of layers and MLPs for the gradient of magnitudes."""
+    """PEFT makes a matrix of a vector; ours keeps the outputs of layers and MLPs for the gradient of magnitudes."""
     twins = Twins(CASES[case])
     twins.do(act.patch)
     twins.do(act.call, module, shape, how)
