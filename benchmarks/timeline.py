@@ -41,6 +41,11 @@ _OPS = {
     "fastlora::lora_grad": ADAPTER,
     "fastlora::lora_grad_a": ADAPTER,
     "fastlora::decode_4bit": DECODE,
+    "fastlora::lora_matmul_experts": BASE,
+    "fastlora::lora_matmul_experts_4bit": BASE,
+    "fastlora::shrink_experts": ADAPTER,
+    "fastlora::lora_grad_experts": ADAPTER,
+    "fastlora::combine_experts": ELEMENTWISE,
     "fastlora::dora_grad": ELEMENTWISE,
     "fastlora::swiglu": ELEMENTWISE,
     "fastlora::swiglu_backward_": ELEMENTWISE,
@@ -52,6 +57,7 @@ _OPS = {
 _WRAPPERS = (
     "bitsandbytes::gemm_4bit",
     "fastlora::lora_matmul_4bit",
+    "fastlora::lora_matmul_experts_4bit",
     "fastlora::nf4_matmul",
 )  # may decode and multiply by calling other ops
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_scaled_mm", "aten::_int_mm")

@@ -42,6 +42,23 @@ def lora_grad_a(dxa, x, *_: Any, **__: Any) -> int:
     return 2 * x[0] * x[1] * dxa[1]
 
 
+def shrink_experts(x, a, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * a[1]
+
+
+def lora_matmul_experts(x, w, xa, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * w[1] * (x[1] + xa[1])
+
+
+def lora_matmul_experts_4bit(x, *args: Any, **__: Any) -> int:
+    xa, b = args[10:12]
+    return 2 * x[0] * b[1] * (x[1] + xa[1])
+
+
+def lora_grad_experts(dxa, x, *_: Any, **__: Any) -> int:
+    return lora_grad_a(dxa, x)
+
+
 def decode_4bit(*args: Any, **__: Any) -> int:
     N, K, a = args[8], args[9], args[11]
     return 0 if a is None else 2 * N * K * a[0]
@@ -65,6 +82,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
         lora_matmul_group,
         lora_grad,
         lora_grad_a,
+        shrink_experts,
+        lora_matmul_experts,
+        lora_matmul_experts_4bit,
+        lora_grad_experts,
         decode_4bit,
         lora_matmul_4bit,
         nf4_matmul,

@@ -1,5 +1,6 @@
 """A bitsandbytes 4-bit weight as plain tensors and numbers, the form that ops and autograd take."""
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -67,10 +68,14 @@ def weight_4bit(weight: Any) -> Weight4bit:
         )
     if state.absmax.dim() == 2:  # bitsandbytes' way back from its CPU format leaves flat statistics transposed, in bf16
         state.absmax = state.absmax.t().flatten().float()
-    packed = as_plain_tensor(weight).view(torch.uint8)
+    return packed_weight(as_plain_tensor(weight), state)
+
+
+def packed_weight(packed: Tensor, state: Any) -> Weight4bit:
+    """These bytes, as bitsandbytes' ``QuantState`` describes them. Of a stack of weights the rows are one matrix's."""
     nested = state.nested
     return Weight4bit(
-        packed=packed,
+        packed=packed.view(torch.uint8),
         absmax=state.absmax,
         code2=state.state2.code if nested else None,
         absmax2=state.state2.absmax if nested else None,
@@ -78,6 +83,6 @@ def weight_4bit(weight: Any) -> Weight4bit:
         blocksize=state.blocksize,
         blocksize2=state.state2.blocksize if nested else 0,
         quant_type=state.quant_type,
-        N=state.shape[0],
-        K=state.shape[1],
+        N=prod(state.shape[:-1]),
+        K=state.shape[-1],
     )

@@ -69,12 +69,15 @@ def _implementation(name: str) -> Callable:
     return run
 
 
-_BASE = {"lora_grad_a": 1, "decode_4bit": 10}  # the operand that says in which dtype is computed, if not the first
+# The operand that says in which dtype is computed, if not the first
+_BASE = {"lora_grad_a": 1, "lora_grad_experts": 1, "decode_4bit": 10}
 _RESULTS_LIKE: dict[str, Callable] = {  # the adapters' dtype
     "shrink": lambda x, a, *_: [a],
     "shrink_group": lambda x, a, *_: a,
     "lora_grad": lambda dy, x, b, xa, *_: [xa if b is None else b] * 2 + [b if xa is None else xa],
     "lora_grad_a": lambda dxa, *_: [dxa],
+    "shrink_experts": lambda x, a, *_: [a],
+    "lora_grad_experts": lambda dxa, *_: [dxa],
 }
 
 
@@ -149,6 +152,22 @@ def dora_grad(*args: Any) -> tuple[Tensor, Tensor]:
     return launcher("dora", "dora_grad")(*args)
 
 
+def shrink_experts(*args: Any) -> Tensor:
+    return launcher("experts", "shrink_experts")(*args)
+
+
+def lora_matmul_experts(*args: Any) -> Tensor:
+    return launcher("experts", "lora_matmul_experts")(*args)
+
+
+def lora_grad_experts(*args: Any) -> Tensor:
+    return launcher("experts", "lora_grad_experts")(*args)
+
+
+def combine_experts(*args: Any) -> Tensor:
+    return launcher("experts", "combine_experts")(*args)
+
+
 def swiglu(*args: Any) -> Tensor:
     return launcher("swiglu", "swiglu")(*args)
 
@@ -182,6 +201,10 @@ _LAUNCHERS = {
     "lora_grad": lora_grad,
     "lora_grad_a": lora_grad_a,
     "dora_grad": dora_grad,
+    "shrink_experts": shrink_experts,
+    "lora_matmul_experts": lora_matmul_experts,
+    "lora_grad_experts": lora_grad_experts,
+    "combine_experts": combine_experts,
     "swiglu": swiglu,
     "swiglu_backward_": swiglu_backward_,
     "decode_4bit": decode_4bit,

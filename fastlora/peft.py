@@ -13,8 +13,12 @@ from torch import nn
 
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
 from fastlora.fuse import fuse_mlps, is_adapted, unfuse_mlps
-from fastlora.peft_layers import ASKED_FOR, OURS, SHARDED, SIBLINGS, THEIRS, why_peft
+from fastlora.peft_experts import GATE, OUR_EXPERTS, outermost_of, why_not_fused
+from fastlora.peft_layers import ASKED_FOR, OUR_LAYERS, SHARDED, SIBLINGS, why_peft
 from fastlora.siblings import siblings_among
+
+OURS = OUR_LAYERS | OUR_EXPERTS
+THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
 @dataclass
@@ -60,9 +64,11 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     Raises TypeError if model is not a module. Patch after anything that wraps forward methods (accelerate's hooks).
     """
     layers = dict(_lora_layers(model))
+    experts = outermost_of(layers)
     report = PatchReport(patched=[name for name, layer in layers.items() if _cannot_swap(layer) is None])
     for name, layer in layers.items():
-        reason = _cannot_swap(layer) or why_peft(layer)
+        outermost = experts.get(id(layer))
+        reason = _cannot_swap(layer) or (why_peft(layer) if outermost is None else why_not_fused(outermost))
         if reason is not None and reason.endswith(SHARDED):
             report.sharded.append(name)
         elif reason is not None:
@@ -74,11 +80,16 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     for name in report.patched:
         layer = layers[name]
         layer.__class__ = _exchanged(type(layer), OURS) or type(layer)
-        calls_of(layer).strict = strict
+        if experts.get(id(layer), layer) is layer:
+            calls_of(layer).strict = strict
     for layer, siblings in siblings_among({name: layers[name] for name in report.patched}):
         layer.__dict__[SIBLINGS] = siblings
     fused, kept = fuse_mlps(model, is_adapted, strict)
+    waiting = report.skipped.keys() | report.sharded
     report.fused.extend(fused)
+    report.fused.extend(
+        name for name in report.patched if experts.get(id(layers[name])) is layers[name] and name not in waiting
+    )
     report.not_fused.update(kept)
     return report
 
@@ -90,7 +101,7 @@ def unpatch(model: nn.Module) -> list[str]:
         theirs = _exchanged(type(layer), THEIRS)
         if theirs is not None:
             layer.__class__ = theirs
-            for attribute in (SIBLINGS, ATTRIBUTE):
+            for attribute in (SIBLINGS, ATTRIBUTE, GATE):
                 layer.__dict__.pop(attribute, None)
             names.append(name)
     unfuse_mlps(model)
@@ -104,7 +115,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _cannot_swap(layer: LoraLayer) -> str | None:
-    if not is_adapted(layer) and _exchanged(type(layer), OURS) is None:
+    if _exchanged(type(layer), THEIRS) is None and _exchanged(type(layer), OURS) is None:
         return f"{type(layer).__module__}.{type(layer).__name__} is not a layer type that fastlora replaces"
     if "forward" in layer.__dict__:
         return "its forward was already wrapped on the instance (accelerate hooks?): patch before that"

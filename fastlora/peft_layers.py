@@ -42,7 +42,7 @@ def why_peft(layer: LoraLayer) -> str | None:
 
 
 def _base_reason(base: nn.Module) -> str | None:
-    reason = _sharding(base)
+    reason = sharding(base)
     if is_hooked(base):
         if reason is not None:
             return "its base layer is sharded by itself, through hooks that only run when it is called"
@@ -65,7 +65,7 @@ def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
         module = modules[part]._modules[name]
         if type(module) is not nn.Linear:
             return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
-        if (reason := _part_reason(part, module, name)) is not None:
+        if (reason := part_reason(part, module, name)) is not None:
             return reason
     dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
@@ -75,11 +75,11 @@ def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
     return None
 
 
-def _part_reason(part: str, module: nn.Module, name: str) -> str | None:
+def part_reason(part: str, module: nn.Module, name: str) -> str | None:
     """Why the weight of this part of an adapter cannot be read instead of calling the part."""
     if is_hooked(module):
         return f"{part} of adapter {name!r} has hooks, which only run when it is called"
-    reason = _sharding(module)
+    reason = sharding(module)
     if reason is not None:
         return f"{part} of adapter {name!r} is {reason}"
     if module._parameters.get("weight") is None:
@@ -102,7 +102,7 @@ def _dora_reason(layer: LoraLayer, name: str) -> str | None:
     magnitude, base = modules["lora_magnitude_vector"]._modules.get(name), modules["base_layer"]
     if type(magnitude) is not _DORA.DoraLinearLayer:
         return f"the magnitude of adapter {name!r} is a {type(magnitude).__name__}"
-    if (reason := _part_reason("the magnitude", magnitude, name)) is not None:
+    if (reason := part_reason("the magnitude", magnitude, name)) is not None:
         return reason
     if base_kind(base) == "opaque":
         return f"adapter {name!r} is of DoRA, which needs the weight of its base layer, a {type(base).__name__}"
@@ -122,11 +122,11 @@ def _magnitude(layer: LoraLayer, name: str) -> Tensor:
 SHARDED = "sharded now, and fused when it is gathered for a call"
 
 
-def _sharding(module: nn.Module) -> str | None:
-    """Why the values of this module's weight are not in a parameter of it."""
-    if "weight" in module.__dict__:
+def sharding(module: nn.Module, name: str = "weight") -> str | None:
+    """Why the values of this weight of the module are not in a parameter of it."""
+    if name in module.__dict__:
         return "in a flat parameter of FSDP1"
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(name)
     if type(weight).__name__ == "DTensor":
         return SHARDED
     if weight is None:
@@ -185,13 +185,13 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
             or d["_backward_pre_hooks"]
             or "_hf_hook" in d
             or "forward" in d
-            or "weight" in d  # `_sharding`
+            or "weight" in d  # `sharding`
         ):
             return None
     weight: Any = base._parameters.get("weight")
     a: Any = lora_A._parameters.get("weight")
     b: Any = lora_B._parameters.get("weight")
-    for t in (weight, a, b):  # `_sharding`, and what `base_kind` calls a wrapper
+    for t in (weight, a, b):  # `sharding`, and what `base_kind` calls a wrapper
         if t is None or t.is_meta or hasattr(type(t), "__tensor_flatten__") or hasattr(t, "ds_id"):
             return None
     if type(lora_B) is not nn.Linear:
@@ -321,7 +321,7 @@ def _ours(theirs: type) -> type:
 
 
 FastLinear = _ours(PeftLinear)
-OURS: dict[type, type] = {PeftLinear: FastLinear}
+OUR_LAYERS: dict[type, type] = {PeftLinear: FastLinear}
 
 # Of bases that compute their own output, but for the first: the adapter is added to it. Each is there if PEFT's module
 # defines it, which most do only where the package that quantises is installed.
@@ -341,6 +341,6 @@ for _name, _module in QUANTISED.items():
     except ImportError:
         _theirs = None
     if _theirs is not None:
-        OURS[_theirs] = globals()[f"Fast{_name}"] = _ours(_theirs)  # by name, so that a patched model can be pickled
-
-THEIRS: dict[type, type] = {ours: theirs for theirs, ours in OURS.items()}
+        OUR_LAYERS[_theirs] = globals()[f"Fast{_name}"] = _ours(
+            _theirs
+        )  # by name, so that a patched model can be pickled

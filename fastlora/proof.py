@@ -216,6 +216,17 @@ def _is_activated(h: Any, gate: Tensor, up: Tensor | None, activation: str) -> b
     return bool(((h - expected).abs() <= _RELATIVE * expected.abs() + _ABSOLUTE * scale).all())
 
 
+def activation_of(act: Any) -> str | None:
+    """The known activation that this function or module computes, for numbers of all magnitudes; None if it is none."""
+    numbers = _magnitudes((1031,), torch.Generator().manual_seed(0))
+    try:
+        with without_modes(), torch.no_grad():
+            h = copy.deepcopy(act)(numbers.clone())
+    except Exception:  # of a function that is not ours
+        return None
+    return next((name for name in ACTIVATIONS if _is_activated(h, numbers, None, name)), None)
+
+
 def _same(t: Any, expected: Tensor) -> bool:
     return type(t) is Tensor and t.dtype == expected.dtype and torch.equal(t, expected)
 

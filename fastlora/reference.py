@@ -113,6 +113,42 @@ def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = No
     return dxa.T @ dropout(x, p, seed)
 
 
+def rows_of_experts(offs: Tensor) -> list[tuple[int, slice]]:
+    """Each expert and its rows, which end before row ``offs[expert]``."""
+    ends = [0, *offs.tolist()]
+    return [(e, slice(ends[e], ends[e + 1])) for e in range(len(ends) - 1)]
+
+
+def shrink_experts(x: Tensor, a: Tensor, offs: Tensor, s: float, p: float = 0.0, seed=None) -> Tensor:
+    """``s * dropout(x, p) @ a[e].T`` for the rows of each expert e"""
+    x, xa = dropout(x, p, seed), x.new_zeros(x.shape[0], a.shape[1])
+    for e, rows in rows_of_experts(offs):
+        xa[rows] = s * (x[rows] @ a[e].to(x.dtype).T)
+    return xa
+
+
+def lora_matmul_experts(
+    x: Tensor, w: Tensor, xa: Tensor, b: Tensor, offs: Tensor, bias=None, p=0.0, seed=None
+) -> Tensor:
+    """``x @ w[e].T + bias[e] + dropout(xa @ b[e].T, p)`` for the rows of each expert e"""
+    y, adapted = x.new_zeros(x.shape[0], w.shape[1]), x.new_zeros(x.shape[0], w.shape[1])
+    for e, rows in rows_of_experts(offs):
+        y[rows] = x[rows] @ w[e].to(x.dtype).T + (0 if bias is None else bias[e].to(x.dtype))
+        adapted[rows] = xa[rows] @ b[e].to(x.dtype).T
+    return y + dropout(adapted, p, seed)
+
+
+def lora_grad_experts(dxa: Tensor, x: Tensor, offs: Tensor, p: float = 0.0, seed=None) -> Tensor:
+    """``dxa.T @ dropout(x, p)`` for the rows of each expert"""
+    x = dropout(x, p, seed)
+    return torch.stack([dxa[rows].T @ x[rows] for _, rows in rows_of_experts(offs)])
+
+
+def combine_experts(rows: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``(weights[..., None] * rows[index]).sum(1)``: of each token, what its experts made of it"""
+    return (rows[index] if weights is None else rows[index] * weights[..., None].to(rows.dtype)).sum(1)
+
+
 def activate(gate: Tensor, activation: str) -> Tensor:
     """``act(gate)`` of a gated MLP, for one of `fastlora.kernels.limits.ACTIVATIONS`."""
     if activation == "silu":

@@ -47,14 +47,13 @@ def _tile_position(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 @triton.jit
 def _adapters(
     xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale,
-    bias_ptr, pid_m, pid_n, M, N,
+    bias_ptr, offs_m, start_n, M, N,
     PARTS: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     """``bias + sum of dropout(xa @ b.T, p)`` of one tile, in fp32: where its accumulator starts."""
     # fmt: on
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if HAS_BIAS:
@@ -72,9 +71,34 @@ def _adapters(
             xa_tile += BLOCK_R * xa_strides[i][1]
             b_tile += BLOCK_R * b_strides[i][1]
         if HAS_DROPOUT[i]:
-            keep = keep_mask(tl.load(seed_ptrs[i]), offs_m, pid_n * BLOCK_N, dropped[i], BLOCK_M, BLOCK_N)
+            keep = keep_mask(tl.load(seed_ptrs[i]), offs_m, start_n, dropped[i], BLOCK_M, BLOCK_N)
             part = acc + tl.where(keep, part * scale[i], 0.0)
         acc = part
+    return acc
+
+
+# fmt: off
+@triton.jit
+def _products(
+    acc, x_ptrs, x_strides, w_ptrs, w_strides, lengths, offs_m, offs_n, M, N,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """``acc + sum of x @ w.T`` of one tile."""
+    # fmt: on
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < M, offs_n < N
+    for i in tl.static_range(PARTS):
+        x_tile = x_ptrs[i] + offs_m[:, None].to(tl.int64) * x_strides[i][0]
+        x_tile += offs_k[None, :].to(tl.int64) * x_strides[i][1]
+        w_tile = w_ptrs[i] + offs_n[None, :].to(tl.int64) * w_strides[i][0]
+        w_tile += offs_k[:, None].to(tl.int64) * w_strides[i][1]
+        for k in range(0, lengths[i], BLOCK_K):
+            mask_k = offs_k < lengths[i] - k
+            x = tl.load(x_tile, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            w = tl.load(w_tile, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
+            acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
+            x_tile += tl.cast(BLOCK_K, tl.int64) * x_strides[i][1]
+            w_tile += tl.cast(BLOCK_K, tl.int64) * w_strides[i][1]
     return acc
 
 
@@ -90,27 +114,16 @@ def _lora_matmul_kernel(
 ):
     # fmt: on
     pid_m, pid_n = _tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    acc = _adapters(
-        xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, pid_m, pid_n, M, N,
-        PARTS, y_ptr.dtype.element_ty, HAS_BIAS, HAS_DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
-    )  # fmt: skip
-
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < M, offs_n < N
-    for i in tl.static_range(PARTS):
-        x_tile = x_ptrs[i] + offs_m[:, None].to(tl.int64) * x_strides[i][0]
-        x_tile += offs_k[None, :].to(tl.int64) * x_strides[i][1]
-        w_tile = w_ptrs[i] + offs_n[None, :].to(tl.int64) * w_strides[i][0]
-        w_tile += offs_k[:, None].to(tl.int64) * w_strides[i][1]
-        for k in range(0, lengths[i], BLOCK_K):
-            mask_k = offs_k < lengths[i] - k
-            x = tl.load(x_tile, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            w = tl.load(w_tile, mask=mask_n[None, :] & mask_k[:, None], other=0.0)
-            acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
-            x_tile += tl.cast(BLOCK_K, tl.int64) * x_strides[i][1]
-            w_tile += tl.cast(BLOCK_K, tl.int64) * w_strides[i][1]
+    acc = _adapters(
+        xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, offs_m, pid_n * BLOCK_N,
+        M, N, PARTS, y_ptr.dtype.element_ty, HAS_BIAS, HAS_DROPOUT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    acc = _products(
+        acc, x_ptrs, x_strides, w_ptrs, w_strides, lengths, offs_m, offs_n, M, N, PARTS, PRECISION, BLOCK_K
+    )
 
     if HAS_COLUMN_SCALE:
         acc *= tl.load(column_scale_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -134,9 +147,10 @@ def _lora_matmul_tma_kernel(
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for pid in tl.range(tl.program_id(0), tiles_m * tiles_n, programs):
         pid_m, pid_n = _tile_position(pid, tiles_m, tiles_n, GROUP_M)
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = _adapters(
-            xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, pid_m, pid_n, M, N,
-            PARTS, y_desc.dtype, HAS_BIAS, HAS_DROPOUT, "ieee", BLOCK_M, BLOCK_N, BLOCK_R,
+            xa_ptrs, xa_strides, b_ptrs, b_strides, ranks, seed_ptrs, dropped, scale, bias_ptr, offs_m, pid_n * BLOCK_N,
+            M, N, PARTS, y_desc.dtype, HAS_BIAS, HAS_DROPOUT, "ieee", BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         for i in tl.static_range(PARTS):
             for k in range(0, lengths[i], BLOCK_K):

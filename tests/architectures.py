@@ -153,14 +153,19 @@ def _build(model_class: type, model_type: str) -> nn.Module:
 
 
 def adapted_ways(model: nn.Module, draw: int = 0) -> Iterator[PeftModel]:
-    """``model`` with adapters: as PEFT chooses the layers, and if that does not run, on every plain linear layer."""
+    """``model`` with adapters: as PEFT chooses the layers, and if that does not run, on every plain linear layer. The
+    weights of experts get adapters too, if PEFT can adapt them."""
     linears = [name for name, module in model.named_modules() if type(module) in (nn.Linear, Conv1D)]
     allowed = [name for name in linears if not name.endswith("out_proj")]  # PEFT refuses those of Mamba
-    for targets in ("all-linear", linears, allowed):
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3]
+    experts = [name for name in stacks if name.endswith(("gate_up_proj", "up_proj", "down_proj"))]
+    ways = [(targets, weights) for weights in (experts, None) for targets in ("all-linear", linears, allowed)]
+    for targets, weights in ways:
         try:
-            peft_model = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, target_modules=targets))
+            config = LoraConfig(r=4, target_modules=targets, target_parameters=weights)
+            peft_model = get_peft_model(copy.deepcopy(model), config)
         except Exception as error:
-            if targets is allowed:
+            if (targets, weights) == ways[-1]:
                 raise LookupError(f"PEFT adapts no layer: {error}") from error
             continue
         generator = torch.Generator().manual_seed(3 + draw)

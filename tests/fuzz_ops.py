@@ -166,6 +166,45 @@ class Calls:
         x, weights, xa, b, p, seed = map(list, zip(*parts, strict=True))
         return [x, *ops_4bit.lists_of(weights), xa, b, self.vector(N), p, seed, transposed, self.vector(N)]
 
+    def ends(self, experts, rows):
+        ends = sorted(self.random.randrange(rows + 1) for _ in range(experts))
+        return torch.tensor(ends, dtype=torch.int32)
+
+    def stack(self, experts, shape, dtype):
+        t = self.values((experts, *shape), dtype)
+        return self.one_of([t, t.transpose(1, 2).contiguous().transpose(1, 2)])
+
+    def shrink_experts(self):
+        (M, K, r, _), E = self.sizes(), self.random.randrange(1, 5)
+        a = self.stack(E, (r, K), self.one_of(FLOATS))
+        return [self.matrix((M, K), self.one_of(FLOATS)), a, self.ends(E, M), 0.3, *self.dropout()]
+
+    def lora_matmul_experts(self):
+        (M, N, K, r), E, dtype, adapter = self.sizes(), self.random.randrange(1, 5), *map(self.one_of, (FLOATS, FLOATS))
+        x, w, xa = self.matrix((M, K), dtype), self.stack(E, (N, K), dtype), self.matrix((M, r), adapter)
+        b, bias = self.stack(E, (N, r), adapter), self.maybe(self.matrix((E, N), adapter))
+        return [x, w, xa, b, self.ends(E, M), bias, *self.dropout()]
+
+    def lora_matmul_experts_4bit(self):
+        (M, *_, r), E, transposed = self.sizes(), self.random.randrange(1, 5), self.one_of([True, False])
+        dtype, adapter, K, rows = self.one_of(FLOATS[:3]), self.one_of(FLOATS), self.one_of([64, 128]), 64
+        weight = self.weight(E * rows, K)
+        inputs, outputs = (rows, K) if transposed else (K, rows)
+        x, xa = self.matrix((M, inputs), dtype), self.matrix((M, r), adapter)
+        b, bias = self.stack(E, (outputs, r), adapter), self.maybe(self.matrix((E, outputs), adapter))
+        return [x, *weight, xa, b, self.ends(E, M), bias, *self.dropout(), transposed]
+
+    def lora_grad_experts(self):
+        M, K, r, _ = self.sizes()
+        dxa, x = self.matrix((M, r), self.one_of(FLOATS)), self.matrix((M, K), self.one_of(FLOATS))
+        return [dxa, x, self.ends(self.random.randrange(1, 5), M), *self.dropout()]
+
+    def combine_experts(self):
+        M, N, T, k = self.sizes()
+        rows = self.matrix((max(M, 1), N), self.one_of(FLOATS))
+        index = torch.randint(0, max(M, 1), (T, k), generator=self.generator)
+        return [rows, index, self.maybe(self.matrix((T, k), self.one_of(FLOATS)))]
+
     def broken(self, args):
         """One operand, or one of a list, made another."""
         i = self.random.randrange(len(args))

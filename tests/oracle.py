@@ -31,6 +31,8 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from fastlora.peft import unpatch
@@ -69,6 +71,15 @@ def qwen2() -> nn.Module:
     return with_biases(Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2)))
 
 
+def qwen3_moe(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Four experts, of which a token has two. Their scores lie far apart: no rounding may choose another expert."""
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=HIDDEN // 2, norm_topk_prob=True)
+    shape = SHAPE | dict(num_key_value_heads=2, head_dim=16)
+    model = with_biases(Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts)).to(dtype))
+    model.model.layers[0].mlp.gate.weight.mul_(50)
+    return model
+
+
 def neox() -> nn.Module:
     return with_biases(GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE)))
 
@@ -104,6 +115,11 @@ def with_biases(model: nn.Module) -> nn.Module:
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj"), "mlp", "mlp.down_proj", "mlp.act_fn"
 NEOX = ("attention.query_key_value",) * 2, "mlp", "mlp.dense_4h_to_h", "mlp.act"
 GPT2 = ("attn.c_attn",) * 2, "mlp", "mlp.c_proj", "mlp.act"
+EXPERTS = LLAMA[0], "mlp", "mlp.experts", "mlp.experts.base_layer.base_layer.act_fn"
+OF_EXPERTS = {
+    "target_modules": ["q_proj", "k_proj", "v_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 ALL, DORA = {"target_modules": "all-linear"}, {"use_dora": True}
 CASES = {
     "llama": Case(llama, *LLAMA, ALL),
@@ -113,6 +129,8 @@ CASES = {
     "nf4 in lora.Linear": Case(lambda: nf4(False), *LLAMA, ALL),
     "nf4 in lora.Linear4bit": Case(lambda: nf4(True), *LLAMA, ALL),
     "llama bf16": Case(lambda: llama(torch.bfloat16), *LLAMA, ALL),
+    "qwen3_moe": Case(qwen3_moe, *EXPERTS, OF_EXPERTS),
+    "qwen3_moe bf16": Case(lambda: qwen3_moe(torch.bfloat16), *EXPERTS, OF_EXPERTS),
     "qwen2, dora": Case(qwen2, *LLAMA, ALL | DORA),
     "gpt2, dora": Case(gpt2, *GPT2, ALL | DORA | {"fan_in_fan_out": True}),
     "nf4, dora": Case(lambda: nf4(True), *LLAMA, ALL | DORA),
@@ -182,6 +200,8 @@ def in_fp64(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     unpatch(model)
     for name, layer in list(model.named_modules()):
+        if hasattr(layer, "has_gate"):  # experts: torch's grouped products take no fp64
+            layer.config._experts_implementation = "eager"
         if isinstance(layer, Linear4bit):
             new = linear(decoded(layer))
             new.bias = layer.bias  # which may train

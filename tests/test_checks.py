@@ -19,6 +19,11 @@ a, b, xa, bias = torch.randn(r, K), torch.randn(N, r), torch.randn(M, r), torch.
 flat, nested = weight_4bit(nested=False)[0], weight_4bit()[0]
 weights, sizes, quant_types = ops_4bit.lists_of([flat, nested])
 
+E = 3
+w3, a3, b3, bias3 = torch.randn(E, N, K), torch.randn(E, r, K), torch.randn(E, N, r), torch.randn(E, N)
+offs, index = torch.tensor([5, 5, M], dtype=torch.int32), torch.randint(0, M, (4, 2))
+of_experts = weight_4bit(E * N, K)[0]
+
 OPERANDS = {  # that every op takes, in the order of its schema
     "shrink": {"x": x, "a": a, "s": 2.0, "p": 0.3, "seed": SEED},
     "shrink_group": {"x": x, "a": [a, a], "s": [1.0, 2.0], "p": [0.3, 0.0], "seed": [SEED, None]},
@@ -39,6 +44,17 @@ OPERANDS = {  # that every op takes, in the order of its schema
         **{"xa": [xa, xa], "b": [b, b], "bias": bias, "p": [0.3, 0.0], "seed": [SEED, None], "transposed": False},
         **{"scale": bias},
     },
+    "shrink_experts": {"x": x, "a": a3, "offs": offs, "s": 2.0, "p": 0.3, "seed": SEED},
+    "lora_matmul_experts": {
+        **{"x": x, "w": w3, "xa": xa, "b": b3, "offs": offs, "bias": bias3},
+        **{"p": 0.3, "seed": SEED},
+    },
+    "lora_matmul_experts_4bit": {
+        **{"x": x, **of_experts._asdict(), "xa": xa, "b": b3, "offs": offs, "bias": bias3},
+        **{"p": 0.3, "seed": SEED, "transposed": False},
+    },
+    "lora_grad_experts": {"dxa": xa, "x": x, "offs": offs, "p": 0.3, "seed": SEED},
+    "combine_experts": {"rows": dy, "index": index, "weights": torch.rand(4, 2)},
 }
 
 P = [
@@ -72,6 +88,11 @@ WEIGHT = [
     ({"a": a[:, 1:]}, "a must be [*, 32], got [4, 31]"),
     ({"b": b[:, 1:]}, "b must be [24, 4], got [24, 3]"),
     ({"s": float("nan")}, "s must be finite"),
+]
+OFFS = [
+    ({"offs": offs.long()}, "offs must be int32 ["),
+    ({"offs": offs[None]}, "offs must be "),
+    ({"offs": None}, "offs must be "),
 ]
 REFUSALS = {
     "shrink": [
@@ -168,6 +189,41 @@ REFUSALS = {
         ({"p": [0.3, 0.3]}, "dropout needs a seed"),
         ({"transposed": True}, "must be [12, 24], got [12, 32]"),
     ],
+    "shrink_experts": [
+        *P,
+        *OFFS,
+        ({"offs": offs[1:]}, "offs must be int32 [3] on "),
+        ({"a": a}, "a must be [*, *, 32], got [4, 32]"),
+        ({"a": a3[..., 1:]}, "a must be [*, *, 32], got [3, 4, 31]"),
+        ({"s": float("nan")}, "s must be finite"),
+    ],
+    "lora_matmul_experts": [
+        *P,
+        *OFFS,
+        ({"w": w}, "w must be [*, *, 32], got [24, 32]"),
+        ({"w": w3.bfloat16()}, "w must be "),
+        ({"xa": xa[1:]}, "xa must be [12, *], got [11, 4]"),
+        ({"b": b3[1:]}, "b must be [3, 24, 4], got [2, 24, 4]"),
+        ({"bias": bias}, "bias must be [3, 24], got [24]"),
+    ],
+    "lora_matmul_experts_4bit": [
+        *(each for each in WEIGHT if not {"a", "b", "s", "absmax", "packed"} & set(each[0]) or "blocksize2" in each[1]),
+        *OFFS,
+        ({"x": x[:, 1:]}, "x must be ["),
+        ({"x": x.double()}, "the dtype of x must be"),
+        ({"N": E * N - 1}, "must begin with a whole block of 64"),
+        ({"blocksize": 4096}, "must begin with a whole block of 4096"),
+        ({"xa": xa[1:]}, "xa must be [12, *], got [11, 4]"),
+        ({"b": b3[:, 1:]}, "b must be [3, 24, 4], got [3, 23, 4]"),
+        ({"bias": bias3[1:]}, "bias must be [3, 24], got [2, 24]"),
+    ],
+    "lora_grad_experts": [*P, *OFFS, ({"dxa": xa[1:]}, "dxa must be [12, *], got [11, 4]")],
+    "combine_experts": [
+        ({"rows": dy[0]}, "rows must be [*, *], got [24]"),
+        ({"index": index.int()}, "index must be int64 [tokens, experts of a token]"),
+        ({"index": index[0]}, "index must be int64 [tokens, experts of a token]"),
+        ({"weights": torch.rand(2, 4)}, "weights must be [4, 2], got [2, 4]"),
+    ],
 }
 CASES = [(name, changes, message) for name, cases in REFUSALS.items() for changes, message in cases]
 RUNS = ["the implementation", "the composition", "the fake"]
@@ -195,6 +251,21 @@ def test_refused(which, name, changes, message):
         pytest.skip("moved to meta, an expanded tensor has memory for every element")
     with pytest.raises((RuntimeError, TypeError), match=re.escape(message)):
         run(which, name, {**OPERANDS[name], **changes})
+
+
+@pytest.mark.parametrize("which", RUNS[:2])
+@pytest.mark.parametrize("ends", [(5, 4, 12), (-1, 5, 12), (5, 5, 13)], ids=str)
+@pytest.mark.parametrize("name", [name for name, operands in OPERANDS.items() if "offs" in operands])
+def test_rows_of_experts_are_in_order_and_there(name, ends, which):
+    with pytest.raises(RuntimeError, match="offs must not decrease or exceed 12 rows"):
+        run(which, name, OPERANDS[name] | {"offs": torch.tensor(ends, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("which", RUNS[:2])
+@pytest.mark.parametrize("row", [-1, 12])
+def test_rows_to_combine_are_there(row, which):
+    with pytest.raises((RuntimeError, IndexError), match="index"):
+        run(which, "combine_experts", OPERANDS["combine_experts"] | {"index": torch.full((4, 2), row)})
 
 
 @pytest.mark.parametrize("which", RUNS[:2])

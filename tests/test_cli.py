@@ -201,7 +201,8 @@ def test_info(capsys):
     assert on_cpu.pop("nf4_matmul") == "torch composition", "of decode_4bit and a product"
     assert set(on_cpu.values()) == {implementation}
     on_gpu = found["implementations"]["cuda"]
-    assert on_gpu.pop("lora_matmul_4bit") == "torch composition", "of decode_4bit and lora_matmul"
+    for op in ("lora_matmul_4bit", "lora_matmul_experts_4bit"):
+        assert on_gpu.pop(op) == "torch composition", "of decode_4bit and a product"
     assert set(on_gpu.values()) == {"torch composition" if unsupported_reason() else "kernel"}
     assert found["gpu_kernels"] == (unsupported_reason() or "on")
     assert found["cpu_kernels"] == (ops.NO_CPU_KERNELS or "loaded")

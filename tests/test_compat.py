@@ -21,7 +21,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 
 from fastlora import compat
 from fastlora.benchmarks.accuracy import same
-from fastlora.peft_layers import OURS
+from fastlora.peft import OURS
 
 GONE = {  # what is taken away before fastlora is imported
     "nothing": [],

@@ -52,6 +52,9 @@ def op_calls():
     a, b, xa = new(r, K, dtype=wide), new(N, r, dtype=wide), new(M, r, dtype=wide)
     w4, gate, up = random_weight_4bit(N, K, device), new(M, K), new(M, K)
 
+    offs = torch.tensor([20, 20, M - 1], dtype=torch.int32, device=device)
+    index = torch.arange(32, device=device).view(8, 4)
+
     def swiglu_backward():
         dh, dgate, dup = dy.new_ones(M, K), gate.clone(), up.clone()
         lora.swiglu_backward_(dh, dgate, dup, "silu")
@@ -67,6 +70,12 @@ def op_calls():
         "lora_grad": lambda: lora.lora_grad(dy, x, b, xa, S, P, seed),
         "lora_grad_a": lambda: (lora.lora_grad_a(xa, x, P, seed),),
         "dora_grad": lambda: lora.dora_grad(dy, dy + 1, xa.new_full((N,), 0.5)),
+        "shrink_experts": lambda: (lora.shrink_experts(x, a[None].repeat(3, 1, 1), offs, S, P, seed),),
+        "lora_matmul_experts": lambda: (
+            lora.lora_matmul_experts(x, w[None].repeat(3, 1, 1), xa, b[None].repeat(3, 1, 1), offs, None, P, seed),
+        ),
+        "lora_grad_experts": lambda: (lora.lora_grad_experts(xa, x, offs, P, seed),),
+        "combine_experts": lambda: (lora.combine_experts(x, index, gate[:8, :4].contiguous()),),
         "swiglu": lambda: (lora.swiglu(gate, up, "gelu"),),
         "swiglu_backward_": swiglu_backward,
         "decode_4bit": lambda: (w4.decode(BF16), w4.decode_merged(BF16, a, b, S)),

@@ -39,6 +39,7 @@ class TestRefusals:
     def calls(self):
         x, w, a, b, xa, dy, bias = self.operands()
         op, seed = torch.ops.fastlora, torch.tensor([1, 2])
+        offs, index = torch.tensor([5], dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64)
         w4, _ = weight_4bit(self.N, self.K)
         short = {name: getattr(w4, name)[:-1] for name in ("packed", "absmax", "code2", "absmax2")}
         flat = weight_4bit(self.N, self.K, nested=False)[0]
@@ -65,6 +66,12 @@ class TestRefusals:
             "scale": (lambda: op.lora_matmul(x, w, xa, b, None, 0.0, None, bias[1:]), "scale must be [48]"),
             "y of dora_grad": (lambda: op.dora_grad(dy, dy[1:], bias), "y must be [5, 48]"),
             "scale of dora_grad": (lambda: op.dora_grad(dy, dy, bias[1:]), "scale must be [48]"),
+            "a of experts": (lambda: op.shrink_experts(x, a[None, :, 1:], offs, 1.0), "a must be [1, 6, 128]"),
+            "offs": (lambda: op.shrink_experts(x, a[None], offs[:0], 1.0), "offs must be [1]"),
+            "w of experts": (lambda: op.lora_matmul_experts(x, w[None, :, 1:], xa, b[None], offs), "w must be [1, 48,"),
+            "b of experts": (lambda: op.lora_matmul_experts(x, w[None], xa, b[None, 1:], offs), "b must be [1, 48, 6]"),
+            "dxa of experts": (lambda: op.lora_grad_experts(xa[1:], x, offs), "dxa must be [5, 6]"),
+            "weights of experts": (lambda: op.combine_experts(x, index, x[:2, :2]), "weights must be [1, 2]"),
             "up": (lambda: op.swiglu(x, x[1:], "silu"), "up must be [5, 128]"),
             "dh": (lambda: op.swiglu_backward_(x[1:], x, x, "silu"), "dh must be [5, 128]"),
             "activation": (lambda: op.swiglu(x, x, "tanh"), "activation must be one of silu, gelu"),
@@ -86,9 +93,10 @@ class TestRefusals:
         "case",
         (
             "x of the wrong width", "one a of a group", "w", "xa", "b", "bias", "a group's x", "dropout without a seed",
-            "two seeds", "dy", "xa of lora_grad", "x of lora_grad", "dxa", "up", "dh", "activation", "quant_type",
-            "a of a merge", "x of nf4_matmul", "bias of nf4_matmul", "scales apart", "short packed", "short absmax",
-            "short code2", "short absmax2",
+            "two seeds", "dy", "xa of lora_grad", "x of lora_grad", "dxa", "a of experts", "offs",
+            "w of experts", "b of experts", "dxa of experts", "weights of experts", "up", "dh", "activation",
+            "quant_type", "a of a merge", "x of nf4_matmul", "bias of nf4_matmul", "scales apart", "short packed",
+            "short absmax", "short code2", "short absmax2",
         ),
     )  # fmt: skip
     def test_operands_that_do_not_fit_together(self, case):
@@ -130,6 +138,7 @@ def test_ops_on_nothing_are_those_of_torch(sizes):
     M, N, K, r = ({"M": 5, "N": 32, "K": 64, "r": 4} | sizes).values()
     x, w, a, b, xa, dy = (torch.randn(s) for s in ((M, K), (N, K), (r, K), (N, r), (M, r), (M, N)))
     op, seed = torch.ops.fastlora, torch.tensor(3)
+    offs = torch.tensor([0, M], dtype=torch.int32)
     runs = {
         op.shrink: (x, a, 2.0, 0.1, seed),
         op.shrink_group: (x, [a, a], [1.0, 2.0], [0.0, 0.1], [None, seed]),
@@ -139,6 +148,10 @@ def test_ops_on_nothing_are_those_of_torch(sizes):
         op.dora_grad: (dy, dy, torch.ones(N)),
         op.lora_grad_a: (xa, x),
         op.swiglu: (x, x + 1, "silu"),
+        op.shrink_experts: (x, torch.stack([a, a]), offs, 2.0, 0.1, seed),
+        op.lora_matmul_experts: (x, torch.stack([w, w]), xa, torch.stack([b, b]), offs, torch.randn(2, N)),
+        op.lora_grad_experts: (xa, x, offs),
+        op.combine_experts: (x, torch.zeros(0, 2, dtype=torch.int64)),
     }
     for op, args in runs.items():
         expected = tree_leaves(kernel_ops.compositions[op.__name__](*args))

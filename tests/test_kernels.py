@@ -14,6 +14,7 @@ from fastlora import reference
 from fastlora.benchmarks.accuracy import FACTOR, inexact, relative_error, same
 from fastlora.kernels import dropout, tiles
 from fastlora.kernels.dora import dora_grad
+from fastlora.kernels.experts import combine_experts, lora_grad_experts, lora_matmul_experts, shrink_experts
 from fastlora.kernels.limits import ACTIVATIONS
 from fastlora.kernels.lora_grad import lora_grad, lora_grad_a
 from fastlora.kernels.lora_matmul import (
@@ -470,3 +471,32 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(xa, shrink(near, a, 2.0, 0.3, SEED))
     assert torch.equal(lora_matmul(far, w, xa, b), lora_matmul(near, w, xa, b))
     assert torch.equal(swiglu(far, near, "silu"), swiglu(near, near, "silu"))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("ends", [(40, 40, 41, 97), (0, 3, 90, 90), (0, 0, 0, 0)], ids=str)
+def test_products_of_experts(ends, p, dtypes):
+    """Rows of several tiles, of one, of none; the last rows belong to no expert."""
+    (dtype, adapter), M, E, K, N, r = dtypes, 97, 4, 48, 72, 20
+    offs, seed = torch.tensor(ends, dtype=torch.int32, device=DEVICE), SEED if p else None
+    x, w, dy = normal(M, K, dtype=dtype), normal(E, N, K, dtype=dtype), normal(M, N, dtype=dtype)
+    a, b, xa = normal(E, r, K, dtype=adapter), normal(E, N, r, dtype=adapter), normal(M, r, dtype=adapter)
+    bias, wt, at = normal(E, N, dtype=adapter), w.transpose(1, 2), a.transpose(1, 2)
+    index, weights = torch.randperm(96, device=DEVICE).view(-1, 3), normal(32, 3, dtype=dtype)
+    calls = [
+        (shrink_experts, (x, a, offs, 0.7, p, seed)),
+        (lora_matmul_experts, (x, w, xa, b, offs, bias)),
+        (lora_matmul_experts, (dy, wt, xa, at, offs, None, p, seed)),
+        (lora_grad_experts, (xa, x, offs, p, seed)),
+        (combine_experts, (dy, index, weights)),
+        (combine_experts, (dy, index)),
+    ]
+    for launcher, args in calls:
+        ours, formula = launcher(*args), getattr(reference, launcher.__name__)
+        truth = formula(*(t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in args))
+        if ours.dtype == torch.float32 and dtype != torch.float32:  # two factors of 16 bits
+            assert relative_error(ours, truth) <= FACTOR * 2 * SIXTEEN_BITS, launcher.__name__
+        else:
+            assert same(ours, truth, dtype=ours.dtype, longest=M), launcher.__name__
+        assert torch.equal(launcher(*args), ours)

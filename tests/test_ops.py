@@ -68,9 +68,39 @@ def calls(dtype, adapter_dtype):
         "lora_grad, dropout": (op.lora_grad, (dy, x, b, xa, 0.3, 0.2, SEED)),
         "lora_grad, no da": (op.lora_grad, (dy, None, b, xa, 0.3)),
         "lora_grad, no db": (op.lora_grad, (dy, x, b, None, 0.3)),
+        **calls_of_experts(dtype, adapter_dtype),
         "decode_4bit": (op.decode_4bit, (*flat, dtype, None, None, 1.0)),
         "decode_4bit, nested": (op.decode_4bit, (*nested, dtype, None, None, 1.0)),
         "decode_4bit, merged": (op.decode_4bit, (*nested, dtype, a, b, 0.3)),
+    }
+
+
+def calls_of_experts(dtype, adapter_dtype):
+    """Three experts, of which one has no rows, as the last row of x has no expert."""
+    (x, _, _, _, _, dy, xa), E = tensors(dtype, adapter_dtype), 3
+    w, bias = torch.randn(E, N, K).to(dtype), torch.randn(E, N).to(dtype)
+    a, b = (torch.randn(shape).to(adapter_dtype) for shape in ((E, r, K), (E, N, r)))
+    offs, index = torch.tensor([5, 5, M - 1], dtype=torch.int32), torch.randint(0, M, (4, 3))
+    packed = weight_4bit(E * N, K)[0]
+    wt, at = w.transpose(1, 2), a.transpose(1, 2)
+    return {
+        "shrink_experts": (op.shrink_experts, (x, a, offs, 0.3)),
+        "shrink_experts, dropout": (op.shrink_experts, (x, a, offs, 0.3, 0.2, SEED)),
+        "lora_matmul_experts": (op.lora_matmul_experts, (x, w, xa, b, offs)),
+        "lora_matmul_experts, bias": (op.lora_matmul_experts, (x, w, xa, b, offs, bias)),
+        "lora_matmul_experts, dx with dropout": (op.lora_matmul_experts, (dy, wt, xa, at, offs, None, 0.2, SEED)),
+        "lora_matmul_experts_4bit": (
+            op.lora_matmul_experts_4bit,
+            (x, *packed, xa, b, offs, bias, 0.0, None, False),
+        ),
+        "lora_matmul_experts_4bit, dx with dropout": (
+            op.lora_matmul_experts_4bit,
+            (dy, *packed, xa, at, offs, None, 0.2, SEED, True),
+        ),
+        "lora_grad_experts": (op.lora_grad_experts, (xa, x, offs)),
+        "lora_grad_experts, dropout": (op.lora_grad_experts, (xa, x, offs, 0.2, SEED)),
+        "combine_experts": (op.combine_experts, (dy, index)),
+        "combine_experts, weights": (op.combine_experts, (dy, index, torch.rand(4, 3).to(dtype))),
     }
 
 
@@ -138,6 +168,59 @@ GROUPS = {  # (r, N, s, p, seed) of each sibling
     "no two alike": [(4, 24, 0.3, 0.0, None), (1, 8, 2.0, 0.3, 5), (7, 40, -1.0, 0.0, None), (3, 6, 1.0, 0.6, 6)],
     "one": [(4, 24, 0.3, 0.2, 7)],
 }
+
+
+ENDS = {  # of the rows of each expert, out of 80
+    "alike": [20, 40, 60, 80],
+    "one has most": [1, 70, 70, 75],  # and the last five rows belong to none
+    "few rows": [0, 1, 3, 4],
+    "none": [0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_experts_are_those_of_the_reference(p, dtype, ends):
+    S, E, k = 80, len(ends), 2
+    offs, seed = torch.tensor(ends, dtype=torch.int32), SEED if p else None
+    x, w, a, b, dy, xa = (
+        torch.randn(shape).to(dtype) for shape in ((S, K), (E, N, K), (E, r, K), (E, N, r), (S, N), (S, r))
+    )
+    bias, weights, index = torch.randn(E, N).to(dtype), torch.rand(S // k, k).to(dtype), torch.randperm(S).view(-1, k)
+    wt, at = w.transpose(1, 2), a.transpose(1, 2)
+    calls = [
+        ("shrink_experts", (x, a, offs, 0.3, p, seed)),
+        ("lora_matmul_experts", (x, w, xa, b, offs, bias)),
+        ("lora_matmul_experts", (dy, wt, xa, at, offs, None, p, seed)),
+        ("lora_grad_experts", (xa, x, offs, p, seed)),
+        ("combine_experts", (dy, index, weights)),
+        ("combine_experts", (dy, index)),
+    ]
+    for name, args in calls:
+        check_like(getattr(reference, name), args, getattr(op, name)(*args))
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_4bit_experts_are_those_of_their_decoded_weights(dtype, ends, nested):
+    S, E, N, K = 80, len(ends), 24, 256
+    offs = torch.tensor(ends, dtype=torch.int32)
+    weight, w = weight_4bit(E * N, K, nested=nested)
+    w = w.view(E, N, K)
+    x, dy, xa, a, b = (torch.randn(shape).to(dtype) for shape in ((S, K), (S, N), (S, r), (E, r, K), (E, N, r)))
+    bias, rest = torch.randn(E, N).to(dtype), (None, 0.3, SEED)
+    check_like(
+        lambda x, w, *args: reference.lora_matmul_experts(x, w.to(x.dtype), *args),
+        (x, w, xa, b, offs, bias),
+        op.lora_matmul_experts_4bit(x, *weight, xa, b, offs, bias, 0.0, None, False),
+    )
+    check_like(
+        lambda dy, w, *args: reference.lora_matmul_experts(dy, w.to(dy.dtype).transpose(1, 2), *args),
+        (dy, w, xa, a.transpose(1, 2), offs, *rest),
+        op.lora_matmul_experts_4bit(dy, *weight, xa, a.transpose(1, 2), offs, *rest, True),
+    )
 
 
 @pytest.mark.parametrize("rows", [M, 40])

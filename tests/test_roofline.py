@@ -198,7 +198,8 @@ def test_problems_above_split_reductions_and_do_not():
 def test_every_plan_has_a_cost():
     assert {(op, plan) for op, names in plans.PLANS.items() for plan in names} <= COSTS.keys()
     known_as = {"nf4_matmul": "linear_4bit"}
-    assert {op for op, _ in COSTS} == {known_as.get(op, op) for op in kernel_ops._LAUNCHERS}
+    ops = {op for op in kernel_ops._LAUNCHERS if not op.endswith("_experts")}  # what those move depends on the routing
+    assert {op for op, _ in COSTS} == {known_as.get(op, op) for op in ops}
 
 
 class TestSeconds:

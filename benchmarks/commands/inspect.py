@@ -101,6 +101,7 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     yield "shrink", "fp32", _call(shrink, x, a, 2.0, p, seed)
     yield "lora_matmul", "fp32", _call(lora_matmul, x, w, xa, b)
     yield "dora_grad", "bf16", _call(dora_grad, *(_meta(M, N) for _ in range(2)), _meta(N, dtype=FP32))
+    yield from _cases_of_experts()
     yield "lora_grad", "fp32", _call(lora_grad, dy, x, b, xa, 2.0)
     yield "swiglu", "forward", _call(swiglu, _meta(M, K), _meta(M, K), "silu")
     yield "swiglu", "backward", _call(swiglu_backward_, *(_meta(M, K) for _ in range(3)), "silu")
@@ -119,6 +120,24 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
     for K, name in ((4104, "rows of 8 weights"), (4097, "rows of odd length")):
         a, b = _meta(r, K, dtype=FP32), _meta(N, r, dtype=FP32)
         yield "decode_4bit", f"merged, {name}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+
+
+def _cases_of_experts() -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    from fastlora.kernels.experts import combine_experts, lora_grad_experts, lora_matmul_experts, shrink_experts
+
+    E, N, K, r, p, seed = 128, 1536, 2048, 16, 0.1, _meta(dtype=torch.int64)  # as in Qwen3-30B-A3B
+    w, a, b, offs = _meta(E, N, K), _meta(E, r, K, dtype=FP32), _meta(E, N, r, dtype=FP32), _meta(E, dtype=torch.int32)
+    for M in (8, 4096, 65536):
+        x, xa = _meta(M, K), _meta(M, r, dtype=FP32)
+        yield "lora_matmul_experts", f"M={M}", _call(lora_matmul_experts, x, w, xa, b, offs)
+    dy, wt, at = _meta(M, N), w.transpose(1, 2), a.transpose(1, 2)
+    bias = _meta(E, N)
+    yield "lora_matmul_experts", "bias", _call(lora_matmul_experts, x, w, xa, b, offs, bias)
+    yield "lora_matmul_experts", "dx, dropout", _call(lora_matmul_experts, dy, wt, xa, at, offs, None, p, seed)
+    yield "shrink_experts", "dropout", _call(shrink_experts, x, a, offs, 2.0, p, seed)
+    yield "lora_grad_experts", "dropout", _call(lora_grad_experts, xa, x, offs, p, seed)
+    index = _meta(M // 8, 8, dtype=torch.int64)
+    yield "combine_experts", "8 of a token", _call(combine_experts, x, index, _meta(M // 8, 8))
 
 
 def _call(function: Callable, *args: Any) -> Callable[[], Any]:

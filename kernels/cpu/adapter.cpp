@@ -3,7 +3,6 @@
 // The adapter's products read their large operand once, in its own dtype, and accumulate in fp32: nothing is converted,
 // transposed or scaled by a pass of its own. The base product is `tail`'s where that is faster, else torch's (oneDNN,
 // MKL), accumulating into what the adapter wrote.
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -80,22 +79,7 @@ Tensor matmul(
   if (scale.has_value()) operands.vector("scale", *scale, N);
   Tensor y = at::empty({M, N}, x[0].options());
   if (is_empty(y)) return y;
-  const ColumnScale column_scale(scale);
-  bool complete = false;  // with the base products
-  FASTLORA_DISPATCH(y.scalar_type(), [&] {
-    using A = Wide<scalar_t>;
-    scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    const auto multiply = [&](const auto& init) {
-      complete = tail<scalar_t>(x, w, init, adapters, column_scale, to);
-      if (!complete) expand<scalar_t>(init, adapters, to, y.size(0), N);
-    };
-    if (!bias.has_value()) return multiply(nullptr);
-    const Tile<A> row = to_tile<A>(bias->unsqueeze(0));
-    multiply([&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(row.row(0) + n0, cols, out); });
-  });
-  for (size_t i = 0; !complete && i < x.size(); ++i)
-    if (x[i].size(1) > 0) y.addmm_(x[i], w[i].t());
-  if (!complete && scale.has_value()) y.mul_(*scale);
+  matmul_into(x, w, bias, adapters, scale, y);
   return y;
 }
 

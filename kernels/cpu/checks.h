@@ -29,7 +29,18 @@ struct Operands {
       at::ScalarType dtype = at::ScalarType::Undefined) const {
     const auto sizes = t.sizes();
     const bool fits = sizes.size() == 2 && (rows == ANY || sizes[0] == rows) && (cols == ANY || sizes[1] == cols);
-    TORCH_CHECK(fits, "fastlora: ", op, ": ", name, " must be ", shape(rows, cols), ", got ", sizes);
+    TORCH_CHECK(fits, "fastlora: ", op, ": ", name, " must be ", shape({rows, cols}), ", got ", sizes);
+    floating(name, t, dtype);
+  }
+
+  // The same for a matrix of each expert, [experts, rows, cols].
+  void stack(
+      const char* name, const Tensor& t, int64_t experts, int64_t rows, int64_t cols,
+      at::ScalarType dtype = at::ScalarType::Undefined) const {
+    const auto sizes = t.sizes();
+    const auto is = [](int64_t size, int64_t expected) { return expected == ANY || size == expected; };
+    const bool fits = sizes.size() == 3 && is(sizes[0], experts) && is(sizes[1], rows) && is(sizes[2], cols);
+    TORCH_CHECK(fits, "fastlora: ", op, ": ", name, " must be ", shape({experts, rows, cols}), ", got ", sizes);
     floating(name, t, dtype);
   }
 
@@ -140,9 +151,11 @@ struct Operands {
     TORCH_CHECK(fits, "fastlora: ", op, ": ", name, " must be a power of two from 32 to 4096, got ", size);
   }
 
-  static std::string shape(int64_t rows, int64_t cols) {
-    const auto size = [](int64_t n) { return n == ANY ? std::string("*") : std::to_string(n); };
-    return "[" + size(rows) + ", " + size(cols) + "]";
+  static std::string shape(std::initializer_list<int64_t> sizes) {
+    std::string text;
+    for (const int64_t n : sizes)
+      text += (text.empty() ? "[" : ", ") + (n == ANY ? std::string("*") : std::to_string(n));
+    return text + "]";
   }
 };
 

@@ -32,6 +32,13 @@ class Dropout {
     return below_ != 0;
   }
 
+  // The same mask for rows of which the first is number `row` of it
+  Dropout from_row(int64_t row) const {
+    Dropout of_rows = *this;
+    of_rows.first_row_ += row;
+    return of_rows;
+  }
+
   // 1 / P(keep)
   double scale() const {
     return 65536.0 / (65536 - below_);
@@ -43,7 +50,7 @@ class Dropout {
     if (!active()) return;
     alignas(64) uint16_t lanes[BATCH];
     for (int64_t k = 0; k < n; k += BATCH) {
-      draw(static_cast<uint32_t>((k0 + k) / LANES), static_cast<uint32_t>(m), lanes);
+      draw(static_cast<uint32_t>((k0 + k) / LANES), static_cast<uint32_t>(first_row_ + m), lanes);
       const int64_t count = std::min<int64_t>(n - k, BATCH);
       for (int64_t i = 0; i < count; ++i) row[k + i] = lanes[i] >= below_ ? row[k + i] : T(0);
     }
@@ -60,6 +67,7 @@ class Dropout {
   void draw(uint32_t first, uint32_t m, uint16_t* lanes) const;
 
   uint32_t below_ = 0, key0_ = 0, key1_ = 0;
+  int64_t first_row_ = 0;
 };
 
 #ifdef CPU_CAPABILITY_AVX512

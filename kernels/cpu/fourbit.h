@@ -72,12 +72,12 @@ inline void decode_32(const uint8_t* bytes, const Table& table, float scale, flo
 #endif
 }
 
-// The scales of a weight's blocks: fp32 numbers, or bytes with statistics of their own.
+// The scales of `count` blocks of a weight from block `start` on: fp32 numbers, or bytes with statistics of their own.
 struct Scales {
   Scales(
       const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2, const OptionalTensor& offset,
-      int64_t blocksize2)
-      : absmax(code2 ? absmax.contiguous() : in_fp32(absmax)), blocksize2(blocksize2) {
+      int64_t blocksize2, int64_t start, int64_t count)
+      : absmax(code2 ? absmax.contiguous() : in_fp32(absmax)), blocksize2(blocksize2), start(start), count(count) {
     if (!code2) return;
     code = in_fp32(*code2);
     absmax_of_bytes = in_fp32(*absmax2);
@@ -86,6 +86,7 @@ struct Scales {
 
   // Those of blocks first to first + n: where they are, or `to`
   const float* read(int64_t first, int64_t n, float* to) const {
+    first += start;
     if (!code.defined()) return absmax.const_data_ptr<float>() + first;
     const uint8_t* bytes = absmax.const_data_ptr<uint8_t>() + first;
     const float *codes = code.const_data_ptr<float>(), *by = absmax_of_bytes.const_data_ptr<float>();
@@ -100,32 +101,34 @@ struct Scales {
 
   // All of them in fp32
   Tensor whole() const {
-    if (!code.defined()) return absmax;
-    const Tensor out = at::empty({absmax.numel()}, absmax.options().dtype(at::kFloat));
+    if (!code.defined()) return absmax.flatten().narrow(0, start, count);
+    const Tensor out = at::empty({count}, absmax.options().dtype(at::kFloat));
     float* to = out.mutable_data_ptr<float>();
-    at::parallel_for(
-        0, absmax.numel(), 16384, [&](int64_t begin, int64_t end) { read(begin, end - begin, to + begin); });
+    at::parallel_for(0, count, 16384, [&](int64_t begin, int64_t end) { read(begin, end - begin, to + begin); });
     return out;
   }
 
   Tensor absmax, code, absmax_of_bytes;
-  int64_t blocksize2;
+  int64_t blocksize2, start, count;
   float plus = 0.0f;
 };
 
-// A weight w[N, K], quantised in blocks of its flat elements. `Operands::weight_4bit` has seen what it is made of.
+// A weight w[N, K], quantised in blocks of its flat elements, or number `expert` of a stack of such weights that begin
+// with whole blocks. `Operands::weight_4bit` has seen what it is made of.
 struct Weight4bit {
   Weight4bit(
       const Tensor& packed, const Tensor& absmax, const OptionalTensor& code2, const OptionalTensor& absmax2,
       const OptionalTensor& offset, int64_t blocksize, int64_t blocksize2, std::string_view quant_type, int64_t N,
-      int64_t K)
+      int64_t K, int64_t expert = 0)
       : N(N),
         K(K),
         blocksize(blocksize),
         table(quant_type == "nf4" ? NF4 : FP4),
         packed(packed.contiguous()),
-        bytes(this->packed.const_data_ptr<uint8_t>()),
-        scales(absmax, code2, absmax2, offset, blocksize2) {
+        bytes(this->packed.const_data_ptr<uint8_t>() + expert * (N * K / 2)),
+        scales(
+            absmax, code2, absmax2, offset, blocksize2, expert * (N * K / blocksize),
+            (N * K + blocksize - 1) / blocksize) {
   }
 
   // The blocks of a row, if it is made of whole ones, and the scales of those of rows n to n + rows

@@ -1,6 +1,9 @@
 // The adapter products for elements of type T, by matrix instructions where there are any.
 #pragma once
 
+#include <ATen/ops/addmm.h>
+
+#include "checks.h"
 #include "few_rows.h"
 #include "outer.h"
 #include "panel.h"
@@ -82,6 +85,30 @@ bool tail(
     return true;
   }
   return false;
+}
+
+// y[M, N] = scale * (sum of x[i] w[i]^T + bias + the adapters' parts): by `tail`, or by torch's GEMMs, which add to
+// what the adapters wrote. y is contiguous and has elements.
+inline void matmul_into(
+    at::TensorList x, at::TensorList w, const OptionalTensor& bias, const std::vector<Adapter>& adapters,
+    const OptionalTensor& scale, const Tensor& y) {
+  const int64_t M = y.size(0), N = y.size(1);
+  const ColumnScale column_scale(scale);
+  bool complete = false;  // with the base products
+  FASTLORA_DISPATCH(y.scalar_type(), [&] {
+    using A = Wide<scalar_t>;
+    scalar_t* to = y.mutable_data_ptr<scalar_t>();
+    const auto multiply = [&](const auto& init) {
+      complete = tail<scalar_t>(x, w, init, adapters, column_scale, to);
+      if (!complete) expand<scalar_t>(init, adapters, to, M, N);
+    };
+    if (!bias.has_value()) return multiply(nullptr);
+    const Tile<A> row = to_tile<A>(bias->unsqueeze(0));
+    multiply([&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(row.row(0) + n0, cols, out); });
+  });
+  for (size_t i = 0; !complete && i < x.size(); ++i)
+    if (x[i].size(1) > 0) y.addmm_(x[i], w[i].t());
+  if (!complete && scale.has_value()) y.mul_(*scale);
 }
 
 // The same for 4-bit weights, of which every way decodes a part at a time. Rows of x have unit stride.
