@@ -18,6 +18,7 @@ from fastlora.version import __version__
 if TYPE_CHECKING:
     from fastlora.callback import Callback
     from fastlora.peft import PatchReport, patch, unpatch
+    from fastlora.peft_rows import adapters_of_rows
 
 __all__ = [
     "AdapterCheckpoints",
@@ -27,6 +28,7 @@ __all__ = [
     "PatchReport",
     "Report",
     "__version__",
+    "adapters_of_rows",
     "add_lora",
     "load_adapter",
     "lora_linear",
@@ -38,7 +40,8 @@ __all__ = [
     "unpatch",
 ]
 
-_LAZY = {"PatchReport": "peft", "patch": "peft", "unpatch": "peft", "Callback": "callback"}
+_LAZY = dict.fromkeys(("PatchReport", "patch", "unpatch"), "peft")
+_LAZY |= {"adapters_of_rows": "peft_rows", "Callback": "callback"}
 
 
 def __getattr__(name: str) -> Any:

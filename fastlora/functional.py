@@ -14,6 +14,7 @@ from fastlora.base_layers import base_kind, compute_dtype_4bit, weight_4bit_of
 from fastlora.compat import any_autocast_is_enabled, functorch_is_active, owners
 from fastlora.dora import row_norms
 from fastlora.fourbit import is_4bit, weight_4bit
+from fastlora.mixed_batch import Rows, mixed_linear
 from fastlora.siblings import SharedInput, Siblings
 
 _CASTABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -112,6 +113,22 @@ def fused_forward(
     if plain and x.shape[-1] == a.shape[1]:  # nothing that `_fused` would do
         return autograd.fused_linear(x, weight, a, b, bias, scaling, 0.0, None, shared, True)  # type: ignore[arg-type]
     return _fused(x, weight, adapter, bias, shared, eager, base_layer)
+
+
+def mixed_forward(base_layer: Any, kind: str, x: Tensor, a: Tensor, b: Tensor, rows: Rows, p: float) -> Tensor:
+    """`fastlora.mixed_batch.mixed_linear` for a base of this `base_kind`, not an opaque one, in the dtype in which that
+    computes."""
+    if x.shape[-1] != a.shape[-1]:
+        raise _wrong_width(x, a[0])
+    bias, result = base_layer._parameters["bias"], x.dtype
+    if kind == "4bit":
+        x = x.to(compute_dtype_4bit(base_layer, x))
+        weight: Any = weight_4bit_of(base_layer)
+    else:
+        result = autocast_dtype(x) or x.dtype
+        x, weight = x.to(result), base_layer._parameters["weight"].to(result)
+        weight = weight.t() if kind == "transposed" else weight
+    return mixed_linear(x, weight, a, b, bias, rows, p, new_seed(x, p)).to(result)
 
 
 def _dora_with_dropout(base_layer: Any, kind: str, x: Tensor, adapter: Adapter, eager: bool) -> Tensor:

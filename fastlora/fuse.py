@@ -296,8 +296,8 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     layers: list[Any] = [module._modules[name] for name in block.layers]
     operands = [layer.operands(x) for layer in layers]
     if any(operand is None for operand in operands):
-        if any(map(is_hooked, layers)):
-            calls.falls_back(HOOKED)
+        if hooked := list(filter(is_hooked, layers)):
+            calls.falls_back(HOOKED, asked_for=all(map(_gets_adapter_names, hooked)))
         else:
             calls.own += 1  # the layer whose operands cannot be had says why
         return None
@@ -312,6 +312,12 @@ def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     for each in (calls, *map(calls_of, layers)):
         each.fused += 1
     return y
+
+
+def _gets_adapter_names(layer: Any) -> bool:
+    """Whether the hooks of this layer are those by which PEFT passes on ``adapter_names``."""
+    hooks = layer._forward_pre_hooks.values()
+    return all(getattr(getattr(hook, "func", None), "__name__", "").startswith("_adapter_names") for hook in hooks)
 
 
 def fusion_of(module: nn.Module) -> Fusion | None:

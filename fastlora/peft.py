@@ -14,7 +14,8 @@ from torch import nn
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
 from fastlora.fuse import fuse_mlps, is_adapted, unfuse_mlps
 from fastlora.peft_experts import GATE, OUR_EXPERTS, outermost_of, why_not_fused
-from fastlora.peft_layers import ASKED_FOR, OUR_LAYERS, SHARDED, SIBLINGS, why_peft
+from fastlora.peft_layers import OUR_LAYERS, SIBLINGS
+from fastlora.peft_reasons import ASKED_FOR, SHARDED, why_peft
 from fastlora.siblings import siblings_among
 
 OURS = OUR_LAYERS | OUR_EXPERTS

@@ -24,7 +24,7 @@ from fastlora.experts import Gate, Projection, Routing, fused_experts
 from fastlora.fourbit import packed_weight
 from fastlora.functional import autocast_dtype
 from fastlora.fuse import are_same, dependencies
-from fastlora.peft_layers import ASKED_FOR, DISABLED, MERGED, part_reason, sharding
+from fastlora.peft_reasons import ASKED_FOR, DISABLED, MERGED, part_reason, sharding
 from fastlora.products import Weight
 from fastlora.proof import activation_of
 from fastlora.require import FLOATS

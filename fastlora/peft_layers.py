@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -15,126 +16,9 @@ from fastlora.autograd import transform_without_rule
 from fastlora.base_layers import base_kind, is_hooked
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.compat import attribute, forward_ad, functorch_is_active
-from fastlora.fourbit import is_4bit
-from fastlora.functional import Adapter, adapted_forward, add_adapter_output, fused_forward
-
-DISABLED, MERGED = "its adapters are disabled", "its adapters are merged"
-MIXED_BATCH = "it was called with more than x, such as the adapter_names of a mixed batch"
-ASKED_FOR = (DISABLED, MERGED, MIXED_BATCH)  # the user chose these: no warning
-
-
-def why_peft(layer: LoraLayer) -> str | None:
-    """Why this layer runs PEFT's own forward now, or None if it runs fastlora's."""
-    modules = layer.__dict__["_modules"]
-    base = modules["base_layer"]
-    if layer.disable_adapters:
-        return DISABLED
-    if layer.merged_adapters:
-        return MERGED
-    if not layer.cast_input_dtype_enabled:
-        return "input dtype casting is disabled"
-    if (reason := _base_reason(base)) is not None:
-        return reason
-    for name in layer.active_adapters:
-        if name in modules["lora_A"]._modules and (reason := _adapter_reason(layer, name)) is not None:
-            return reason
-    return None
-
-
-def _base_reason(base: nn.Module) -> str | None:
-    reason = sharding(base)
-    if is_hooked(base):
-        if reason is not None:
-            return "its base layer is sharded by itself, through hooks that only run when it is called"
-        return "its base layer has hooks, which only run when it is called"
-    weight = base.__dict__["_parameters"].get("weight")
-    if reason is None and weight is not None and weight.requires_grad and is_4bit(weight):
-        return "its base weight requires grad and is in 4 bits"
-    return reason and f"its base weight is {reason}"
-
-
-def _adapter_reason(layer: LoraLayer, name: str) -> str | None:
-    """Why this adapter needs PEFT's own forward."""
-    modules = layer.__dict__["_modules"]
-    if name in layer.lora_variant:
-        if not is_dora(layer.lora_variant[name]):
-            return f"adapter {name!r} is not LoRA or DoRA ({type(layer.lora_variant[name]).__name__})"
-        if (reason := _dora_reason(layer, name)) is not None:
-            return reason
-    for part in ("lora_A", "lora_B"):
-        module = modules[part]._modules[name]
-        if type(module) is not nn.Linear:
-            return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
-        if (reason := part_reason(part, module, name)) is not None:
-            return reason
-    dropout = modules["lora_dropout"]._modules[name]
-    if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
-        return f"dropout of adapter {name!r} is {dropout}"
-    if is_hooked(dropout):
-        return f"dropout of adapter {name!r} has hooks, which only run when it is called"
-    return None
-
-
-def part_reason(part: str, module: nn.Module, name: str) -> str | None:
-    """Why the weight of this part of an adapter cannot be read instead of calling the part."""
-    if is_hooked(module):
-        return f"{part} of adapter {name!r} has hooks, which only run when it is called"
-    reason = sharding(module)
-    if reason is not None:
-        return f"{part} of adapter {name!r} is {reason}"
-    if module._parameters.get("weight") is None:
-        return f"{part} of adapter {name!r} has a weight that is not a parameter"
-    return None
-
-
-_VARIANTS: Any = import_module("peft.tuners.lora.variants")
-_DORA: Any = import_module("peft.tuners.lora.dora")
-
-
-def is_dora(variant: Any) -> bool:
-    """Whether PEFT computes an adapter with this entry of ``lora_variant`` as DoRA of a linear layer."""
-    return type(variant) is _VARIANTS.DoraLinearVariant
-
-
-def _dora_reason(layer: LoraLayer, name: str) -> str | None:
-    """Why this adapter, which is of DoRA, needs PEFT's own forward."""
-    modules = layer.__dict__["_modules"]
-    magnitude, base = modules["lora_magnitude_vector"]._modules.get(name), modules["base_layer"]
-    if type(magnitude) is not _DORA.DoraLinearLayer:
-        return f"the magnitude of adapter {name!r} is a {type(magnitude).__name__}"
-    if (reason := part_reason("the magnitude", magnitude, name)) is not None:
-        return reason
-    if base_kind(base) == "opaque":
-        return f"adapter {name!r} is of DoRA, which needs the weight of its base layer, a {type(base).__name__}"
-    lora_B = modules["lora_B"]._modules[name]
-    if magnitude.weight.device != lora_B.weight.device:
-        return f"the magnitude of adapter {name!r} is not on the device of its lora_B"
-    if lora_B.bias is not None:
-        return f"adapter {name!r} is of DoRA with lora_bias"
-    first = next(each for each in layer.active_adapters if each in modules["lora_A"]._modules)
-    return None if name == first else f"adapter {name!r} is of DoRA and not the first of several"
-
-
-def _magnitude(layer: LoraLayer, name: str) -> Tensor:
-    return layer.__dict__["_modules"]["lora_magnitude_vector"]._modules[name]._parameters["weight"]
-
-
-SHARDED = "sharded now, and fused when it is gathered for a call"
-
-
-def sharding(module: nn.Module, name: str = "weight") -> str | None:
-    """Why the values of this weight of the module are not in a parameter of it."""
-    if name in module.__dict__:
-        return "in a flat parameter of FSDP1"
-    weight = module._parameters.get(name)
-    if type(weight).__name__ == "DTensor":
-        return SHARDED
-    if weight is None:
-        return None
-    if hasattr(weight, "ds_id"):
-        return "sharded by ZeRO-3"
-    return "on the meta device (offloaded or sharded): fused once its numbers are here" if weight.is_meta else None
-
+from fastlora.functional import Adapter, adapted_forward, add_adapter_output, fused_forward, mixed_forward
+from fastlora.peft_reasons import ASKED_FOR, MORE_THAN_X, dora_reason, is_dora, magnitude_of, why_not_mixed, why_peft
+from fastlora.row_adapters import RowAdapters
 
 _ACTIVE = attribute(LoraLayer, "_active_adapter", "active_adapters")
 _DISABLED = attribute(LoraLayer, "_disable_adapters", "disable_adapters")
@@ -164,9 +48,9 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
         return None
     magnitude = None
     if name in layer.lora_variant:
-        if not is_dora(layer.lora_variant[name]) or _dora_reason(layer, name) is not None:
+        if not is_dora(layer.lora_variant[name]) or dora_reason(layer, name) is not None:
             return None
-        magnitude = _magnitude(layer, name)
+        magnitude = magnitude_of(layer, name)
     lora_B: Any = modules["lora_B"]._modules[name]
     dropout: Any = modules["lora_dropout"]._modules[name]
     p = 0.0
@@ -222,7 +106,9 @@ def _forward(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
 def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
     """`_forward` for every call that is not the plain one: it finds the reason to run PEFT's forward, if there is one,
     and takes any number of adapters, any base layer and any tracer."""
-    reason = MIXED_BATCH if args or kwargs else why_peft(layer) or _why_not_this_x(layer, x) or transform_without_rule()
+    if not args and kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
+        return mixed_batch(layer, x, RowAdapters(kwargs["adapter_names"]))
+    reason = MORE_THAN_X if args or kwargs else why_peft(layer) or _why_not_this_x(layer, x) or transform_without_rule()
     base = layer.__dict__["_modules"]["base_layer"]
     if not torch.compiler.is_compiling():
         calls = calls_of(layer)
@@ -243,6 +129,39 @@ def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
         if bias is not None:
             y = y + (scaling * bias).to(y.dtype)
     return y
+
+
+def mixed_batch(layer: LoraLayer, x: Tensor, rows: RowAdapters) -> Tensor:
+    """What PEFT's layer gives for these ``adapter_names``: through fastlora if it can be, and then it trains too."""
+    reason: str | None = why_not_mixed(layer, rows)
+    if reason is None:
+        reason = _why_not_this_x(layer, x) or transform_without_rule()
+    if reason is None and (x.dim() < 2 or len(x) != len(rows.names)):
+        reason = f"x {list(x.shape)} is not a batch of {len(rows.names)}"
+    names = [name for name in rows.unique if name in layer.lora_A]
+    if not torch.compiler.is_compiling():
+        calls = calls_of(layer)
+        if reason is None:
+            calls.fused += 1
+        else:
+            calls.falls_back(reason, reason in ASKED_FOR)
+    base = layer.__dict__["_modules"]["base_layer"]
+    if reason is not None:
+        return type(layer).theirs.forward(layer, x, adapter_names=rows.names)  # type: ignore[attr-defined]
+    if not names:
+        return base(x)
+    adapters = {name: _adapter(layer, name) for name in names}
+    r = max(each.a.shape[0] for each in adapters.values())
+    a = torch.stack([_padded(each.a, 0, r) for each in adapters.values()])
+    b = torch.stack([_padded(each.b, 1, r) for each in adapters.values()])
+    of_entries = rows.rows({name: float(each.scaling) for name, each in adapters.items()}, a.device)
+    return mixed_forward(base, base_kind(base), x, a, b, of_entries, adapters[names[0]].p)
+
+
+def _padded(t: Tensor, dim: int, r: int) -> Tensor:
+    """With zeros up to rank r in this dimension."""
+    missing = r - t.shape[dim]
+    return t if missing == 0 else F.pad(t, (0, missing) if dim == 1 else (0, 0, 0, missing))
 
 
 def _why_not_this_x(layer: LoraLayer, x: Any) -> str | None:
@@ -275,7 +194,7 @@ def _adapter(layer: LoraLayer, name: str) -> Adapter:
     a, b = modules["lora_A"]._modules[name]._parameters, modules["lora_B"]._modules[name]._parameters
     dropout = modules["lora_dropout"]._modules[name]
     p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-    magnitude = _magnitude(layer, name) if name in layer.lora_variant else None
+    magnitude = magnitude_of(layer, name) if name in layer.lora_variant else None
     return Adapter(a["weight"], b["weight"], layer.scaling[name], p, b["bias"], magnitude)
 
 
