@@ -121,6 +121,7 @@ bench: setup
 	$(BIN)/fastlora profile --base $(DENSE) --sequence 128,256,512 --budget 2GB --out $(RESULTS)/profile
 	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
+	$(BIN)/fastlora bench experts --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench generate --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench
 	$(BIN)/python benchmarks/host_overhead.py --out $(RESULTS)/host_overhead.json

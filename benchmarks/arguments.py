@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastlora.benchmarks.cases.shapes import SHAPES
+from fastlora.benchmarks.cases.shapes import EXPERTS, SHAPES
 from fastlora.benchmarks.providers import PROVIDERS
 
 BASES = ("bf16", "fp16", "fp32", "nf4", "fp4")
@@ -59,19 +59,20 @@ example:
   fastlora tune --model llama-3-8b --dry-run
       the plans and what the roofline predicts for them, without a GPU"""
 _BENCH = """\
-Measure an adapted linear layer, a decoder block, a training step of a model, generation, or the decoding of 4-bit
-weights, by every provider: the frozen layer (the limit), PEFT, fastlora and what else is installed. One that is less
-exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps
-what was measured."""
+Measure an adapted linear layer, a decoder block, experts, a training step of a model, generation, or the decoding of
+4-bit weights, by every provider: the frozen layer (the limit), PEFT, fastlora and what else is installed. One that is
+less exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C
+keeps what was measured."""
 _BENCH_EXAMPLE = """\
 example:
   fastlora bench linear --quick --json
   fastlora bench linear --model-shape llama-3-8b --m 16,1024 --r 8,64 --base bf16,nf4 --providers frozen,peft,fastlora
   fastlora bench block --dropout 0.05 --checkpointing
+  fastlora bench experts --model-shape moe-64 --m 512 --r 8
   fastlora bench decode --model-shape llama-2-7b --base fp4
   fastlora bench linear --quick --against HEAD~1
       this code and another revision's, in turn"""
-VERBS = ("linear", "block", "model", "generate", "decode")
+VERBS = ("linear", "block", "experts", "model", "generate", "decode")
 MODES = ("forward", "backward", "step")
 TUNABLE = ("bf16", "fp16", "fp32", "nf4")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
@@ -210,8 +211,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("verb", choices=VERBS, metavar="VERB", help=f"one of {', '.join(VERBS)}")
     add(
-        "--model-shape", type=_list(_one_of(SHAPES)), metavar="NAMES",
-        help=f"of {', '.join(SHAPES)} (default: by device, see --quick)",
+        "--model-shape", type=_list(_one_of([*SHAPES, *EXPERTS])), metavar="NAMES",
+        help=f"of {', '.join(SHAPES)}; for experts of {', '.join(EXPERTS)} (default: by device, see --quick)",
     )  # fmt: skip
     add(
         "--m",

@@ -246,6 +246,7 @@ def bench(rows: Rows, report: dict, path: Path) -> None:
     what = {
         "linear": "the seven adapted linear layers of a block",
         "block": "an adapted decoder block",
+        "experts": "adapted experts",
         "model": "a model with adapters",
         "generate": "generation by a model with adapters",
         "decode": "decoding 4-bit weights",

@@ -40,8 +40,11 @@ class Provider:
     make: Callable[[Any, Case], nn.Module]
     within: Callable[[], AbstractContextManager] = nullcontext
     adapted: bool = True
+    experts: bool = False  # whether it computes experts too
 
     def build(self, subject: Subject) -> nn.Module:
+        if subject.case.verb == "experts" and not self.experts:
+            raise NotApplicable("has no experts")
         if not self.adapted:
             return subject.base
         # On a CPU bitsandbytes repacks 4-bit weights that it generates with, in place: a provider has its own.
@@ -198,16 +201,16 @@ def adapted_layers(module: nn.Module) -> Iterator[Any]:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("frozen", "frozen (limit)", peft, adapted=False),
-        Provider("peft", "PEFT", peft),
-        Provider("peft+compile", "PEFT, compiled", compiled(peft)),
+        Provider("frozen", "frozen (limit)", peft, adapted=False, experts=True),
+        Provider("peft", "PEFT", peft, experts=True),
+        Provider("peft+compile", "PEFT, compiled", compiled(peft), experts=True),
         Provider("addmm", "addmm style", addmm),
         Provider("bitsandbytes", "bitsandbytes + adapter", bitsandbytes),
         Provider("torchtune", "torchtune", torchtune),
         Provider("unsloth", "Unsloth", unsloth),
         Provider("liger", "PEFT + Liger", liger),
-        Provider("fastlora", "fastlora", fastlora),
-        Provider("fastlora+compile", "fastlora, compiled", compiled(fastlora)),
+        Provider("fastlora", "fastlora", fastlora, experts=True),
+        Provider("fastlora+compile", "fastlora, compiled", compiled(fastlora), experts=True),
     )
 }
 

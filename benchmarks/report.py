@@ -31,7 +31,7 @@ from fastlora.benchmarks.tables import (
 )
 from fastlora.files import replace_file
 
-BENCH = ("linear", "block", "model", "generate", "decode")
+BENCH = ("linear", "block", "experts", "model", "generate", "decode")
 HERE = Path(__file__).resolve().parent
 _EXAMPLE = """\
 example:

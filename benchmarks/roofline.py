@@ -31,8 +31,8 @@ def least(case: Case, mode: str, adapted: bool, rates: Rates) -> tuple[float, fl
     """
     total = [0.0, 0.0, 0.0]
     packed = case.base in ("nf4", "fp4")
-    for N, K in case.sizes:
-        c = Problem(case.M, N, K, case.r if adapted else 0, itemsize=case.dtype.itemsize)
+    for M, N, K in case.sizes:
+        c = Problem(M, N, K, case.r if adapted else 0, itemsize=case.dtype.itemsize)
         both = passes(c, packed)
         chosen = {"forward": both[:1], "backward": both[1:], "step": both}[mode]
         for moved, flops in chosen:

@@ -28,11 +28,13 @@ def small_rates(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "verb", ["linear", "generate", *(pytest.param(v, marks=pytest.mark.slow) for v in ("decode", "block", "model"))]
+    "verb",
+    ["linear", "experts", "generate", *(pytest.param(v, marks=pytest.mark.slow) for v in ("decode", "block", "model"))],
 )
 def test_writes_rows_environment_and_picture(verb, tmp_path, capsys):
     bases, names = ("nf4", "bitsandbytes,fastlora") if verb == "decode" else ("bf16", "frozen,peft,fastlora")
     chosen = [*TINY, "--base", bases, "--providers", names, "--out", str(tmp_path)]
+    chosen += ["--model-shape", "tiny-moe"] if verb == "experts" else []
     assert main(["bench", verb, *chosen, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["complete"] and report["environment"]["torch"] == torch.__version__
@@ -93,8 +95,12 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         (["linear", "--model-shape", "gpt-9"], "--model-shape must be of llama-3-8b"),
         (["everything"], "invalid choice"),
         (["decode", "--base", "bf16"], "--base must be nf4 or fp4"),
-        (["decode", "--against", "HEAD"], "--against compares fastlora's linear, block and model"),
-        (["generate", "--against", "HEAD"], "--against compares fastlora's linear, block and model"),
+        (["experts", "--base", "nf4"], "--dropout must be 0 and --base dense"),
+        (["experts", "--base", "bf16", "--dropout", "0.1"], "--dropout must be 0 and --base dense"),
+        (["experts", "--model-shape", "tiny"], "--model-shape must be of moe-64"),
+        (["linear", "--model-shape", "tiny-moe"], "bench linear: --model-shape must be of llama-3-8b"),
+        (["decode", "--against", "HEAD"], "--against compares linear, block, experts and model"),
+        (["generate", "--against", "HEAD"], "--against compares linear, block, experts and model"),
         (["block", "--against", "HEAD", "--providers", "peft"], "--against compares"),
         (["block", "--against", "no-such-revision"], "--against no-such-revision: there is no such revision"),
         (["block", "--modes", "sideways"], "--modes must be of forward, backward, step"),

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.cases.ops import decoded
-from fastlora.benchmarks.cases.shapes import SHAPES
+from fastlora.benchmarks.cases.shapes import EXPERTS, SHAPES
 from fastlora.benchmarks.training import copy_sharing_frozen
 from fastlora.fourbit import is_4bit, weight_4bit
 
@@ -26,7 +26,7 @@ class Case:
     N and K are the layer's, 0 where there are several; ``count`` is how many layers of this size a block has.
     """
 
-    verb: str  # linear, block, model or generate
+    verb: str  # linear, block, experts, model or generate
     shape: str
     layer: str
     M: int  # tokens; of generate, how many texts are written at once
@@ -51,9 +51,15 @@ class Case:
         return models.DENSE[self.base if self.base in models.DENSE else self.compute]
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(N, K) of every linear layer of a linear or a block."""
-        return [(self.N, self.K)] if self.verb == "linear" else list(SHAPES[self.shape].linears().values())
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(M, N, K) of every linear layer of a linear or a block, or of every expert that has tokens if all have
+        equally many."""
+        if self.verb == "experts":
+            of = EXPERTS[self.shape]
+            used = min(of.experts, self.M * of.top)
+            return [(self.M * of.top // used, N, K) for N, K in of.linears()] * used
+        layers = [(self.N, self.K)] if self.verb == "linear" else SHAPES[self.shape].linears().values()
+        return [(self.M, N, K) for N, K in layers]
 
     @property
     def terms_and_elements(self) -> tuple[int, int]:
@@ -130,10 +136,13 @@ def make_subject(case: Case, device: torch.device, seed: int = 0) -> Subject:
         base.enable_input_require_grads()  # type: ignore[operator]
         return Subject(case, base.train(), adapt(base, case).train(), tokens, None)
     shape = (1, case.M) if case.verb == "block" else (case.M,)
-    N, K = (case.N, case.K) if case.verb == "linear" else (SHAPES[case.shape].hidden,) * 2
+    N, K = (case.N, case.K) if case.verb == "linear" else ((SHAPES | EXPERTS)[case.shape].hidden,) * 2  # type: ignore[operator]
     x = torch.randn(*shape, K, device=device).to(case.dtype).requires_grad_()
     dy = torch.randn(*shape, N, device=device).to(case.dtype)
-    base = _Linear(N, K) if case.verb == "linear" else _Block(case.shape)
+    if case.verb == "linear":
+        base = _Linear(N, K)
+    else:
+        base = _Moe(case.shape) if case.verb == "experts" else _Block(case.shape)
     base = models.to_base(base.to(case.dtype).to(device), case.base, case.dtype).train()
     return Subject(case, base, adapt(base, case).train(), x, dy)
 
@@ -152,14 +161,20 @@ def adapt(base: nn.Module, case: Case) -> nn.Module:
     """A copy of the module with PEFT's adapters, its weights shared."""
     import peft
 
+    of_experts = case.verb == "experts"
     config = peft.LoraConfig(
-        r=case.r, lora_alpha=SCALING * case.r, lora_dropout=case.dropout, target_modules=_targets(base)
+        r=case.r,
+        lora_alpha=SCALING * case.r,
+        lora_dropout=case.dropout,
+        target_modules=[] if of_experts else _targets(base),
+        target_parameters=[f"experts.{name}" for name in WEIGHTS_OF_EXPERTS] if of_experts else None,
     )
     wrapped = peft.get_peft_model(copy_sharing_frozen(base), config)  # type: ignore[arg-type]
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1 * case.r**-0.5)
-    return wrapped.base_model.model if case.verb in ("linear", "block") else wrapped  # type: ignore[return-value]
+    whole = case.verb in ("linear", "block", "experts")
+    return wrapped.base_model.model if whole else wrapped  # type: ignore[return-value]
 
 
 def _targets(base: nn.Module) -> list[str]:
@@ -174,6 +189,8 @@ def truth(subject: Subject, adapted: bool) -> dict[str, Tensor]:
     """
     wide = torch.float64 if subject.case.dtype == torch.float32 else torch.float32
     dense: Any = copy.deepcopy(subject.base)
+    if subject.case.verb == "experts":
+        dense.experts.config._experts_implementation = "eager"  # torch's grouped products take no fp64
     for name, m in [(n, m) for n, m in dense.named_modules() if isinstance(m, nn.Linear)]:
         if is_4bit(m.weight):
             linear = nn.Linear(m.in_features, m.out_features, bias=m.bias is not None, device="meta")
@@ -204,6 +221,37 @@ class _Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)
+
+
+WEIGHTS_OF_EXPERTS = ("gate_up_proj", "down_proj")
+
+
+class _Moe(nn.Module):
+    """Experts of Qwen3-MoE behind a router whose choice depends on the number of a token alone: all experts get
+    equally many tokens, and no rounding of x sends one elsewhere."""
+
+    def __init__(self, shape: str) -> None:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        super().__init__()
+        self.of = of = EXPERTS[shape]
+        config = Qwen3MoeConfig(
+            num_experts=of.experts,
+            num_experts_per_tok=of.top,
+            hidden_size=of.hidden,
+            moe_intermediate_size=of.intermediate,
+        )
+        config._experts_implementation = "grouped_mm"  # the default of transformers
+        self.experts = Qwen3MoeExperts(config)
+        for p in self.experts.parameters():
+            nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        M, (experts, top) = len(x), (self.of.experts, self.of.top)
+        chosen = (torch.arange(M, device=x.device)[:, None] * top + torch.arange(top, device=x.device)) % experts
+        weights = x[:, :top].softmax(-1)
+        return self.experts(x, chosen, weights)
 
 
 class _Block(nn.Module):

@@ -55,3 +55,26 @@ SHAPES = {
     "smollm2-135m": Shape(576, 1536, heads=9, kv_heads=3, model=_SMOLLM2),
     "tiny": Shape(64, 128, heads=2, kv_heads=1),  # for tests
 }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a block, of which a token has ``top``: each is a gated MLP of these sizes."""
+
+    experts: int
+    top: int
+    hidden: int
+    intermediate: int
+
+    def linears(self) -> list[tuple[int, int]]:
+        """(N, K) of the two weights of an expert: gate and up side by side, and down."""
+        return [(2 * self.intermediate, self.hidden), (self.hidden, self.intermediate)]
+
+
+EXPERTS = {
+    "moe-64": Experts(64, 8, 1024, 512),
+    "moe-128": Experts(128, 8, 1024, 512),
+    "qwen3-30b-a3b": Experts(128, 8, 2048, 768),
+    "mixtral-8x7b": Experts(8, 2, 4096, 14336),
+    "tiny-moe": Experts(6, 2, 64, 32),  # for tests
+}

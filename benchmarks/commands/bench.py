@@ -1,4 +1,4 @@
-"""``fastlora bench``: adapted layers, blocks, models and decoding, by every provider."""
+"""``fastlora bench``: adapted layers, blocks, experts, models and decoding, by every provider."""
 
 import sys
 from argparse import Namespace
@@ -15,6 +15,7 @@ from fastlora.benchmarks import against, decode, pictures, protocol, records
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
 from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.cases.modules import Case, linear_cases
+from fastlora.benchmarks.cases.shapes import EXPERTS, SHAPES
 from fastlora.benchmarks.commands import common
 from fastlora.benchmarks.environment import environment, keep_freed_memory
 from fastlora.benchmarks.providers import PROVIDERS, Provider
@@ -33,6 +34,11 @@ DEFAULTS: dict[str, dict[str, dict[str, list]]] = {
         "cpu": {"shapes": [_SMALL, _LARGE], "m": [*_TOKENS, 2048]},
         "quick": {"shapes": [_SMALL, _LARGE], "m": _TOKENS},
         "cuda": {"shapes": ["llama-3-8b"], "m": [1024, 4096, 8192, 16384]},
+    },
+    "experts": {
+        "cpu": {"shapes": ["moe-64", "moe-128"], "m": [*_TOKENS[1:]]},
+        "quick": {"shapes": ["moe-64"], "m": [16, 512]},
+        "cuda": {"shapes": ["qwen3-30b-a3b", "mixtral-8x7b"], "m": [16, 256, 1024, 4096, 8192]},
     },
     "model": {
         "cpu": {"shapes": [_SMALL], "m": [128, 512]},
@@ -108,7 +114,7 @@ def run(args: Namespace) -> int:
 def _run_against(args: Namespace, device: torch.device, cases: list[Case], out: Path, rounds: int) -> int:
     """Measure fastlora at another revision and here; write VERB-against.csv, .json and .png; print the table."""
     if args.verb in ("generate", "decode") or args.providers:
-        raise UsageError("--against compares fastlora's linear, block and model with its own of another revision")
+        raise UsageError("--against compares linear, block, experts and model with those of another revision")
     notes = Console(file=sys.stderr, highlight=False)
     name = f"{args.verb}-against"
     settings = {"rounds": rounds, "turn_seconds": protocol.TURN, "against": args.against}
@@ -166,7 +172,15 @@ def cases_of(args: Namespace, device: torch.device) -> list[Case]:
     default = DEFAULTS[args.verb]["quick" if args.quick else device.type]
     shapes, m = args.model_shape or default["shapes"], args.m or default["m"]
     usual = models.default_bases(device)
+    if args.verb == "experts":
+        usual = [base for base in usual if base in models.DENSE]
     bases, compute = args.base or default.get("base") or usual, usual[0]
+    known = EXPERTS if args.verb == "experts" else SHAPES
+    if odd := [shape for shape in shapes if shape not in known]:
+        raise UsageError(f"bench {args.verb}: --model-shape must be of {', '.join(known)}, got {', '.join(odd)}")
+    if args.verb == "experts" and (any(args.dropout) or any(base not in models.DENSE for base in bases)):
+        why = "PEFT has no dropout there, and leaves out an adapter of 4-bit experts"
+        raise UsageError(f"bench experts: --dropout must be 0 and --base dense: {why}")
     if args.verb == "decode":
         m = [0]
         if any(base not in ("nf4", "fp4") for base in bases):
