@@ -54,6 +54,23 @@ def is_hooked(module: Any) -> bool:
     )
 
 
+SHARDED = "sharded now, and fused when it is gathered for a call"
+
+
+def sharding(module: nn.Module, name: str = "weight") -> str | None:
+    """Why the values of this weight of the module are not in a parameter of it."""
+    if name in module.__dict__:
+        return "in a flat parameter of FSDP1"
+    weight = module._parameters.get(name)
+    if type(weight).__name__ == "DTensor":
+        return SHARDED
+    if weight is None:
+        return None
+    if hasattr(weight, "ds_id"):
+        return "sharded by ZeRO-3"
+    return "on the meta device (offloaded or sharded): fused once its numbers are here" if weight.is_meta else None
+
+
 def compute_dtype_4bit(layer: Any, x: Tensor) -> torch.dtype:
     if not layer.compute_type_is_set:  # as Linear4bit.forward does at its first call
         layer.set_compute_type(x)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from fastlora.base_layers import SHARDED
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
 from fastlora.fuse import fuse_mlps, is_adapted, unfuse_mlps
 from fastlora.peft_experts import GATE, OUR_EXPERTS, outermost_of, why_not_fused
 from fastlora.peft_layers import OUR_LAYERS, SIBLINGS
-from fastlora.peft_reasons import ASKED_FOR, SHARDED, why_peft
+from fastlora.peft_reasons import ASKED_FOR, why_peft
 from fastlora.siblings import siblings_among
 
 OURS = OUR_LAYERS | OUR_EXPERTS

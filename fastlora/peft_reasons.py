@@ -6,7 +6,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from fastlora.base_layers import base_kind, is_hooked
+from fastlora.base_layers import base_kind, is_hooked, sharding
 from fastlora.fourbit import is_4bit
 from fastlora.row_adapters import RowAdapters
 
@@ -135,20 +135,3 @@ def dora_reason(layer: LoraLayer, name: str) -> str | None:
 
 def magnitude_of(layer: LoraLayer, name: str) -> Tensor:
     return layer.__dict__["_modules"]["lora_magnitude_vector"]._modules[name]._parameters["weight"]
-
-
-SHARDED = "sharded now, and fused when it is gathered for a call"
-
-
-def sharding(module: nn.Module, name: str = "weight") -> str | None:
-    """Why the values of this weight of the module are not in a parameter of it."""
-    if name in module.__dict__:
-        return "in a flat parameter of FSDP1"
-    weight = module._parameters.get(name)
-    if type(weight).__name__ == "DTensor":
-        return SHARDED
-    if weight is None:
-        return None
-    if hasattr(weight, "ds_id"):
-        return "sharded by ZeRO-3"
-    return "on the meta device (offloaded or sharded): fused once its numbers are here" if weight.is_meta else None

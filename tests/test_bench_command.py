@@ -97,7 +97,7 @@ def test_interrupted_it_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         (["decode", "--base", "bf16"], "--base must be nf4 or fp4"),
         (["experts", "--base", "nf4"], "--dropout must be 0 and --base dense"),
         (["experts", "--base", "bf16", "--dropout", "0.1"], "--dropout must be 0 and --base dense"),
-        (["experts", "--model-shape", "tiny"], "--model-shape must be of moe-64"),
+        (["experts", "--model-shape", "tiny"], "--model-shape must be of moe-8"),
         (["linear", "--model-shape", "tiny-moe"], "bench linear: --model-shape must be of llama-3-8b"),
         (["decode", "--against", "HEAD"], "--against compares linear, block, experts and model"),
         (["generate", "--against", "HEAD"], "--against compares linear, block, experts and model"),

@@ -28,6 +28,7 @@ LAYERS = [  # each may import what stands before it
     {"functional", "row_adapters"},
     {"proof"},
     {"fuse"},
+    {"base_experts"},
     {"nn"},
     {"model"},
     {"adapter_config"},

@@ -72,8 +72,7 @@ class Experts:
 
 
 EXPERTS = {
-    "moe-64": Experts(64, 8, 1024, 512),
-    "moe-128": Experts(128, 8, 1024, 512),
+    **{f"moe-{experts}": Experts(experts, 8, 1024, 512) for experts in (8, 16, 32, 64, 128)},
     "qwen3-30b-a3b": Experts(128, 8, 2048, 768),
     "mixtral-8x7b": Experts(8, 2, 4096, 14336),
     "tiny-moe": Experts(6, 2, 64, 32),  # for tests

@@ -24,7 +24,10 @@ from fastlora.benchmarks.ledger import state_bytes
 from fastlora.benchmarks.records import default_folder, read_rows, to_json, write_json, write_rows
 from fastlora.benchmarks.tables import NAMES, power, terminal
 
-STUDIES = ("position", "rank", "many_adapters", "targets", "bases", "optimizers", "small_updates", "methods")
+STUDIES = (
+    *("position", "rank", "many_adapters", "targets", "bases", "optimizers", "small_updates", "methods"),
+    *("experts", "mixed_batch"),
+)
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # a Llama block's linear layers
 VERSION = 1
 

@@ -1,0 +1,216 @@
+"""What a module of transformers' experts computes, and its computation with adapters as one function.
+
+That is what transformers' ``ExpertsInterface`` says of them: their class is decorated with its layout of weights and
+its gate, and every implementation registered there gives the same result.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.autograd import transform_without_rule
+from fastlora.base_layers import is_hooked, sharding
+from fastlora.compat import constant_while_tracing
+from fastlora.experts import Gate, Projection, Routing, fused_experts
+from fastlora.fourbit import packed_weight
+from fastlora.functional import autocast_dtype, new_seed
+from fastlora.fuse import are_same, dependencies
+from fastlora.products import Weight
+from fastlora.proof import activation_of
+from fastlora.require import FLOATS
+
+# Registered implementations of transformers that compute the same; those that follow autocast are the first two.
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "sonicmoe")
+
+
+class ExpertAdapter(NamedTuple):
+    """Of one stack of weights: ``s · drop(x, p) a[e]ᵀ b[e]ᵀ``, a [E, r, K] and b [E, N, r]."""
+
+    a: Tensor
+    b: Tensor
+    s: float
+    p: float = 0.0
+
+
+def why_not_computed(experts: Any) -> str | None:
+    """Why this is not a module of experts that fastlora computes."""
+    if not _is_of_interface(type(experts)):
+        return f"a {type(experts).__name__} is adapted, not experts that transformers' ExpertsInterface computes"
+    if _runs_hooks(experts):
+        return "the experts have hooks, which only run when they are called"
+    if isinstance(getattr(experts, "act_fn", None), nn.Module) and is_hooked(experts.act_fn):
+        return "the activation of its experts has hooks, which only run when it is called"
+    if experts.num_experts < 2 or getattr(experts, "_is_expert_parallel", False):
+        return "there is one expert, or experts are spread over processes"
+    if _implementation(experts) not in IMPLEMENTATIONS:
+        return f"its experts are computed by another implementation, {_implementation(experts)!r}"
+    for name in weight_names(experts):
+        if (reason := _weight_reason(experts, name)) is not None:
+            return f"{name} of its experts {reason}"
+    return None
+
+
+def _weight_reason(experts: Any, name: str) -> str | None:
+    """Why this weight cannot be multiplied."""
+    E, bias = experts.num_experts, experts._parameters.get(f"{name}_bias")
+    if experts.has_bias and (bias is None or bias.requires_grad):
+        return "has a bias that is no parameter, or trains"
+    if (state := _quant_state(experts, name)) is not None:
+        whole_blocks = len(state.shape) == 3 and state.shape[0] == E and prod(state.shape[1:]) % state.blocksize == 0
+        fits = whole_blocks and state.quant_type in ("nf4", "fp4")
+        return None if fits else f"is {state.quant_type} {list(state.shape)} in blocks of {state.blocksize}"
+    weight = experts._parameters.get(name)
+    if (reason := sharding(experts, name)) is not None:
+        return f"is {reason}"
+    if weight is None:
+        return "is not a plain parameter"
+    if weight.requires_grad:
+        return "trains"
+    if weight.dtype == torch.float64 and not _follows_autocast(experts):
+        return "is torch.float64, which the implementation of its experts does not take"
+    fits = weight.dim() == 3 and len(weight) == E and weight.dtype in FLOATS
+    return None if fits else f"is {weight.dtype} {list(weight.shape)}"
+
+
+def _implementation(experts: Any) -> str:
+    return getattr(experts.config, "_experts_implementation", None) or "eager"
+
+
+def _parametrizations(experts: Any, name: str) -> list[Any]:
+    """What `torch.nn.utils.parametrize` makes of this parameter."""
+    if "parametrizations" not in experts._modules or name not in experts.parametrizations:
+        return []
+    return list(experts.parametrizations[name])
+
+
+def _quant_state(experts: Any, name: str) -> Any:
+    """bitsandbytes' description of this weight if it is in 4 bits (`replace_parameter_4bit`)."""
+    steps = _parametrizations(experts, name)
+    return steps[-1].quant_state if steps and type(steps[-1]).__name__ == "Bnb4bitParametrization" else None
+
+
+def _runs_hooks(experts: Any) -> bool:
+    """Whether calling the experts runs more than their forward; bitsandbytes' hooks only keep decoded weights."""
+    if not is_hooked(experts):
+        return False
+    d = experts.__dict__
+    own = [*d["_forward_hooks"].values(), *d["_forward_pre_hooks"].values()]
+    others = d["_backward_hooks"] or d["_backward_pre_hooks"] or "_hf_hook" in d or "forward" in d
+    return bool(others) or any(hook.__module__ != "bitsandbytes.nn.parametrize" for hook in own)
+
+
+def _is_of_interface(cls: Any) -> bool:
+    code = getattr(cls.forward, "__code__", None)
+    return (
+        code is not None
+        and code.co_qualname.startswith("use_experts_implementation.")
+        and code.co_filename.endswith("moe.py")
+        and "_apply_gate" in dir(cls)
+    )
+
+
+def weight_names(experts: Any) -> tuple[str, str]:
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+class KnownGate:
+    """What comes between the layers of these experts, determined again when what it depends on has changed."""
+
+    def __init__(self, experts: Any) -> None:
+        self.experts = experts
+        self.seen: list[Any] = []
+        self.gate: Gate | None = None
+
+    def __reduce__(self) -> Any:  # a copy determines it anew
+        return KnownGate, (self.experts,)
+
+    @constant_while_tracing
+    def now(self) -> Gate:
+        experts, act = self.experts, getattr(self.experts, "act_fn", None)
+        depends_on = [experts.__dict__.get("_apply_gate"), type(experts)._apply_gate, experts.has_gate, act]
+        depends_on += dependencies(act) if isinstance(act, nn.Module) else []
+        if self.gate is None or not are_same(depends_on, self.seen):
+            self.seen, self.gate = depends_on, _gate(experts)
+        return self.gate
+
+
+def _gate(experts: Any) -> Gate:
+    """A known activation and transformers' default way to gate, or the experts' own function."""
+    if experts.has_gate and not _is_default_gate(experts):
+        return Gate(None, True, experts._apply_gate)
+    activation = activation_of(experts.act_fn)
+    if activation is None:
+        return Gate(None, experts.has_gate, experts._apply_gate if experts.has_gate else experts.act_fn)
+    return Gate(activation, experts.has_gate)
+
+
+def _is_default_gate(experts: Any) -> bool:
+    """Whether z becomes ``act_fn(gate) * up`` of its two halves."""
+    code = getattr(type(experts)._apply_gate, "__code__", None)
+    return "_apply_gate" not in experts.__dict__ and code is not None and code.co_qualname == "_default_apply_gate"
+
+
+def _weight(experts: Any, name: str, dtype: torch.dtype) -> tuple[Weight, torch.Size]:
+    """A stack of weights and its shape [E, N, K], or [E, K, N] if they are transposed."""
+    state = _quant_state(experts, name)
+    if state is not None:
+        return packed_weight(experts.parametrizations[name].original, state), torch.Size(state.shape)
+    weight = experts._parameters[name].to(dtype)
+    return weight, weight.shape
+
+
+def _projection(experts: Any, name: str, adapter: ExpertAdapter | None, x: Tensor) -> Projection:
+    weight, (E, N, K) = _weight(experts, name, x.dtype)
+    transposed = experts.is_transposed
+    bias = experts._parameters[f"{name}_bias"] if experts.has_bias else None
+    if adapter is None:
+        N, K = (K, N) if transposed else (N, K)
+        return Projection(weight, x.new_empty(E, 0, K), x.new_empty(E, N, 0), bias, 1.0, transposed)
+    a, b, s, p = adapter
+    return Projection(weight, a, b, bias, s, transposed, p, new_seed(x, p))
+
+
+def _weight_dtype(experts: Any) -> torch.dtype:
+    name = weight_names(experts)[1]
+    state = _quant_state(experts, name)
+    return experts._parameters[name].dtype if state is None else state.dtype
+
+
+def _dtype(experts: Any, x: Tensor) -> torch.dtype:
+    """The dtype in which transformers' implementation multiplies."""
+    return (autocast_dtype(x) if _follows_autocast(experts) else None) or _weight_dtype(experts)
+
+
+def _follows_autocast(experts: Any) -> bool:
+    return IMPLEMENTATIONS.index(_implementation(experts)) < 2
+
+
+def why_not_this_call(experts: Any, x: Any, *args: Any, **kwargs: Any) -> str | None:
+    fits = len(args) == 2 and not kwargs and all(isinstance(t, Tensor) for t in (x, *args))
+    if not fits or not (x.dim() == args[0].dim() == 2):
+        return "it was called with something else than x [tokens, features], the experts and weights of each token"
+    chosen, weights = args
+    if chosen.shape != weights.shape or len(chosen) != len(x) or chosen.is_floating_point():
+        return f"it was called with experts {list(chosen.shape)} and weights {list(weights.shape)} for {len(x)} tokens"
+    if _follows_autocast(experts) and autocast_dtype(x) is None and x.dtype != _weight_dtype(experts):
+        return f"x is {x.dtype}, the weights of its experts {_weight_dtype(experts)}, and autocast is off"
+    return transform_without_rule()
+
+
+def experts_forward(
+    experts: Any, gate: Gate, x: Tensor, chosen: Tensor, weights: Tensor, adapters: dict[str, ExpertAdapter | None]
+) -> Tensor:
+    """What these experts, with adapters by the name of the weight that has one, make of x [T, K]: ``chosen`` and
+    ``weights`` [T, k] are the experts of each token and their weights."""
+    wide = x.to(_dtype(experts, x))
+    first, down = (_projection(experts, name, adapters.get(name), wide) for name in weight_names(experts))
+    E, (T, k) = experts.num_experts, chosen.shape
+    if not experts.has_post_expert_norm:
+        return fused_experts(wide, weights, Routing.of(chosen, E), first, down, gate).to(x.dtype)
+    # What an expert makes of a token goes through a norm before it is weighted: each choice is a token here.
+    one = weights.new_ones(T * k, 1)
+    y = fused_experts(wide.repeat_interleave(k, 0), one, Routing.of(chosen.reshape(-1, 1), E), first, down, gate)
+    y = experts.post_expert_norm(y) * weights.reshape(-1, 1)
+    return y.view(T, k, -1).sum(1).to(x.dtype)
