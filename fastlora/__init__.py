@@ -12,6 +12,7 @@ from fastlora.calls import Report, report
 from fastlora.functional import lora_linear
 from fastlora.model import add_lora, merge, unmerge
 from fastlora.nn import LoRALinear, LoRAMLP
+from fastlora.nn_experts import LoRAExperts
 from fastlora.trainer import AdapterCheckpoints
 from fastlora.version import __version__
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterCheckpoints",
     "Callback",
+    "LoRAExperts",
     "LoRALinear",
     "LoRAMLP",
     "PatchReport",

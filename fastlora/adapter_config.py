@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from fastlora.functional import is_finite_number
-from fastlora.model import all_linear, from_pattern, match_regex, matches_whole, plain_names
+from fastlora.model import all_linear, experts_of, from_pattern, match_regex, matches_whole, plain_names
 from fastlora.nn import LoRALinear
+from fastlora.nn_experts import LoRAExperts
 
 # Settings of PEFT under which an adapter is more, or other, than lora_A and lora_B of plain linear layers. So is every
 # setting use_* and *_config, as PEFT names its variants of LoRA, but these:
@@ -21,7 +22,6 @@ _VARIANTS = (
     "modules_to_save",
     "fan_in_fan_out",
     "trainable_token_indices",
-    "target_parameters",
     "layer_replication",
     "alora_invocation_tokens",
 )
@@ -55,6 +55,7 @@ class AdapterConfig:
     bias: str = "none"
     init_lora_weights: bool | str = True
     target_modules: str | list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
     exclude_modules: str | list[str] = field(default_factory=list)
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] = field(default_factory=list)
@@ -72,7 +73,10 @@ class AdapterConfig:
         init = self.init_lora_weights
         known = isinstance(init, bool | str) and init in _INITIALISATIONS
         _check(known, "init_lora_weights", "true, false, gaussian, orthogonal or eva", init)
-        named = _are_names(self.target_modules) and len(self.target_modules) > 0
+        parameters = self.target_parameters
+        are_listed = isinstance(parameters, list) and _are_names(parameters)
+        _check(are_listed, "target_parameters", "names", parameters)
+        named = _are_names(self.target_modules) and len(self.target_modules) + len(parameters) > 0
         _check(named, "target_modules", "names or a regular expression", self.target_modules)
         for name in ("exclude_modules", "layers_pattern"):
             _check(_are_names(getattr(self, name)), name, "names or a regular expression", getattr(self, name))
@@ -117,6 +121,10 @@ class AdapterConfig:
         names = [name for name in plain_names(model).values() if name]
         return {n for n in names if is_target(n) and not is_excluded(n) and self._is_transformed(n)}
 
+    def adapted_parameters(self, model: nn.Module) -> dict[str, list[str]]:
+        """The modules whose parameters PEFT would adapt as stacks of weights, and which of their parameters."""
+        return experts_of(model, self.target_parameters)
+
     def _is_transformed(self, name: str) -> bool:
         indices = self._layer_indices()
         if not indices or name in self.target_modules:  # a whole name is not asked for its index
@@ -144,29 +152,44 @@ class AdapterConfig:
         return self.alpha(name) / (math.sqrt(r) if self.use_rslora else r)
 
 
-def describe(model: nn.Module, layers: dict[str, LoRALinear], bias: str) -> dict[str, Any]:
+def describe(model: nn.Module, adapted: dict[str, Any], bias: str) -> dict[str, Any]:
     """The config of a model's adapted layers, by which PEFT adapts exactly these with their ranks and scalings.
 
-    Raises ValueError if PEFT's format has none.
+    With experts among them the dropout is zero, since PEFT has none there. Raises ValueError if PEFT's format has no
+    such config.
     """
+    layers = {name: layer for name, layer in adapted.items() if isinstance(layer, LoRALinear)}
+    experts = {name: layer for name, layer in adapted.items() if name not in layers}
     for setting in ("use_rslora", "use_dora", "lora_dropout"):
-        if len({getattr(layer, setting) for layer in layers.values()}) > 1:
+        of = layers if setting == "use_dora" else adapted
+        if len({getattr(layer, setting) for layer in of.values()}) > 1:
             raise ValueError(f"PEFT's format has one {setting} for all layers; these have different ones")
-    r = Counter(layer.r for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(layer.lora_alpha for layer in layers.values()).most_common(1)[0][0]
-    first = next(iter(layers.values()))
+    return _described(model, layers, experts, bias)
+
+
+def _described(
+    model: nn.Module, layers: dict[str, LoRALinear], experts: dict[str, LoRAExperts], bias: str
+) -> dict[str, Any]:
+    every: list[Any] = [*(experts or layers).values()]
+    if len({(layer.r, layer.lora_alpha) for layer in experts.values()}) > 1:
+        raise ValueError("PEFT's format has one r and one lora_alpha for all experts; these have different ones")
+    r = Counter(layer.r for layer in every).most_common(1)[0][0]
+    alpha = Counter(layer.lora_alpha for layer in every).most_common(1)[0][0]
+    first: Any = next(iter(layers.values()), every[0])
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
         "inference_mode": True,
         "r": r,
         "lora_alpha": alpha,
-        "lora_dropout": float(first.lora_dropout),
+        "lora_dropout": 0.0 if experts else float(first.lora_dropout),
         "use_rslora": first.use_rslora,
         "use_dora": first.use_dora,
         "rank_pattern": {_only(name): layer.r for name, layer in layers.items() if layer.r != r},
         "alpha_pattern": {_only(name): la.lora_alpha for name, la in layers.items() if la.lora_alpha != alpha},
         "target_modules": sorted(layers),
+        "target_parameters": sorted(f"{name}.{weight}" for name, each in experts.items() for weight in each.lora_A)
+        or None,
         "bias": bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -175,6 +198,9 @@ def describe(model: nn.Module, layers: dict[str, LoRALinear], bias: str) -> dict
     if AdapterConfig.from_dict(config).adapted(model) != layers.keys():  # a name is the end of another module's name
         config["target_modules"] = "|".join(map(re.escape, sorted(layers)))
     _require_meaning(AdapterConfig.from_dict(config), model, layers)
+    found = AdapterConfig.from_dict(config).adapted_parameters(model)
+    if {name: set(weights) for name, weights in found.items()} != {n: set(e.lora_A) for n, e in experts.items()}:
+        raise ValueError("PEFT's format cannot name these weights of experts alone")
     return config
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load, save_file
@@ -13,6 +13,7 @@ from fastlora.adapter_config import AdapterConfig, describe
 from fastlora.files import is_still_at, replace_together
 from fastlora.model import lora_layers, put_layers, require_layers, require_no_adapters, unchanged_on_error
 from fastlora.nn import LoRALinear
+from fastlora.nn_experts import LoRAExperts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -50,13 +51,16 @@ def save_adapter(model: nn.Module, folder: str | Path, base_model_name_or_path: 
 
     Raises ValueError, and writes nothing, if the model has no adapters of `add_lora`, or PEFT's format cannot say what
     they are: dropouts that differ, use_rslora or use_dora on some layers only, a scaling that is not that of lora_alpha
-    and r.
+    and r. The dropout of a model with `LoRAExperts` is saved as zero, since PEFT has none with them.
     Raises OSError, and leaves the old files, if the new ones cannot be written.
     """
     layers = dict(lora_layers(model))
     require_layers(layers, model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
+        if isinstance(layer, LoRAExperts):
+            tensors |= _tensors_of_experts(name, layer)
+            continue
         _require_whole(name, layer)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.lora_B
@@ -98,12 +102,19 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_dtype: torch.dtyp
     existing = dict(lora_layers(model))
     if not existing:
         require_no_adapters(model)
-    _check_layers(model, adapter, existing)
+    experts = _take_experts(model, adapter, existing)
+    linear = {name: layer for name, layer in existing.items() if isinstance(layer, LoRALinear)}
+    _check_layers(model, adapter, linear)
     biases = _find_biases(model, adapter, existing)
     with unchanged_on_error(model), torch.no_grad():
-        layers = existing or {name: _new_layer(model, name, adapter.config, adapter_dtype) for name in adapter.layers}
+        layers: dict[str, Any] = existing or {
+            **{name: _new_layer(model, name, adapter.config, adapter_dtype) for name in adapter.layers},
+            **{name: _new_experts(model, name, list(found), adapter, adapter_dtype) for name, found in experts.items()},
+        }
         if not existing:
             put_layers(model, layers)
+        for name, weights in experts.items():
+            _load_experts(layers[name], weights, adapter.config)
         for name, (a, b, magnitude) in adapter.layers.items():
             layer = layers[name]
             layer.lora_A.copy_(a)
@@ -115,6 +126,74 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_dtype: torch.dtyp
         for parameter, value in biases:
             parameter.copy_(value).requires_grad_(True)
     return model
+
+
+def _tensors_of_experts(name: str, layer: LoRAExperts) -> dict[str, Tensor]:
+    """In PEFT's layout: a [E · r, K] and b [N, r · E], the last weight of the experts under their own name and others
+    each one ``base_layer`` further in."""
+    tensors = {}
+    for weight, path in _paths_of_experts(name, list(layer.lora_A)).items():
+        a, b = layer.lora_A[weight], layer.lora_B[weight]
+        if not name or a.is_meta or not a.numel():
+            raise ValueError(
+                f"the adapter of {name!r} has no values here (meta, sharded or empty), or is not in a model"
+            )
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.flatten(0, 1)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
+    return tensors
+
+
+def _paths_of_experts(name: str, weights: list[str]) -> dict[str, str]:
+    """Where PEFT keeps the adapter of each of these weights, which are in the order of the module's parameters."""
+    return {weight: name + ".base_layer" * (len(weights) - 1 - i) for i, weight in enumerate(weights)}
+
+
+def _take_experts(model: nn.Module, adapter: _Adapter, existing: dict[str, Any]) -> dict[str, dict[str, _Weights]]:
+    """Take the weights of experts out of the adapter's layers: by module and name of the weight, in fastlora's layout.
+
+    Raises ValueError unless they are those that the config names, and fit the model.
+    """
+    found: dict[str, dict[str, _Weights]] = {}
+    modules, r = dict(model.named_modules()), adapter.config.r
+    named = adapter.config.adapted_parameters(model)
+    there = {name: list(layer.lora_A) for name, layer in existing.items() if isinstance(layer, LoRAExperts)}
+    if existing and {name: set(weights) for name, weights in named.items()} != {n: set(w) for n, w in there.items()}:
+        raise ValueError("the adapter is for the weights of other experts than the model's adapters")
+    for name, weights in named.items():
+        experts: Any = existing[name].base_layer if name in existing else modules[name]
+        for weight, path in _paths_of_experts(name, weights).items():
+            saved = adapter.layers.pop(path, None)
+            stack = getattr(experts, weight)
+            if saved is None or saved.magnitude is not None or stack.dim() != 3:
+                raise ValueError(f"the adapter has no weights for {name}.{weight}, or it is not a stack of weights")
+            E, N, K = stack.transpose(1, 2).shape if getattr(experts, "is_transposed", False) else stack.shape
+            if list(saved.a.shape) != [E * r, K] or list(saved.b.shape) != [N, r * E]:
+                raise ValueError(
+                    f"the adapter for {name}.{weight} has shapes {list(saved.a.shape)}, {list(saved.b.shape)}; "
+                    f"{E} experts need {[E * r, K]}, {[N, r * E]}"
+                )
+            if name in existing and (existing[name].merged or existing[name].r != r):
+                raise ValueError(f"the adapter for {name!r} has rank {r}, the model's {existing[name].r} or is merged")
+            weights_of = _Weights(saved.a.view(E, r, K), saved.b.view(N, r, E).permute(2, 0, 1), None)
+            found.setdefault(name, {})[weight] = weights_of
+    return found
+
+
+def _load_experts(layer: LoRAExperts, weights: dict[str, _Weights], config: AdapterConfig) -> None:
+    for weight, (a, b, _) in weights.items():
+        layer.lora_A[weight].copy_(a)
+        layer.lora_B[weight].copy_(b)
+    layer.set_scaling(config.lora_alpha, config.use_rslora)
+    layer.lora_dropout = config.lora_dropout
+
+
+def _new_experts(
+    model: nn.Module, name: str, weights: list[str], adapter: _Adapter, dtype: torch.dtype | None
+) -> LoRAExperts:
+    try:
+        return LoRAExperts(model.get_submodule(name), weights, r=adapter.config.r, adapter_dtype=dtype)
+    except TypeError as error:
+        raise ValueError(f"the adapter does not fit {name!r}: {error}") from None
 
 
 def _require_whole(name: str, layer: LoRALinear) -> None:

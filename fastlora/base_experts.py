@@ -4,6 +4,7 @@ That is what transformers' ``ExpertsInterface`` says of them: their class is dec
 its gate, and every implementation registered there gives the same result.
 """
 
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -200,7 +201,7 @@ def why_not_this_call(experts: Any, x: Any, *args: Any, **kwargs: Any) -> str | 
 
 
 def experts_forward(
-    experts: Any, gate: Gate, x: Tensor, chosen: Tensor, weights: Tensor, adapters: dict[str, ExpertAdapter | None]
+    experts: Any, gate: Gate, x: Tensor, chosen: Tensor, weights: Tensor, adapters: Mapping[str, ExpertAdapter | None]
 ) -> Tensor:
     """What these experts, with adapters by the name of the weight that has one, make of x [T, K]: ``chosen`` and
     ``weights`` [T, k] are the experts of each token and their weights."""

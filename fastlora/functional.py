@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import autograd, experts, mlp  # noqa: F401  # experts defines ops
+from fastlora import autograd, mlp
 from fastlora.base_layers import base_kind, compute_dtype_4bit, weight_4bit_of
 from fastlora.compat import any_autocast_is_enabled, functorch_is_active, owners
 from fastlora.dora import row_norms

@@ -2,13 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastlora.fuse import fuse_mlps, unfuse_mlps
 from fastlora.nn import LoRALinear, unchanged_on_error
+from fastlora.nn_experts import LoRAExperts
 from fastlora.siblings import siblings_among
 
 
@@ -27,6 +29,7 @@ def add_lora(
     alpha_pattern: dict[str, float] | None = None,
     adapter_dtype: torch.dtype | None = None,
     use_dora: bool = False,
+    target_parameters: Iterable[str] = (),
 ) -> nn.Module:
     """Freeze a model and adapt its linear layers, in place: the `LoRALinear` of PEFT's ``get_peft_model``.
 
@@ -37,21 +40,33 @@ def add_lora(
         layers_to_transform: only these indices of repeated blocks (the number in ``layers.3.``).
         rank_pattern, alpha_pattern: r and lora_alpha for modules whose name ends in a match of the key.
         bias: which biases train: ``"none"``, ``"all"``, or ``"lora_only"`` (those of adapted layers).
+        target_parameters: dotted names of stacks of weights of experts, or ends of such names
+            (``["experts.gate_up_proj", "experts.down_proj"]``): see `LoRAExperts`. With them ``target_modules`` may be
+            empty.
         r, lora_alpha, lora_dropout, use_rslora, use_dora, init_lora_weights, adapter_dtype: see `LoRALinear`.
 
     Returns:
         The model. Nothing is changed if an error is raised.
 
     Raises:
-        ValueError: nothing matches target_modules (near matches are named), the model has adapters already, or a value
-            is out of range. TypeError: a target is not a linear layer.
+        ValueError: nothing matches target_modules or target_parameters (near matches are named), the model has adapters
+            already, or a value is out of range. TypeError: a target is not a linear layer, or not of experts that
+            `LoRAExperts` takes.
     """
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
     require_no_adapters(model)
-    names = _match_targets(model, target_modules, layers_to_transform)
+    target_parameters = [target_parameters] if isinstance(target_parameters, str) else list(target_parameters)
+    target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
+    experts = experts_of(model, target_parameters)
+    if layers_to_transform is not None:
+        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        experts = {name: found for name, found in experts.items() if _layer_index(f"{name}.") in wanted}
+    if target_parameters and not experts:
+        raise ValueError(f"target_parameters={target_parameters!r} matches no parameter")
+    names = _match_targets(model, target_modules, layers_to_transform) if target_modules or not experts else []
     with unchanged_on_error(model):
-        layers = {
+        layers: dict[str, LoRALinear | LoRAExperts] = {
             name: LoRALinear.from_linear(
                 model.get_submodule(name),
                 r=from_pattern(rank_pattern, name, r),
@@ -64,6 +79,17 @@ def add_lora(
             )
             for name in names
         }
+        for name, parameters in experts.items():
+            layers[name] = LoRAExperts(
+                model.get_submodule(name),
+                parameters,
+                r=r,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                use_rslora=use_rslora,
+                init_lora_weights=init_lora_weights,
+                adapter_dtype=adapter_dtype,
+            )
         put_layers(model, layers)
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -111,7 +137,7 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
-def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+def put_layers(model: nn.Module, layers: Mapping[str, LoRALinear | LoRAExperts]) -> None:
     """Freeze the model and put new adapted layers, which train, in the places of their base layers.
 
     If that fails, every base layer is back in its place; requires_grad is for `unchanged_on_error` to restore.
@@ -125,7 +151,8 @@ def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
         for name, layer in layers.items():
             layer.training = layer.base_layer.training
             model.set_submodule(name, layer)
-        for layer, siblings in siblings_among(layers):
+        linear = {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+        for layer, siblings in siblings_among(linear):
             layer._siblings = siblings
         fuse_mlps(model, lambda module: isinstance(module, LoRALinear))
     except BaseException:
@@ -135,9 +162,22 @@ def put_layers(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
         raise
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """The adapted layers of a model with their names."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapted layers of a model, `LoRALinear` or `LoRAExperts`, with their names."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear | LoRAExperts))
+
+
+def experts_of(model: nn.Module, target_parameters: Sequence[str]) -> dict[str, list[str]]:
+    """The modules, by their plain names, that have parameters of these names or of names that end so, and which."""
+    found: dict[str, list[str]] = {}
+    plain = plain_names(model)
+    for name, module in model.named_modules() if target_parameters else ():
+        computed: Any = module._modules.get("parametrizations", ())
+        for parameter in (*module._parameters, *computed):
+            key = f"{plain[name]}.{parameter}"
+            if any(key == target or key.endswith(f".{target}") for target in target_parameters):
+                found.setdefault(plain[name], []).append(parameter)
+    return found
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
@@ -162,11 +202,11 @@ def all_linear(model: nn.Module) -> set[str]:
 
 
 def require_no_adapters(model: nn.Module) -> None:
-    if any(isinstance(m, LoRALinear) or hasattr(m, "lora_A") for m in model.modules()):
+    if any(hasattr(m, "lora_A") for m in model.modules()):
         raise ValueError("the model has LoRA layers already; a PEFT model is made faster by fastlora.patch(model)")
 
 
-def require_layers(layers: dict[str, LoRALinear], model: nn.Module) -> None:
+def require_layers(layers: Mapping[str, Any], model: nn.Module) -> None:
     if layers:
         return
     if hasattr(model, "peft_config"):

@@ -108,13 +108,8 @@ class LoRALinear(nn.Module):
             raise TypeError(
                 f"expected a linear layer with in_features and out_features, got {type(base_layer).__name__}"
             )
-        if isinstance(r, bool) or not isinstance(r, int):
-            raise TypeError(f"r must be an integer, got {r!r}")
-        if r <= 0:
-            raise ValueError(f"r must be positive, got {r}")
+        check_rank_and_start(r, init_lora_weights)
         check_dropout(lora_dropout)
-        if init_lora_weights not in (True, "kaiming", "gaussian"):
-            raise ValueError(f'init_lora_weights must be True, "kaiming" or "gaussian", got {init_lora_weights!r}')
         if r > min(N, K):
             message = f"r={r} exceeds min(in_features, out_features)={min(N, K)}: the adapter is overcomplete"
             warnings.warn(message, stacklevel=3)
@@ -348,6 +343,15 @@ class LoRAMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
+
+
+def check_rank_and_start(r: Any, init_lora_weights: Any) -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"r must be an integer, got {r!r}")
+    if r <= 0:
+        raise ValueError(f"r must be positive, got {r}")
+    if init_lora_weights not in (True, "kaiming", "gaussian"):
+        raise ValueError(f'init_lora_weights must be True, "kaiming" or "gaussian", got {init_lora_weights!r}')
 
 
 @contextmanager

@@ -30,6 +30,7 @@ LAYERS = [  # each may import what stands before it
     {"fuse"},
     {"base_experts"},
     {"nn"},
+    {"nn_experts"},
     {"model"},
     {"adapter_config"},
     {"adapter_files"},

@@ -64,8 +64,8 @@ def finding(rows: list[Row]) -> str:
     return (
         f"With {most} experts a step takes {over['peft', most]} times the frozen experts' with PEFT and "
         f"{over['fastlora', most]} times with fastlora; with {least} it is {over['peft', least]} and "
-        f"{over['fastlora', least]} times. Beside the weights PEFT's step needs {peaks['peft']} at its peak, fastlora's "
-        f"{peaks['fastlora']}."
+        f"{over['fastlora', least]} times. At its peak PEFT's step needs {peaks['peft']} beside the weights, "
+        f"fastlora's {peaks['fastlora']}."
     )
 
 
