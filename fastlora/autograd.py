@@ -89,9 +89,18 @@ def needs_guard(dy: Tensor | None) -> bool:
     return dy is not None and any_autocast_is_enabled() and torch.is_autocast_enabled(dy.device.type)
 
 
-@once_differentiable
 def guarded(ctx: Any, backward: Callable, dy: Tensor | None, *others: Any) -> Any:
-    """``backward(ctx, dy, *others)``, once differentiable and with autocast off: forward has decided every dtype."""
+    """``backward(ctx, dy, *others)``, once differentiable and with autocast off: forward has decided every dtype.
+
+    The gradients depend on what was saved, so to differentiate them is an error whether or not dy requires grad, which
+    is what ``once_differentiable`` looks at: it is shown a tensor that does, except by transforms of torch.func, under
+    which it cannot mark gradients.
+    """
+    return _guarded(ctx, backward, dy, others, torch.zeros((), requires_grad=not functorch_is_active()))
+
+
+@once_differentiable
+def _guarded(ctx: Any, backward: Callable, dy: Tensor | None, others: tuple, _: Tensor) -> Any:
     if dy is None:
         return backward(ctx, dy, *others)
     with torch.autocast(dy.device.type, enabled=False):

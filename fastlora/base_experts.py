@@ -17,7 +17,7 @@ from fastlora.compat import constant_while_tracing
 from fastlora.experts import Gate, Projection, Routing, fused_experts
 from fastlora.fourbit import packed_weight
 from fastlora.functional import autocast_dtype, new_seed
-from fastlora.fuse import are_same, dependencies
+from fastlora.fuse import MODULE_ATTRIBUTES, are_same, dependencies
 from fastlora.products import Weight
 from fastlora.proof import activation_of
 from fastlora.require import FLOATS
@@ -122,23 +122,58 @@ class KnownGate:
     def __init__(self, experts: Any) -> None:
         self.experts = experts
         self.seen: list[Any] = []
-        self.gate: Gate | None = None
+        self.gate: Gate | str = ""  # or why there is none
 
     def __reduce__(self) -> Any:  # a copy determines it anew
         return KnownGate, (self.experts,)
 
-    @constant_while_tracing
-    def now(self) -> Gate:
+    def now(self) -> Gate | str:
+        """The gate, or why fastlora cannot compute it."""
         experts, act = self.experts, getattr(self.experts, "act_fn", None)
         depends_on = [experts.__dict__.get("_apply_gate"), type(experts)._apply_gate, experts.has_gate, act]
-        depends_on += dependencies(act) if isinstance(act, nn.Module) else []
-        if self.gate is None or not are_same(depends_on, self.seen):
+        depends_on += [*dependencies(act), act.training] if isinstance(act, nn.Module) else []
+        if not self.seen or not are_same(depends_on, self.seen):
             self.seen, self.gate = depends_on, _gate(experts)
         return self.gate
 
+    @constant_while_tracing
+    def while_tracing(self) -> tuple[Gate | str, tuple[str, ...]]:
+        """The gate, and the attributes of the activation that a graph has to be guarded on."""
+        gate, act = self.now(), getattr(self.experts, "act_fn", None)
+        if isinstance(gate, Gate) and gate.function is not None:
+            return "its gate is a function of its own, which a graph has no gradient of", ()
+        own = {key: value for key, value in getattr(act, "__dict__", {}).items() if key not in MODULE_ATTRIBUTES}
+        if getattr(act, "_buffers", None) or not all(map(_is_guarded, own.values())):
+            return "its activation depends on what a graph is not guarded on", ()
+        return gate, (*own, "forward")
 
-def _gate(experts: Any) -> Gate:
-    """A known activation and transformers' default way to gate, or the experts' own function."""
+
+def _is_guarded(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str) or callable(value)
+
+
+def gate_of(known: KnownGate | None, experts: Any) -> Gate | str:
+    """The gate of these experts now, or why fastlora cannot compute it."""
+    if not torch.compiler.is_compiling():
+        assert known is not None
+        return known.now()
+    if known is None or known.experts is not experts:
+        return "the experts were replaced since they were last called: call them once before compiling"
+    gate, guarded = known.while_tracing()
+    act = getattr(experts, "act_fn", None)
+    values = [1 if getattr(act, name, None) else 0 for name in guarded]  # looked at here, so that the graph is guarded
+    return gate if getattr(experts, "_apply_gate", values) is not None else ""
+
+
+def _gate(experts: Any) -> Gate | str:
+    """A known activation and transformers' default way to gate, or the experts' own function, which is called again in
+    backward, so that it must not be random or have parameters."""
+    for name, module in experts.named_modules():
+        if name and name.partition(".")[0] not in ("parametrizations", "post_expert_norm"):
+            if any(p.requires_grad for p in module.parameters()):
+                return f"its {type(module).__name__} has parameters that train"
+            if isinstance(module, nn.RReLU | nn.modules.dropout._DropoutNd) and module.training:
+                return f"its {type(module).__name__} is random"
     if experts.has_gate and not _is_default_gate(experts):
         return Gate(None, True, experts._apply_gate)
     activation = activation_of(experts.act_fn)
@@ -193,7 +228,8 @@ def why_not_this_call(experts: Any, x: Any, *args: Any, **kwargs: Any) -> str | 
     if not fits or not (x.dim() == args[0].dim() == 2):
         return "it was called with something else than x [tokens, features], the experts and weights of each token"
     chosen, weights = args
-    if chosen.shape != weights.shape or len(chosen) != len(x) or chosen.is_floating_point():
+    integers = not chosen.is_floating_point()
+    if chosen.shape != weights.shape or len(chosen) != len(x) or not (integers and weights.is_floating_point()):
         return f"it was called with experts {list(chosen.shape)} and weights {list(weights.shape)} for {len(x)} tokens"
     if _follows_autocast(experts) and autocast_dtype(x) is None and x.dtype != _weight_dtype(experts):
         return f"x is {x.dtype}, the weights of its experts {_weight_dtype(experts)}, and autocast is off"

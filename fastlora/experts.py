@@ -225,7 +225,7 @@ class FusedExperts(Function):
             dweights = of_rows.index_select(0, rows.flatten()).view(rows.shape).to(weights.dtype)
         del dy
         if need_dz:
-            if keeps_graph() or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or keeps_graph():
                 z = z.clone()  # read once more by another backward
             dz, h = ctx.gate.backward(z, dh.mul_(weight), h)
         if need_a2:

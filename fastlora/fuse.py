@@ -144,7 +144,7 @@ class Fusion:
             if name.partition(".")[0] in block.layers:
                 continue
             mentioned = _names_in(type(each).forward)
-            own = {k: value for k, value in each.__dict__.items() if k not in _MODULE_ATTRIBUTES and k != ATTRIBUTE}
+            own = {k: value for k, value in each.__dict__.items() if k not in MODULE_ATTRIBUTES and k != ATTRIBUTE}
             plain = [k for k, value in own.items() if isinstance(value, bool | int | float | str) or callable(value)]
             if each._buffers or any(k in mentioned and k not in plain for k in own):
                 return "it depends on what a graph is not guarded on", ()
@@ -162,7 +162,7 @@ def are_same(now: list[Any], before: list[Any]) -> bool:
     return all(type(a) is int and type(b) is int and a == b for a, b in pairs)
 
 
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _HOOKED = object()
 
 
@@ -184,7 +184,7 @@ def dependencies(module: nn.Module) -> list[Any]:
             if key == "training" or key == ATTRIBUTE:
                 continue
             found.append(value)
-            if key in mentioned and key not in _MODULE_ATTRIBUTES:
+            if key in mentioned and key not in MODULE_ATTRIBUTES:
                 found.extend(_inside(value))
         for child in each._modules.values():
             found.append(child)
@@ -201,7 +201,7 @@ def watched_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
     todo = [module]
     for each in todo:
         mentioned = _names_in(type(each).forward)
-        found.append((each, [key for key in each.__dict__ if key in mentioned and key not in _MODULE_ATTRIBUTES]))
+        found.append((each, [key for key in each.__dict__ if key in mentioned and key not in MODULE_ATTRIBUTES]))
         todo += [child for child in each._modules.values() if child is not None and not is_adapted(child)]
     return found
 
@@ -253,12 +253,13 @@ def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | N
     """The block as one function inside a graph. What it computes is determined once, while tracing; the attributes that
     this depends on are read here, so that the graph is guarded on them."""
     block, guarded = fusion.block_while_tracing()
+    attributes = 0
     for path, names in guarded:
         child = module
         for step in path:
             child = getattr(child, step)
-        for name in names:
-            getattr(child, name, None)
+        for name in names:  # looked at: a graph is not guarded on what is only read
+            attributes += 1 if getattr(child, name, None) else 0
     if isinstance(block, str):
         return None
     if dropout_inside(module, block) > 0.0:

@@ -11,6 +11,7 @@ from fastlora.base_experts import (
     ExpertAdapter,
     KnownGate,
     experts_forward,
+    gate_of,
     weight_names,
     why_not_computed,
     why_not_this_call,
@@ -99,12 +100,13 @@ class LoRAExperts(nn.Module):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         reason = why_not_computed(self.base_layer) or why_not_this_call(self.base_layer, x, *args, **kwargs)
-        if reason is not None:
-            raise RuntimeError(f"fastlora: these experts cannot be computed: {reason}")
+        gate = reason or gate_of(self._gate, self.base_layer)
+        if isinstance(gate, str):
+            raise RuntimeError(f"fastlora: these experts cannot be computed: {gate}")
         p = self.lora_dropout if self.training else 0.0
         adapters = {name: ExpertAdapter(a, self.lora_B[name], self.scaling, p) for name, a in self.lora_A.items()}
         chosen, weights = args
-        return experts_forward(self.base_layer, self._gate.now(), x, chosen, weights, adapters)
+        return experts_forward(self.base_layer, gate, x, chosen, weights, adapters)
 
     @property
     def r(self) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from fastlora.base_layers import SHARDED
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
 from fastlora.fuse import fuse_mlps, is_adapted, unfuse_mlps
-from fastlora.peft_experts import GATE, OUR_EXPERTS, outermost_of, why_not_fused
+from fastlora.peft_experts import GATE, OUR_EXPERTS, known_gate, outermost_of, why_not_fused
 from fastlora.peft_layers import OUR_LAYERS, SIBLINGS
 from fastlora.peft_reasons import ASKED_FOR, why_peft
 from fastlora.siblings import siblings_among
@@ -84,6 +84,8 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
         layer.__class__ = _exchanged(type(layer), OURS) or type(layer)
         if experts.get(id(layer), layer) is layer:
             calls_of(layer).strict = strict
+        if experts.get(id(layer)) is layer:
+            known_gate(layer, layer.get_base_layer())
     for layer, siblings in siblings_among({name: layers[name] for name in report.patched}):
         layer.__dict__[SIBLINGS] = siblings
     fused, kept = fuse_mlps(model, is_adapted, strict)

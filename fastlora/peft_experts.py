@@ -16,12 +16,14 @@ from fastlora.base_experts import (
     ExpertAdapter,
     KnownGate,
     experts_forward,
+    gate_of,
     weight_names,
     why_not_computed,
     why_not_this_call,
 )
 from fastlora.base_layers import is_hooked
 from fastlora.calls import calls_of
+from fastlora.experts import Gate
 from fastlora.peft_reasons import ASKED_FOR, DISABLED, MERGED, part_reason
 
 WRAPPER: Any = getattr(import_module("peft.tuners.lora.layer"), "ParamWrapper", None)
@@ -72,10 +74,10 @@ def _adapter_reason(wrapper: Any, name: str) -> str | None:
     return None
 
 
-def known_gate(layer: Any, experts: Any) -> KnownGate:
-    """That of the experts in this wrapper."""
+def known_gate(layer: Any, experts: Any) -> KnownGate | None:
+    """That of the experts in this wrapper. A graph cannot make one."""
     known = layer.__dict__.get(GATE)
-    if known is None or known.experts is not experts:
+    if not torch.compiler.is_compiling() and (known is None or known.experts is not experts):
         known = layer.__dict__[GATE] = KnownGate(experts)
     return known
 
@@ -115,20 +117,17 @@ def _is_wrapped_now(experts: Any) -> bool:
 def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     wrappers, experts = wrappers_of(layer)
     reason = INSIDE if _is_wrapped_now(experts) else why_not_fused(layer)
-    gate = None
-    if reason is None:
-        reason = why_not_this_call(experts, x, *args, **kwargs)
-    if reason is None:
-        gate = known_gate(layer, experts).now()
-        if gate.function is not None and torch.compiler.is_compiling():
-            reason = "its gate is a function of its own, which a graph has no gradient of"
+    gate: Gate | str = reason or why_not_this_call(experts, x, *args, **kwargs) or ""
+    if not gate:
+        gate = gate_of(known_gate(layer, experts), experts)
+    reason = gate if isinstance(gate, str) else None
     if not torch.compiler.is_compiling():
         calls = calls_of(layer)
         if reason is None:
             calls.fused += 1
         elif reason is not INSIDE:
             calls.falls_back(reason, reason in ASKED_FOR)
-    if reason is not None or gate is None:
+    if isinstance(gate, str):
         return type(layer).theirs.forward(layer, x, *args, **kwargs)
     adapters = {wrapper.parameter_name: _adapter(wrapper, experts) for wrapper in wrappers}
     chosen, weights = args

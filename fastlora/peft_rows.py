@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fastlora.fuse import fusion_of
@@ -27,11 +28,13 @@ def adapters_of_rows(model: nn.Module, adapters: Sequence[str] | Sequence[int] |
         adapters: for each entry of the batch the name of its adapter, or the number of it in the order of
             ``model.peft_config``; ``"__base__"`` or -1 stands for the model without an adapter.
 
-    Call backward within the context if activations are checkpointed: layers are then computed again.
+    Call backward within the context if activations are checkpointed: layers are then computed again. With beam search a
+    batch has an entry for each beam.
 
     Raises:
-        TypeError, ValueError: the model has no LoRA layers of PEFT's, or an adapter is not one of its own. A layer that
-            is given a batch of another size raises ValueError when it is called.
+        TypeError, ValueError: the model has no LoRA layers of PEFT's, an adapter is not one of its own, or experts have
+            adapters, which cannot differ by entry. A layer that is given a batch of another size raises ValueError when
+            it is called.
     """
     rows = RowAdapters(_names(model, adapters))
     before: list[tuple[nn.Module, Any]] = []
@@ -42,7 +45,7 @@ def adapters_of_rows(model: nn.Module, adapters: Sequence[str] | Sequence[int] |
 
     try:
         for module in list(model.modules()):
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
                 replace(module, partial(_forward, module, rows))
             elif fusion_of(module) is not None:  # its layers are computed one by one
                 replace(module, partial(type(module).forward, module))
@@ -64,7 +67,10 @@ def _forward(layer: Any, rows: RowAdapters, x: Any, *args: Any, **kwargs: Any) -
 def _names(model: nn.Module, adapters: Any) -> list[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    known = list(dict.fromkeys(name for m in model.modules() if isinstance(m, LoraLayer) for name in m.lora_A))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if any(type(layer).__name__ == "ParamWrapper" for layer in layers):
+        raise ValueError("experts of the model have adapters, which cannot differ by entry of a batch")
+    known = list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
     if not known:
         raise ValueError("model must be a PEFT model with LoRA layers, got one without")
     order = list(getattr(model, "peft_config", known))

@@ -25,10 +25,12 @@ class RowAdapters:
             numbers = {name: number for number, name in enumerate(scalings)}
             of_entries = [numbers.get(name, -1) for name in self.names]  # a layer need not have every adapter
             ends = [i + 1 for i, (one, next_) in enumerate(pairwise([*of_entries, None])) if one != next_]
-            self._rows[key] = Rows(
-                torch.tensor([max(0, of_entries[end - 1]) for end in ends], dtype=torch.int64, device=device),
-                torch.tensor(ends, dtype=torch.int32, device=device),
-                torch.tensor([[float(i == e) for i in range(len(numbers))] for e in of_entries], device=device),
-                torch.tensor([scalings.get(name, 0.0) for name in self.names], device=device),
-            )
+            one_hot = [[float(i == e) for i in range(len(numbers))] for e in of_entries]
+            with torch.inference_mode(False):  # training may follow
+                self._rows[key] = Rows(
+                    torch.tensor([max(0, of_entries[end - 1]) for end in ends], dtype=torch.int64, device=device),
+                    torch.tensor(ends, dtype=torch.int32, device=device),
+                    torch.tensor(one_hot, device=device).view(len(one_hot), len(numbers)),
+                    torch.tensor([scalings.get(n, 0.0) for n in self.names], dtype=torch.float64, device=device),
+                )
         return self._rows[key]

@@ -115,6 +115,14 @@ def bitsandbytes_eager():
         yield
 
 
+@pytest.fixture
+def compiling():
+    """For tests that compile: in a module with `bitsandbytes_eager` they would run eagerly, and show nothing."""
+    torch.compiler.reset()
+    with torch.compiler.set_stance("default"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Products this small only lose by being shared out."""

@@ -260,7 +260,7 @@ def test_few_tokens_without_gradients(weight):
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 @pytest.mark.parametrize("weight", ["fp32", "nf4"])
-def test_compiled(weight, dynamic):
+def test_compiled(weight, dynamic, compiling):
     layer, x = layer_of(weight)
     dy = torch.randn(40, 96)
     expected = run(layer, x, dy)

@@ -277,7 +277,7 @@ def test_results_do_not_depend_on_threads():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_compiles_to_one_graph(grad):
+def test_compiles_to_one_graph(grad, compiling):
     model = adapted(experts_of("qwen3_moe", torch.float32))
     patch(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -289,6 +289,65 @@ def test_compiles_to_one_graph(grad):
         else:
             with torch.no_grad():
                 assert same(compiled(x), model(x), longest=LONGEST)
+
+
+def test_a_graph_is_guarded_on_what_the_experts_compute(compiling):
+    """An activation replaced, one of its attributes changed, a gate set on the instance."""
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.negative = False
+
+        def forward(self, z):
+            return nn.functional.silu(-z if self.negative else z)
+
+    model = adapted(experts_of("qwen3_moe", torch.float32))
+    experts, x = block_of(model).get_base_layer(), an_input()
+    experts.act_fn = Turned()
+    patch(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        assert same(compiled(x), model(x), longest=LONGEST)
+        experts.act_fn.negative = True
+        assert same(compiled(x), model(x), longest=LONGEST)
+        experts.act_fn = nn.GELU()
+        assert same(compiled(x), model(x), longest=LONGEST)
+        experts._apply_gate = lambda z: z.chunk(2, -1)[0]
+        assert same(compiled(x), model(x), longest=LONGEST)
+
+
+def random_activation(experts):
+    experts.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.5))
+
+
+def trained_activation(experts):
+    experts.act_fn = nn.PReLU()
+
+
+@pytest.mark.parametrize("change", [random_activation, trained_activation], ids=["random", "trained"])
+def test_a_gate_that_cannot_be_called_again_is_left_to_peft(change):
+    model = adapted(experts_of("qwen3_moe", torch.float32))
+    change(block_of(model).get_base_layer())
+    fast = copy.deepcopy(model)
+    patch(fast)
+    torch.manual_seed(3)
+    theirs = results_of(model, an_input())
+    torch.manual_seed(3)
+    with pytest.warns(UserWarning, match="is random|has parameters that train"):
+        ours = results_of(fast, an_input())
+    assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
+
+
+def test_gradients_are_not_differentiated():
+    """Not even where the loss is linear in the output, so that dy does not depend on anything."""
+    model = adapted(experts_of("qwen3_moe", torch.float32))
+    model.base_model.model.router.requires_grad_()
+    patch(model)
+    x = an_input().requires_grad_()
+    (dx,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager", "batched_mm"])

@@ -175,7 +175,7 @@ def test_every_op_has_a_kernel_or_is_left_to_torch():
 
 
 @pytest.mark.parametrize("call", calls(torch.float32, torch.float32))
-def test_kernels_are_compiled_around(in_interpreter, call):
+def test_kernels_are_compiled_around(in_interpreter, call, compiling):
     """Each op by its kernel gives what its composition gives, eager and compiled: the fakes fit the kernels too."""
     function, args = calls(torch.float32, torch.float32)[call]
     composition = kernel_ops.compositions[function.__name__]

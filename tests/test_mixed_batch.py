@@ -219,6 +219,58 @@ def test_generation_and_training_of_a_whole_model():
     assert [calls.fused for calls in fastlora.report(fast).mlps.values()] == [1]
 
 
+def test_modules_that_are_trained_and_saved_too():
+    """PEFT's ``modules_to_save`` of each adapter is that of its own entries."""
+    torch.manual_seed(0)
+    model = get_peft_model(dense(torch.float32), LoraConfig(target_modules=["up"], modules_to_save=["down"]), "first")
+    model.add_adapter("second", LoraConfig(target_modules=["up"], modules_to_save=["down"]))
+    for name, p in model.named_parameters():
+        if "first" in name or "second" in name:
+            nn.init.normal_(p, std=0.2)
+    x, names = an_input()[:3], ["first", "second", "first"]
+    with torch.no_grad():
+        expected = []
+        for i, name in enumerate(names):
+            model.set_adapter(name)
+            expected.append(model(x[i : i + 1]))
+        patch(model)
+        with fastlora.adapters_of_rows(model, names):
+            assert same(model(x), torch.cat(expected), longest=LONGEST)
+
+
+def test_inference_and_then_training_in_one_context():
+    model = adapted()
+    patch(model)
+    x = an_input().requires_grad_()
+    with fastlora.adapters_of_rows(model, NAMES):
+        with torch.inference_mode():
+            model(an_input())
+        model(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_in_fp64():
+    model = adapted(dtype=torch.float64)
+    fast = copy.deepcopy(model)
+    patch(fast)
+    ours, theirs = (run(each, an_input(torch.float64), NAMES) for run, each in ((step, fast), (one_by_one, model)))
+    for name, t in ours.items():
+        assert same(t, theirs[name], longest=LONGEST), name
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_compiles_to_one_graph(grad, compiling):
+    model = adapted()
+    patch(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = step(model, an_input(), NAMES)
+    if grad:
+        assert all(same(t, expected[n], longest=LONGEST) for n, t in step(model, an_input(), NAMES, compiled).items())
+    else:
+        with torch.no_grad(), fastlora.adapters_of_rows(model, NAMES):
+            assert same(compiled(an_input()), expected["y"], longest=LONGEST)
+
+
 def test_layers_that_are_not_patched_go_through_peft():
     model, x = adapted(), an_input()
     expected = one_by_one(copy.deepcopy(model), x, NAMES)

@@ -234,7 +234,7 @@ def test_experts_that_cannot_be_computed_any_more():
         model(an_input())
 
 
-def test_compiles_to_one_graph():
+def test_compiles_to_one_graph(compiling):
     model = ours(lora_dropout=0.2).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found, expected = results_of(model, an_input(), compiled), results_of(model, an_input())

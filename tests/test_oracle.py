@@ -215,7 +215,7 @@ def test_any_long_sequence(case, bitsandbytes_eager):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_any_sequence_with_compiling(case, bitsandbytes_eager):
+def test_any_sequence_with_compiling(case):
     run(case, max_examples=40, steps=12, machine=CompilingMachine)
 
 

@@ -210,6 +210,36 @@ def test_a_changed_block_runs_its_own_forward(change, compiled):
         assert same(call(x), expected, longest=MLP)
 
 
+class Turned(nn.Module):
+    """silu, of -z once an attribute has changed; the class has no buffer, so that a graph computes the block as one."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, z):
+        return F.silu(-z if self.value == 2 else z)
+
+
+class Turning(SwiGLU):
+    def __init__(self, value):
+        super().__init__()
+        self.act_fn = Turned(value)
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.parametrize("values", [(0, 2), (1.5, 2.0), (1, 2)], ids=str)
+def test_a_graph_is_guarded_on_attributes(values):
+    model, block = patched(Turning(values[0]))
+    torch._dynamo.reset()
+    call, x = torch.compile(model, backend="eager"), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    for value in values:
+        block.act_fn.value = value
+        assert same(call(x), type(block).forward(block, x), longest=MLP)
+
+
 def test_a_block_is_fused_again_when_the_change_is_undone():
     model, block = patched(WithParts())
     x = torch.randn(2, HIDDEN, dtype=torch.float64)

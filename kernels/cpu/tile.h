@@ -365,15 +365,42 @@ template <typename A>
 struct AdapterProduct {
   explicit AdapterProduct(const Adapter& adapter) : left(to_tile<A>(adapter.p)), right(to_tile<A>(adapter.b)) {
     scale(left, adapter.s);
+    if (left.cols < SPARSE) return;
+    for (int64_t i = 0; i < left.rows; ++i) {
+      const auto is_zero = [](A v) { return v == A(0); };
+      const A *row = left.row(i), *end = row + left.cols, *first = std::find_if_not(row, end, is_zero);
+      while (end > first && is_zero(end[-1])) --end;
+      used.push_back({first - row, end - row});
+    }
   }
 
   // tile[rows, cols] (+)= rows m0 and columns n0 on, for a multiple of PAD columns
   void onto(A* tile, int64_t ld, bool add, int64_t m0, int64_t rows, int64_t n0, int64_t cols) const {
     for (int64_t i = 0; !add && i < rows; ++i) std::fill_n(tile + i * ld, cols, A(0));
-    accumulate(tile, ld, left.row(m0), left.stride, 1, right.row(0) + n0, right.stride, rows, left.cols, cols);
+    const auto terms = [&](int64_t i, int64_t height, int64_t l, int64_t depth) {
+      accumulate(
+          tile + i * ld, ld, left.row(m0 + i) + l, left.stride, 1, right.row(l) + n0, right.stride, height, depth,
+          cols);
+    };
+    if (used.empty()) return terms(0, rows, 0, left.cols);
+    for (int64_t i = 0; i < rows; i += ROWS) {
+      const int64_t height = std::min(ROWS, rows - i);
+      auto [first, last] = used[m0 + i];
+      for (int64_t j = 1; j < height; ++j) {
+        first = std::min(first, used[m0 + i + j].first);
+        last = std::max(last, used[m0 + i + j].second);
+      }
+      for (int64_t l = first; l < last;) {  // runs begin where they would without zeros: sums are the same
+        const int64_t end = std::min(last, round_up(l + 1, RUN));
+        terms(i, height, l, end - l);
+        l = end;
+      }
+    }
   }
 
+  static constexpr int64_t SPARSE = 32;  // columns from which on it is worth looking for zeros
   Tile<A> left, right;
+  std::vector<std::pair<int64_t, int64_t>> used;  // of each row, the columns that are not zero, as in a mixed batch
 };
 
 template <typename T, typename Init>
