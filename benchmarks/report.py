@@ -168,7 +168,9 @@ def compare_reports(folder: Path) -> list[Path]:
 
 
 def bench_rows(folder: Path) -> list[Path]:
-    return [path for verb in BENCH for path in sorted(folder.rglob(f"{verb}.csv"))]
+    # A study may have a verb's name.
+    found = (path for verb in BENCH for path in sorted(folder.rglob(f"{verb}.csv")))
+    return [path for path in found if path.parent.name != "studies"]
 
 
 def drawings(results: Path) -> list[Picture]:
