@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from fastlora.peft import patch
 
 MOST_PARAMETERS = 20_000_000  # more are none that a rule made tiny
-MOST_SECONDS = 30  # of processor time, so that what else the machine does decides nothing
+MOST_SECONDS = 60  # of processor time, so that what else the machine does decides nothing
 MOST_CLASSES = 4  # of one model type are tried
 
 # Both sides are fp32 and take the same sums in another order. One layer differs by 1e-6 of its norm; a thousandth
