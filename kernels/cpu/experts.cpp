@@ -50,6 +50,14 @@ int64_t rows_in_all(const std::vector<Rows>& experts) {
   return all;
 }
 
+// [rows, cols], to be written but for the rows of no expert, which are zero
+Tensor output_of(const std::vector<Rows>& experts, int64_t rows, int64_t cols, const at::TensorOptions& options) {
+  const Tensor out = at::empty({rows, cols}, options);
+  const int64_t used = rows_in_all(experts);
+  out.narrow(0, used, rows - used).zero_();
+  return out;
+}
+
 // Calls compute(rows) for each. Experts that have much of the work are computed one after the other, each by all
 // threads; the others side by side, in one parallel region.
 template <typename Compute>
@@ -74,9 +82,7 @@ Tensor shrink_experts(
   operands.scaling(s);
   operands.dropout(p, seed);
   const std::vector<Rows> experts = rows_of(operands, offs, a.size(0), x.size(0));
-  const Tensor out = at::empty({x.size(0), a.size(1)}, a.options());
-  const int64_t used = rows_in_all(experts);
-  out.narrow(0, used, x.size(0) - used).zero_();
+  const Tensor out = output_of(experts, x.size(0), a.size(1), a.options());
   if (out.numel() == 0) return out;
   const Dropout dropout = dropout_of(p, seed);
   const Tensor rows_of_x = with_rows(x);
@@ -101,9 +107,7 @@ Tensor lora_matmul_experts(
   if (bias.has_value()) operands.matrix("bias", *bias, E, N);
   operands.dropout(p, seed);
   const std::vector<Rows> experts = rows_of(operands, offs, E, M);
-  const Tensor y = at::empty({M, N}, x.options());
-  const int64_t used = rows_in_all(experts);
-  y.narrow(0, used, M - used).zero_();
+  const Tensor y = output_of(experts, M, N, x.options());
   if (y.numel() == 0) return y;
   const Dropout dropout = dropout_of(p, seed);
   for_each_expert(experts, [&](const Rows& rows) {
@@ -140,9 +144,7 @@ Tensor lora_matmul_experts_4bit(
   if (bias.has_value()) operands.matrix("bias", *bias, E, outputs);
   operands.dropout(p, seed);
   const std::vector<Rows> experts = rows_of(operands, offs, E, M);
-  const Tensor y = at::empty({M, outputs}, x.options());
-  const int64_t used = rows_in_all(experts);
-  y.narrow(0, used, M - used).zero_();
+  const Tensor y = output_of(experts, M, outputs, x.options());
   if (y.numel() == 0) return y;
   const Dropout dropout = dropout_of(p, seed);
   const Tensor rows_of_x = with_rows(x);
@@ -151,14 +153,12 @@ Tensor lora_matmul_experts_4bit(
       Weight4bit w(
           packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, rows_of_w, K, rows.expert);
       const Adapter adapter{rows.of(xa), dropout.scale(), b[rows.expert].t(), dropout.from_row(rows.first)};
-      const auto multiply = [&](const auto& init) {
+      const OptionalTensor bias_of = bias.has_value() ? OptionalTensor((*bias)[rows.expert]) : bias;
+      onto_bias<float>(bias_of, [&](const auto& init) {
         multiply_4bit<scalar_t>(
             {rows.of(rows_of_x)}, {{&w, !transposed}}, init, {adapter}, ColumnScale(std::nullopt),
             rows.of(y).mutable_data_ptr<scalar_t>(), rows.count, outputs);
-      };
-      if (!bias.has_value()) return multiply(nullptr);
-      const Tile<float> row = to_tile<float>((*bias)[rows.expert].unsqueeze(0));
-      multiply([&](int64_t, int64_t n0, int64_t cols, float* out) { std::copy_n(row.row(0) + n0, cols, out); });
+      });
     });
   });
   return y;

@@ -60,10 +60,9 @@ Tensor lora_matmul_4bit(
   const ColumnScale column_scale(scale);
   FASTLORA_DISPATCH_FLOAT(y.scalar_type(), [&] {
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    if (!bias.has_value()) return multiply_4bit<scalar_t>(rows, operands, nullptr, adapters, column_scale, to, M, N);
-    const Tile<float> row = to_tile<float>(bias->unsqueeze(0));
-    const auto init = [&](int64_t, int64_t n0, int64_t cols, float* out) { std::copy_n(row.row(0) + n0, cols, out); };
-    multiply_4bit<scalar_t>(rows, operands, init, adapters, column_scale, to, M, N);
+    onto_bias<float>(bias, [&](const auto& init) {
+      multiply_4bit<scalar_t>(rows, operands, init, adapters, column_scale, to, M, N);
+    });
   });
   return y;
 }

@@ -87,6 +87,14 @@ bool tail(
   return false;
 }
 
+// multiply(init), where init fills rows of A with the bias: what a product adds to. Without a bias it is nullptr.
+template <typename A, typename Multiply>
+void onto_bias(const OptionalTensor& bias, const Multiply& multiply) {
+  if (!bias.has_value()) return multiply(nullptr);
+  const Tile<A> row = to_tile<A>(bias->unsqueeze(0));
+  multiply([&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(row.row(0) + n0, cols, out); });
+}
+
 // y[M, N] = scale * (sum of x[i] w[i]^T + bias + the adapters' parts): by `tail`, or by torch's GEMMs, which add to
 // what the adapters wrote. y is contiguous and has elements.
 inline void matmul_into(
@@ -96,15 +104,11 @@ inline void matmul_into(
   const ColumnScale column_scale(scale);
   bool complete = false;  // with the base products
   FASTLORA_DISPATCH(y.scalar_type(), [&] {
-    using A = Wide<scalar_t>;
     scalar_t* to = y.mutable_data_ptr<scalar_t>();
-    const auto multiply = [&](const auto& init) {
+    onto_bias<Wide<scalar_t>>(bias, [&](const auto& init) {
       complete = tail<scalar_t>(x, w, init, adapters, column_scale, to);
       if (!complete) expand<scalar_t>(init, adapters, to, M, N);
-    };
-    if (!bias.has_value()) return multiply(nullptr);
-    const Tile<A> row = to_tile<A>(bias->unsqueeze(0));
-    multiply([&](int64_t, int64_t n0, int64_t cols, A* out) { std::copy_n(row.row(0) + n0, cols, out); });
+    });
   });
   for (size_t i = 0; !complete && i < x.size(); ++i)
     if (x[i].size(1) > 0) y.addmm_(x[i], w[i].t());
