@@ -275,7 +275,7 @@ def derived(
         "speedup": ratio(peft, own) if peft else None,
         "of_limit": ratio(own, frozen) if frozen else None,
     }
-    if case.verb in ("linear", "block", "experts"):
+    if not case.of_a_model:
         flops, moved, floor = roofline.least(case, mode, name != "frozen", rates)
         seconds = found["p50"]
         found |= {"tflops": flops / seconds / 1e12, "gbytes": moved / seconds / 1e9, "roofline": floor / seconds}

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from fastlora.benchmarks import pictures
+from fastlora.benchmarks.arguments import VERBS
 from fastlora.benchmarks.commands import profile
 from fastlora.benchmarks.pictures import MEMORY, TIME
 from fastlora.benchmarks.providers import PROVIDERS
@@ -31,7 +32,6 @@ from fastlora.benchmarks.tables import (
 )
 from fastlora.files import replace_file
 
-BENCH = ("linear", "block", "experts", "model", "generate", "decode")
 HERE = Path(__file__).resolve().parent
 _EXAMPLE = """\
 example:
@@ -169,7 +169,7 @@ def compare_reports(folder: Path) -> list[Path]:
 
 def bench_rows(folder: Path) -> list[Path]:
     # A study may have a verb's name.
-    found = (path for verb in BENCH for path in sorted(folder.rglob(f"{verb}.csv")))
+    found = (path for verb in VERBS for path in sorted(folder.rglob(f"{verb}.csv")))
     return [path for path in found if path.parent.name != "studies"]
 
 

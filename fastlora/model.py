@@ -59,9 +59,7 @@ def add_lora(
     target_parameters = [target_parameters] if isinstance(target_parameters, str) else list(target_parameters)
     target_modules = target_modules if isinstance(target_modules, str) else list(target_modules)
     experts = experts_of(model, target_parameters)
-    if layers_to_transform is not None:
-        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-        experts = {name: found for name, found in experts.items() if _layer_index(f"{name}.") in wanted}
+    experts = {name: found for name, found in experts.items() if _is_in(layers_to_transform, f"{name}.")}
     if target_parameters and not experts:
         raise ValueError(f"target_parameters={target_parameters!r} matches no parameter")
     names = _match_targets(model, target_modules, layers_to_transform) if target_modules or not experts else []
@@ -226,9 +224,7 @@ def _match_targets(model: nn.Module, target_modules, layers_to_transform) -> lis
     else:
         target_modules = list(target_modules)
         names = [n for n in modules if any(n == t or n.endswith(f".{t}") for t in target_modules)]
-    if layers_to_transform is not None:
-        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
-        names = [name for name in names if _layer_index(name) in wanted]
+    names = [name for name in names if _is_in(layers_to_transform, name)]
     if names:
         return names
     linear = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
@@ -246,6 +242,13 @@ def _near_matches(target_modules: str | list[str], linear: list[str]) -> str:
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     hint = f"did you mean {', '.join(dict.fromkeys(near))}? " if near else ""
     return f"{hint}linear layers end in: {', '.join(leaves[:20])}"
+
+
+def _is_in(layers_to_transform, name: str) -> bool:
+    if layers_to_transform is None:
+        return True
+    wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+    return _layer_index(name) in wanted
 
 
 def _layer_index(name: str) -> int | None:

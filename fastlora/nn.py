@@ -125,10 +125,7 @@ class LoRALinear(nn.Module):
             adapter_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.lora_A = nn.Parameter(torch.empty(r, K, device=like.device, dtype=adapter_dtype))
         self.lora_B = nn.Parameter(torch.zeros(N, r, device=like.device, dtype=adapter_dtype))
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A, std=1 / r)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        start_lora_A(self.lora_A, r, init_lora_weights)
         self.set_scaling(lora_alpha, use_rslora)
         self.lora_magnitude_vector: nn.Parameter | None = None
         if use_dora:
@@ -142,10 +139,8 @@ class LoRALinear(nn.Module):
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
         """``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with use_rslora. ValueError unless it is finite."""
-        if not is_finite_number(lora_alpha):
-            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self.scaling = lora_alpha / math.sqrt(self.r) if use_rslora else lora_alpha / self.r
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -352,6 +347,20 @@ def check_rank_and_start(r: Any, init_lora_weights: Any) -> None:
         raise ValueError(f"r must be positive, got {r}")
     if init_lora_weights not in (True, "kaiming", "gaussian"):
         raise ValueError(f'init_lora_weights must be True, "kaiming" or "gaussian", got {init_lora_weights!r}')
+
+
+def start_lora_A(a: Tensor, r: int, init_lora_weights: bool | str) -> None:
+    """Fill lora_A, of one layer or of experts below each other."""
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(a, std=1 / r)
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    if not is_finite_number(lora_alpha):
+        raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Adapted experts of a transformers model as a module."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from fastlora.base_experts import (
     why_not_this_call,
 )
 from fastlora.calls import calls_of
-from fastlora.functional import check_dropout, is_finite_number
-from fastlora.nn import check_rank_and_start, unchanged_on_error
+from fastlora.functional import check_dropout
+from fastlora.nn import check_rank_and_start, scaling_of, start_lora_A, unchanged_on_error
 
 
 class LoRAExperts(nn.Module):
@@ -73,10 +72,7 @@ class LoRAExperts(nn.Module):
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             new = {"device": weight.device, "dtype": adapter_dtype or wide}
             a = torch.empty(E * r, K, **new)
-            if init_lora_weights == "gaussian":
-                nn.init.normal_(a, std=1 / r)
-            else:
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            start_lora_A(a, r, init_lora_weights)
             self.lora_A[name] = nn.Parameter(a.view(E, r, K))
             self.lora_B[name] = nn.Parameter(torch.zeros(E, N, r, **new))
         self.set_scaling(lora_alpha, use_rslora)
@@ -85,10 +81,8 @@ class LoRAExperts(nn.Module):
 
     def set_scaling(self, lora_alpha: float, use_rslora: bool = False) -> None:
         """``scaling = lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with use_rslora. ValueError unless it is finite."""
-        if not is_finite_number(lora_alpha):
-            raise ValueError(f"lora_alpha must be a finite number, got {lora_alpha!r}")
+        self.scaling = scaling_of(lora_alpha, self.r, use_rslora)
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self.scaling = lora_alpha / math.sqrt(self.r) if use_rslora else lora_alpha / self.r
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.compiler.is_compiling():

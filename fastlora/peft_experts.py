@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlora.base_experts import (
     ExpertAdapter,
@@ -22,11 +22,10 @@ from fastlora.base_experts import (
     why_not_this_call,
 )
 from fastlora.base_layers import is_hooked
-from fastlora.calls import calls_of
 from fastlora.experts import Gate
-from fastlora.peft_reasons import ASKED_FOR, DISABLED, MERGED, part_reason
+from fastlora.peft_reasons import DISABLED, MERGED, count_call, linear_reason
 
-WRAPPER: Any = getattr(import_module("peft.tuners.lora.layer"), "ParamWrapper", None)
+WRAPPER: Any = getattr(import_module("peft.tuners.lora.layer"), "ParamWrapper", ())  # (): nothing is one
 GATE = "_fastlora_gate"  # where a wrapper keeps its `KnownGate`
 INSIDE = "the wrapper around it runs PEFT's forward"
 
@@ -65,12 +64,10 @@ def why_not_fused(outermost: Any) -> str | None:
 def _adapter_reason(wrapper: Any, name: str) -> str | None:
     for part in ("lora_A", "lora_B"):
         module = getattr(wrapper, part)._modules[name]
-        if type(module) is not nn.Linear:
-            return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
+        if (reason := linear_reason(part, module, name)) is not None:
+            return reason
         if module.bias is not None:
             return f"{part} of adapter {name!r} has a bias"
-        if (reason := part_reason(part, module, name)) is not None:
-            return reason
     return None
 
 
@@ -121,12 +118,8 @@ def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if not gate:
         gate = gate_of(known_gate(layer, experts), experts)
     reason = gate if isinstance(gate, str) else None
-    if not torch.compiler.is_compiling():
-        calls = calls_of(layer)
-        if reason is None:
-            calls.fused += 1
-        elif reason is not INSIDE:
-            calls.falls_back(reason, reason in ASKED_FOR)
+    if reason is not INSIDE:
+        count_call(layer, reason)
     if isinstance(gate, str):
         return type(layer).theirs.forward(layer, x, *args, **kwargs)
     adapters = {wrapper.parameter_name: _adapter(wrapper, experts) for wrapper in wrappers}
@@ -145,7 +138,7 @@ def _ours(theirs: type) -> type:
 
 
 OUR_EXPERTS: dict[type, type] = {}
-if WRAPPER is not None:
+if WRAPPER:
     OUR_EXPERTS[WRAPPER] = ParamWrapper = _ours(WRAPPER)
 
 
@@ -153,7 +146,7 @@ def outermost_of(layers: dict[str, LoraLayer]) -> dict[int, Any]:
     """For each ParamWrapper by its id, the outermost one around it."""
     found: dict[int, Any] = {}
     for layer in layers.values():  # in the order of named_modules: those around come first
-        if WRAPPER is not None and isinstance(layer, WRAPPER):
+        if isinstance(layer, WRAPPER):
             outermost = found.setdefault(id(layer), layer)
             if isinstance(layer.base_layer, WRAPPER):
                 found[id(layer.base_layer)] = outermost

@@ -17,7 +17,7 @@ from fastlora.base_layers import base_kind, is_hooked
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.compat import attribute, forward_ad, functorch_is_active
 from fastlora.functional import Adapter, adapted_forward, add_adapter_output, fused_forward, mixed_forward
-from fastlora.peft_reasons import ASKED_FOR, MORE_THAN_X, dora_reason, is_dora, magnitude_of, why_not_mixed, why_peft
+from fastlora.peft_reasons import MORE_THAN_X, count_call, dora_reason, is_dora, magnitude_of, why_not_mixed, why_peft
 from fastlora.row_adapters import RowAdapters
 
 _ACTIVE = attribute(LoraLayer, "_active_adapter", "active_adapters")
@@ -110,12 +110,7 @@ def _forward_checked(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:
         return mixed_batch(layer, x, RowAdapters(kwargs["adapter_names"]))
     reason = MORE_THAN_X if args or kwargs else why_peft(layer) or _why_not_this_x(layer, x) or transform_without_rule()
     base = layer.__dict__["_modules"]["base_layer"]
-    if not torch.compiler.is_compiling():
-        calls = calls_of(layer)
-        if reason is not None:
-            calls.falls_back(reason, reason in ASKED_FOR)
-        else:
-            calls.ran(base_kind(base))
+    count_call(layer, reason, base)
     if reason is not None:
         return type(layer).theirs.forward(layer, x, *args, **kwargs)  # type: ignore[attr-defined]
     adapters = _adapters(layer)
@@ -138,16 +133,11 @@ def mixed_batch(layer: LoraLayer, x: Tensor, rows: RowAdapters) -> Tensor:
         reason = _why_not_this_x(layer, x) or transform_without_rule()
     if reason is None and (x.dim() < 2 or len(x) != len(rows.names)):
         reason = f"x {list(x.shape)} is not a batch of {len(rows.names)}"
-    names = [name for name in rows.unique if name in layer.lora_A]
-    if not torch.compiler.is_compiling():
-        calls = calls_of(layer)
-        if reason is None:
-            calls.fused += 1
-        else:
-            calls.falls_back(reason, reason in ASKED_FOR)
-    base = layer.__dict__["_modules"]["base_layer"]
+    count_call(layer, reason)
     if reason is not None:
         return type(layer).theirs.forward(layer, x, adapter_names=rows.names)  # type: ignore[attr-defined]
+    base = layer.__dict__["_modules"]["base_layer"]
+    names = [name for name in rows.unique if name in layer.lora_A]
     if not names:
         return base(x)
     adapters = {name: _adapter(layer, name) for name in names}
@@ -260,6 +250,5 @@ for _name, _module in QUANTISED.items():
     except ImportError:
         _theirs = None
     if _theirs is not None:
-        OUR_LAYERS[_theirs] = globals()[f"Fast{_name}"] = _ours(
-            _theirs
-        )  # by name, so that a patched model can be pickled
+        # By name, so that a patched model can be pickled
+        OUR_LAYERS[_theirs] = globals()[f"Fast{_name}"] = _ours(_theirs)

@@ -3,16 +3,29 @@
 from importlib import import_module
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from fastlora.base_layers import base_kind, is_hooked, sharding
+from fastlora.calls import calls_of
 from fastlora.fourbit import is_4bit
 from fastlora.row_adapters import RowAdapters
 
 DISABLED, MERGED = "its adapters are disabled", "its adapters are merged"
 MORE_THAN_X = "it was called with more than x and adapter_names"
 ASKED_FOR = (DISABLED, MERGED, MORE_THAN_X)  # the user chose these: no warning
+
+
+def count_call(layer: LoraLayer, reason: str | None, base: nn.Module | None = None) -> None:
+    """Count an eager call: of PEFT's forward for this reason, or of fastlora, which may add to what a base computes."""
+    if torch.compiler.is_compiling():
+        return
+    calls = calls_of(layer)
+    if reason is None:
+        calls.ran("dense" if base is None else base_kind(base))
+    else:
+        calls.falls_back(reason, reason in ASKED_FOR)
 
 
 def why_peft(layer: LoraLayer) -> str | None:
@@ -80,10 +93,7 @@ def adapter_reason(layer: LoraLayer, name: str) -> str | None:
         if (reason := dora_reason(layer, name)) is not None:
             return reason
     for part in ("lora_A", "lora_B"):
-        module = modules[part]._modules[name]
-        if type(module) is not nn.Linear:
-            return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
-        if (reason := part_reason(part, module, name)) is not None:
+        if (reason := linear_reason(part, modules[part]._modules[name], name)) is not None:
             return reason
     dropout = modules["lora_dropout"]._modules[name]
     if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.p >= 1.0):
@@ -91,6 +101,13 @@ def adapter_reason(layer: LoraLayer, name: str) -> str | None:
     if is_hooked(dropout):
         return f"dropout of adapter {name!r} has hooks, which only run when it is called"
     return None
+
+
+def linear_reason(part: str, module: nn.Module, name: str) -> str | None:
+    """`part_reason` of a part that has to be a plain linear layer."""
+    if type(module) is not nn.Linear:
+        return f"{part} of adapter {name!r} is a {type(module).__name__}, not a plain nn.Linear"
+    return part_reason(part, module, name)
 
 
 def part_reason(part: str, module: nn.Module, name: str) -> str | None:

@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fastlora.fuse import fusion_of
+from fastlora.peft_experts import WRAPPER
 from fastlora.peft_layers import mixed_batch
 from fastlora.row_adapters import BASE, RowAdapters
 
@@ -68,7 +69,7 @@ def _names(model: nn.Module, adapters: Any) -> list[str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    if any(type(layer).__name__ == "ParamWrapper" for layer in layers):
+    if any(isinstance(layer, WRAPPER) for layer in layers):
         raise ValueError("experts of the model have adapters, which cannot differ by entry of a batch")
     known = list(dict.fromkeys(name for layer in layers for name in layer.lora_A))
     if not known:

@@ -51,6 +51,10 @@ class Case:
         return models.DENSE[self.base if self.base in models.DENSE else self.compute]
 
     @property
+    def of_a_model(self) -> bool:
+        return self.verb in ("model", "generate")
+
+    @property
     def sizes(self) -> list[tuple[int, int, int]]:
         """(M, N, K) of every linear layer of a linear or a block, or of every expert that has tokens if all have
         equally many."""
@@ -125,7 +129,7 @@ class Subject:
 def make_subject(case: Case, device: torch.device, seed: int = 0) -> Subject:
     """Weights, adapters (B as after some training, not zero) and inputs, from the seed."""
     torch.manual_seed(seed)
-    if case.verb in ("model", "generate"):
+    if case.of_a_model:
         base: nn.Module = _language_model(case, device)
         size = (case.M, PROMPT) if case.verb == "generate" else (1, case.M)
         tokens = torch.randint(base.config.vocab_size, size, device=device)  # type: ignore[union-attr, arg-type]
@@ -173,8 +177,7 @@ def adapt(base: nn.Module, case: Case) -> nn.Module:
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1 * case.r**-0.5)
-    whole = case.verb in ("linear", "block", "experts")
-    return wrapped.base_model.model if whole else wrapped  # type: ignore[return-value]
+    return wrapped if case.of_a_model else wrapped.base_model.model  # type: ignore[return-value]
 
 
 def _targets(base: nn.Module) -> list[str]:

@@ -109,13 +109,11 @@ def memory(trainer: training.Trainer) -> Row:
 
 def times(trainer: training.Trainer, frozen: training.Trainer) -> Row:
     """Seconds a step, and the median over rounds of the step's time over the frozen model's in the same round."""
-    spread = protocol.quantiles([trainer.results.timed])
-    return {
-        "step_p20_seconds": spread["p20"],
-        "step_p50_seconds": spread["p50"],
-        "step_p80_seconds": spread["p80"],
-        "over_frozen": ratio(trainer, frozen),
-    }
+    return {**step_seconds([trainer.results.timed]), "over_frozen": ratio(trainer, frozen)}
+
+
+def step_seconds(turns: protocol.Turns) -> Row:
+    return {f"step_{p}_seconds": seconds for p, seconds in protocol.quantiles(turns).items()}
 
 
 def ratio(trainer: training.Trainer, reference: training.Trainer) -> float | None:

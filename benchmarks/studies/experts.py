@@ -38,16 +38,13 @@ def measure(setup: Setup) -> list[Row]:
         ways = {name: Way.of(lambda name=name, step=step: step(name)) for name in NAMED}  # type: ignore[misc]
         turns = protocol.interleave(ways, protocol.clock_of(setup.device), 3 if setup.quick else 7)
         for name in NAMED:
-            spread = protocol.quantiles(turns[name])
             module = modules[name]
             rows.append(
                 {
                     "experts": experts,
                     "provider": name,
                     "base": base,
-                    "step_p20_seconds": spread["p20"],
-                    "step_p50_seconds": spread["p50"],
-                    "step_p80_seconds": spread["p80"],
+                    **common.step_seconds(turns[name]),
                     "over_frozen": protocol.ratio(turns[name], turns["frozen"]),
                     "saved_bytes": saved_bytes(module, lambda module=module: subject.forward(module)),  # type: ignore[misc]  # noqa: B023
                     "peak_bytes": peak_bytes(setup.device, ways[name]),

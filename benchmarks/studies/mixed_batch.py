@@ -39,10 +39,8 @@ def measure(setup: Setup) -> list[Row]:
     turns = protocol.interleave(ways, protocol.clock_of(setup.device), 3 if setup.quick else 7)
     rows: list[Row] = []
     for (name, k), own in turns.items():
-        spread = protocol.quantiles(own)
-        times = {f"step_p{q}_seconds": spread[f"p{q}"] for q in protocol.QUANTILES}
         over_one = protocol.ratio(own, turns[name, 1])
-        rows.append({"adapters": k, "provider": name, **times, "over_one": over_one})
+        rows.append({"adapters": k, "provider": name, **common.step_seconds(own), "over_one": over_one})
     return rows
 
 
