@@ -227,6 +227,15 @@ def test_parameters_by_name():
     assert list(fastlora.LoRAExperts(experts).lora_A) == ["gate_up_proj", "down_proj"]
 
 
+def test_layers_to_transform_chooses_experts_too():
+    model = nn.ModuleDict({"layers": nn.ModuleList(Net(experts_of("qwen3_moe", torch.float32)) for _ in range(3))})
+    with pytest.raises(ValueError, match="matches no parameter"):
+        fastlora.add_lora(model, target_modules=[], target_parameters=BOTH, layers_to_transform=[7])
+    fastlora.add_lora(model, target_modules=[], target_parameters=BOTH, layers_to_transform=1)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, fastlora.LoRAExperts)]
+    assert adapted == ["layers.1.experts"]
+
+
 def test_experts_that_cannot_be_computed_any_more():
     model = ours()
     model.experts.base_layer.register_forward_hook(lambda *_: None)
