@@ -25,7 +25,8 @@ ALWAYS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-FLAGS = {"AVX2": AVX2, "AVX512": AVX512, "AVX512_BF16": [*AVX512, "-mavx512bf16"]}
+# Every processor with AVX512-BF16 has VNNI, products of 16-bit integers.
+FLAGS = {"AVX2": AVX2, "AVX512": AVX512, "AVX512_BF16": [*AVX512, "-mavx512vnni", "-mavx512bf16"]}
 
 
 def cpu_kernels() -> dict:

@@ -28,7 +28,7 @@ def environment(device: torch.device) -> dict:
         "platform": platform.platform(),
         **versions(),
         "allocator": _allocator,
-        "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
+        "cpu_kernels": cpu_kernels(),
         "commit": commit(),
     }
 
@@ -55,6 +55,11 @@ def versions() -> dict[str, str]:
         **libraries,
         "torch": torch.__version__,  # its own name for itself says which build it is
     }
+
+
+def cpu_kernels() -> str:
+    """Whether the CPU kernels are loaded and what bf16 is multiplied by, or why they are not."""
+    return ops.NO_CPU_KERNELS or f"loaded, bf16 by {torch.ops.fastlora._products_of_bf16()}"
 
 
 def cpu_name() -> str:

@@ -108,6 +108,36 @@ def test_any_strides(layout, dtype):
         assert inexact([y], [as_bitsandbytes], [x.double() @ w.double().t()], 128) is None
 
 
+@DTYPES
+def test_few_rows_of_any_size_and_range(dtype):
+    """Few rows of bf16 may be multiplied in integers, which have no exponents of their own."""
+    weight, w = weight_4bit(96, 320)
+    for size in (0.0, 1e-28, 1e-20, 1.0, 1e3, 1e35):
+        if dtype == FP16 and not 1e-3 < size < 1e2:
+            continue
+        x = size * torch.randn(3, 320)
+        x[:, ::7] *= 1e-2
+        x[:, 5] *= 300.0  # as hidden states of language models have them
+        x = x.to(dtype)
+        y = product(x, weight, torch.randn(3, 0), torch.randn(96, 0))
+        for row in range(3):
+            truth, once = x[row].double() @ w.double().t(), (x[row].float() @ w.float().t()).to(dtype)
+            assert inexact([y[row]], [once], [truth], 320) is None, size
+
+
+@DTYPES
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_few_rows_that_are_not_finite(number, dtype):
+    weight, w = weight_4bit(96, 320)
+    w[w.abs() < 1e-30] = 0.0
+    x = torch.randn(3, 320).to(dtype)
+    x[1, 7] = number
+    y = product(x, weight, torch.randn(3, 0), torch.randn(96, 0))
+    expected = x.float() @ w.float().t()
+    assert torch.equal(y[1].isnan(), expected[1].isnan()) and torch.equal(y[1].isinf(), expected[1].isinf())
+    assert y[[0, 2]].isfinite().all()
+
+
 def product(x, weight, xa, b):
     return lora_matmul_4bit([x], [weight], [xa], [b], None, [0.0], [None], False)
 

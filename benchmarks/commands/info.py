@@ -1,19 +1,20 @@
 """``fastlora info``."""
 
 import json
+import re
 from argparse import Namespace
 
 import torch
 
-from fastlora import kernel_ops, ops
-from fastlora.benchmarks.environment import cores, cpu_name, versions
+from fastlora import kernel_ops
+from fastlora.benchmarks.environment import cores, cpu_kernels, cpu_name, versions
 
 
 def run(args: Namespace) -> int:
     found = {
         "versions": versions(),
         "devices": devices(),
-        "cpu_kernels": ops.NO_CPU_KERNELS or "loaded",
+        "cpu_kernels": cpu_kernels(),
         "gpu_kernels": kernel_ops.unsupported_reason() or "on",
         "implementations": implementations(),
     }
@@ -45,7 +46,7 @@ def devices() -> dict:
 
 def implementations() -> dict[str, dict[str, str]]:
     """What runs each op on each device: a kernel registered for that device, or the composition that serves all."""
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastlora::"))
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if re.match("fastlora::[^_]", name))
     return {
         device: {
             op.removeprefix("fastlora::"): (

@@ -141,7 +141,17 @@ std::tuple<Tensor, Tensor, Tensor> lora_grad_op(
   return {dxa, da, db};
 }
 
+// What products of bf16 run on, which depends on the build and on the processor
+std::string products_of_bf16() {
+  if (bf16::available()) return bf16::amx() ? "AMX" : "AVX512-BF16";
+  return vector::LANES == 8 ? "AVX2 in fp32" : "AVX-512 in fp32";
+}
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastlora, m) {
+  m.def("_products_of_bf16", products_of_bf16);
+}
 
 TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("shrink", shrink_op);

@@ -2,6 +2,8 @@
 // multiplied in registers, in whatever order decoding gives them, and x is put into that order before.
 #pragma once
 
+#include <bit>
+
 #include "fourbit.h"
 #include "tile.h"
 
@@ -14,9 +16,10 @@ inline bool in_chunks(const Weight4bit& w) {
   return w.blocksize % CHUNK == 0 && (w.blocksize & (w.blocksize - 1)) == 0 && w.K % w.blocksize == 0;
 }
 
-// Rows of x lie so far apart, for at a power of two they would be on the same lines of the first-level cache.
+// Rows of x lie so far apart: whole pairs of chunks, and what a way may keep of each pair. At a power of two they
+// would be on the same lines of the first-level cache.
 inline int64_t ld_of_x(int64_t K) {
-  return K + CHUNK / 2;
+  return round_up(K, 2 * CHUNK) + round_up(K / CHUNK + 2, CHUNK / 2);
 }
 
 constexpr int64_t AHEAD = 4096;  // bytes of a row of w that are loaded before they are needed
@@ -60,8 +63,8 @@ struct DenseInFloat {
   static constexpr int64_t IN_ONE_STREAM = 1;
 
   template <typename T>
-  static void order(const T* from, float* to) {
-    for (int64_t i = 0; i < CHUNK; ++i)
+  static void order(const DenseRows& w, const T* from, float* to) {
+    for (int64_t i = 0; i < w.K; ++i)
       to[i] = static_cast<float>(from[i / (2 * LANES) * 2 * LANES + i % LANES * 2 + i / LANES % 2]);
   }
 
@@ -126,10 +129,10 @@ struct InFloat {
 #endif
   }
 
-  // A chunk of a row of x
   template <typename T>
-  static void order(const T* from, float* to) {
-    for (int64_t i = 0; i < CHUNK; ++i) to[i] = static_cast<float>(from[place(i)]);
+  static void order(const Weight4bit& w, const T* from, float* to) {
+    for (int64_t k = 0; k < w.K; k += CHUNK)
+      for (int64_t i = 0; i < CHUNK; ++i) to[k + i] = static_cast<float>(from[k + place(i)]);
   }
 
   // Which of its 64 weights `look_up` gives at place i of both halves
@@ -167,61 +170,119 @@ struct InFloat {
   }
 };
 
-#ifdef __AVX512BF16__
-// From 4 bits in pairs of bf16 numbers: what is looked up is the codes of a block times its scale, rounded as
-// bitsandbytes does.
-struct InPairs {
+#ifdef __AVX512VNNI__
+// From 4 bits in 16-bit integers, for x in bf16: two chunks at a time, whose words are looked up four times, shifted by
+// 4, 0, 12 and 8 bits. What is looked up is the codes in `Table::steps`; of x every pair of chunks is scaled by a power
+// of two to less than 2^14, so that numbers within 1/64 of its largest are exact. A lane adds up eight products of less
+// than 2^28. Codes are off by up to 2^-16 of the largest one; in bf16 each would be by up to 2^-9 of itself.
+struct InIntegers {
   using Weight = Weight4bit;
-  using Element = at::BFloat16;
-  static constexpr int ROWS_OF_X = 8, ROWS_OF_W = 2;
-  static constexpr int64_t IN_ONE_STREAM = 4;
+  using Element = int16_t;
+  static constexpr int ROWS_OF_X = 4, ROWS_OF_W = 2;
+  static constexpr int64_t IN_ONE_STREAM = 4, PAIR = 2 * CHUNK;
 
-  // A chunk of a row of x: what is multiplied with the high halves of all bytes, then with the low ones
-  static void order(const at::BFloat16* from, at::BFloat16* to) {
-    const __m512i first = _mm512_loadu_si512(from), second = _mm512_loadu_si512(from + CHUNK / 2);
-    alignas(64) uint16_t even[CHUNK / 2];
-    for (int i = 0; i < CHUNK / 2; ++i) even[i] = 2 * i;
-    const __m512i high = _mm512_load_si512(even), low = _mm512_add_epi16(high, _mm512_set1_epi16(1));
-    _mm512_storeu_si512(to, _mm512_permutex2var_epi16(first, high, second));
-    _mm512_storeu_si512(to + CHUNK / 2, _mm512_permutex2var_epi16(first, low, second));
+  // Integers know no infinity.
+  static bool takes(const Tensor& x) {
+    bool finite = true;
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
+    for (int64_t m = 0; m < x.size(0); ++m) finite &= largest_of(from + m * x.stride(0), x.size(1)) < 0x7f80;
+    return finite;
+  }
+
+  // The largest of n numbers, without its sign
+  static uint16_t largest_of(const uint16_t* bits, int64_t n) {
+    uint16_t largest = 0;
+    for (int64_t i = 0; i < n; ++i) largest = std::max<uint16_t>(largest, bits[i] & 0x7fff);
+    return largest;
+  }
+
+  // What the products of each pair are to be scaled by stands behind a row of x.
+  static float* scales_of_pairs(int16_t* x, int64_t K) {
+    return reinterpret_cast<float*>(x + round_up(K, PAIR));
+  }
+
+  static void order(const Weight4bit& w, const at::BFloat16* from, int16_t* to) {
+    float* scales = scales_of_pairs(to, w.K);
+    for (int64_t k = 0; k < w.K; k += PAIR, from += PAIR, to += PAIR) {
+      alignas(64) uint16_t bits[PAIR] = {};
+      std::memcpy(bits, from, std::min(w.K - k, PAIR) * sizeof(uint16_t));
+      const int exponent =
+          std::max(largest_of(bits, PAIR) >> 7, 29) - 126;  // 2^exponent is more than any; neither scale is subnormal
+      const float scale = std::ldexp(1.0f, 14 - exponent);
+      *scales++ = std::ldexp(1.0f / w.table.steps, exponent - 14);
+      for (int64_t i = 0; i < PAIR; i += 32) {
+        const __m256i first = to_integers(bits + i, scale), second = to_integers(bits + i + 16, scale);
+        const __m512i fours = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+        for (int n = 0; n < 4; ++n) {
+          __m128i* part = reinterpret_cast<__m128i*>(to + 32 * n + i / 4);
+          _mm_store_si128(part, _mm512_cvtepi64_epi16(_mm512_srli_epi64(fours, 16 * n)));
+        }
+      }
+    }
+  }
+
+  // Sixteen numbers of bf16, scaled
+  static __m256i to_integers(const uint16_t* bits, float scale) {
+    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
+    const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(scale))));
+  }
+
+  // A number of each block, for the lanes of two chunks
+  static __m512 of_blocks(const float* scales, int64_t chunk, int shift) {
+    const __m256 first = _mm256_set1_ps(scales[chunk >> shift]), second = _mm256_set1_ps(scales[(chunk + 1) >> shift]);
+    return _mm512_insertf32x8(_mm512_castps256_ps512(first), second, 1);
   }
 
   template <int I, int J>
-  static void dot(
-      const Weight4bit& w, int64_t n, const float* scales, const at::BFloat16* x, float* out, int64_t ld_out) {
-    constexpr int HALVES = I * J <= 8 ? 2 : 1;  // as many sums as the dozen clocks that an instruction takes to add
-    const int64_t blocks = w.K / w.blocksize;
+  static void dot(const Weight4bit& w, int64_t n, const float* scales, const int16_t* x, float* out, int64_t ld_out) {
+    const int64_t blocks = w.blocks(), ld = ld_of_x(w.K), chunks = w.K / CHUNK;
     const int shift = __builtin_ctzll(w.blocksize / CHUNK);
-    const __m512 codes = _mm512_loadu_ps(w.table.code.data());
+    const __m512i table = _mm512_load_si512(w.table.in_steps);
     const uint8_t* bytes = w.bytes + n * w.K / 2;
-    __m512 sum[HALVES][J][I];
-    for (int i = 0; i < HALVES * J * I; ++i) (&sum[0][0][0])[i] = _mm512_setzero_ps();
-    for (int64_t chunk = 0; chunk < w.K / CHUNK; ++chunk, bytes += CHUNK / 2) {
-      __m512bh high[J], low[J];
-      for (int j = 0; j < J; ++j) {
-        const __m512 scaled = _mm512_mul_ps(codes, _mm512_set1_ps(scales[j * blocks + (chunk >> shift)]));
-        // Twice, so that a fifth bit of what is looked up makes no difference
-        const __m512i table = _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled)));
-        const uint8_t* from = bytes + j * (w.K / 2);
-        load_ahead<J>(from);
-        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-        high[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(_mm512_srli_epi16(pairs, 4), table));
-        low[j] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(pairs, table));
+    __m512 sum[J][I];
+    for (int i = 0; i < J * I; ++i) (&sum[0][0])[i] = _mm512_setzero_ps();
+    const auto step = [&](int64_t chunk, const __m512i(&words)[J], const __m512(&scale)[J]) {
+      __m512i dot[J][I];
+      for (int i = 0; i < J * I; ++i) (&dot[0][0])[i] = _mm512_setzero_si512();
+      for (int part = 0; part < 4; ++part) {
+        constexpr int SHIFT[4] = {4, 0, 12, 8};
+        __m512i codes[J];
+        for (int j = 0; j < J; ++j)
+          codes[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[j], SHIFT[part]), table);
+        for (int i = 0; i < I; ++i) {
+          const __m512i of_x = _mm512_load_si512(x + i * ld + chunk * CHUNK + 32 * part);
+          for (int j = 0; j < J; ++j) dot[j][i] = _mm512_dpwssd_epi32(dot[j][i], codes[j], of_x);
+        }
       }
       for (int i = 0; i < I; ++i) {
-        const at::BFloat16* row = x + i * ld_of_x(w.K) + chunk * CHUNK;
-        const __m512bh first = reinterpret_cast<__m512bh>(_mm512_loadu_si512(row));
-        const __m512bh second = reinterpret_cast<__m512bh>(_mm512_loadu_si512(row + CHUNK / 2));
-        for (int j = 0; j < J; ++j) sum[0][j][i] = _mm512_dpbf16_ps(sum[0][j][i], high[j], first);
-        for (int j = 0; j < J; ++j) sum[HALVES - 1][j][i] = _mm512_dpbf16_ps(sum[HALVES - 1][j][i], low[j], second);
+        const __m512 by = _mm512_set1_ps(scales_of_pairs(const_cast<int16_t*>(x) + i * ld, w.K)[chunk / 2]);
+        for (int j = 0; j < J; ++j)
+          sum[j][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[j][i]), _mm512_mul_ps(scale[j], by), sum[j][i]);
       }
-    }
-    for (int i = 0; i < I; ++i) {
+    };
+    int64_t chunk = 0;
+    __m512i words[J];
+    __m512 scale[J];
+    for (; chunk + 2 <= chunks; chunk += 2) {
       for (int j = 0; j < J; ++j) {
-        const __m512 all = HALVES == 1 ? sum[0][j][i] : _mm512_add_ps(sum[0][j][i], sum[1][j][i]);
-        out[i * ld_out + j] += _mm512_reduce_add_ps(all);
+        const uint8_t* from = bytes + j * (w.K / 2) + chunk * (CHUNK / 2);
+        load_ahead<J>(from);
+        words[j] = _mm512_loadu_si512(from);
+        scale[j] = of_blocks(scales + j * blocks, chunk, shift);
       }
+      step(chunk, words, scale);
     }
+    if (chunk < chunks) {  // one is left, in a block of its own; x is zero beside it
+      for (int j = 0; j < J; ++j) {
+        const uint8_t* from = bytes + j * (w.K / 2) + chunk * (CHUNK / 2);
+        words[j] = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        scale[j] = _mm512_set1_ps(scales[j * blocks + (chunk >> shift)]);
+      }
+      step(chunk, words, scale);
+    }
+    for (int i = 0; i < I; ++i)
+      for (int j = 0; j < J; ++j) out[i * ld_out + j] += _mm512_reduce_add_ps(sum[j][i]);
   }
 };
 #endif
@@ -246,10 +307,7 @@ void multiply_few(
   constexpr int64_t STRIP = 32;
   const int64_t M = x.size(0), N = w.N, K = w.K, blocks = w.blocks();
   const Buffer<typename Way::Element> ordered(M, ld_of_x(K));
-  for (int64_t m = 0; m < M; ++m) {
-    const T* from = x.const_data_ptr<T>() + m * x.stride(0);
-    for (int64_t k = 0; k < K; k += CHUNK) Way::order(from + k, ordered.row(m) + k);
-  }
+  for (int64_t m = 0; m < M; ++m) Way::order(w, x.const_data_ptr<T>() + m * x.stride(0), ordered.row(m));
   std::vector<Tile<float>> lefts;
   int64_t ranks = 0;
   for (const Adapter& adapter : adapters) {

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string_view>
 
@@ -21,9 +22,12 @@ alignas(64) constexpr Code FP4 = {
     0.0f,  0.00520833349f,  0.666666687f,  1.0f,  0.333333343f,  0.5f,  0.166666672f,  0.25f,
     -0.0f, -0.00520833349f, -0.666666687f, -1.0f, -0.333333343f, -0.5f, -0.166666672f, -0.25f};
 
-// A code book for vector look-ups. AVX2 looks up bytes: plane i holds byte i of every code.
+// A code book for vector look-ups. AVX2 looks up bytes: plane i holds byte i of every code. In integers there are so
+// many steps to 1, fewer than 2^14: all codes come close to whole ones (FP4's are multiples of 1/192). They stand there
+// twice, so that a fifth bit of what is looked up makes no difference.
 struct Table {
-  explicit Table(const Code& code) : code(code) {
+  explicit Table(const Code& code) : code(code), steps(&code == &FP4 ? 85 * 192.0f : 15683.95f) {
+    for (int i = 0; i < 32; ++i) in_steps[i] = static_cast<int16_t>(std::lrint(code[i % 16] * steps));
     for (int plane = 0; plane < 4; ++plane) {
       for (int i = 0; i < 32; ++i) {
         uint32_t bits;
@@ -33,6 +37,8 @@ struct Table {
     }
   }
   const Code& code;
+  const float steps;
+  alignas(64) int16_t in_steps[32];
   alignas(32) uint8_t planes[4][32];
 };
 

@@ -50,7 +50,7 @@ std::vector<Operand> operands_of(at::TensorList w) {
 }
 
 // So many rows or fewer are multiplied without making a panel: with 4-bit weights,
-constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15, FEW_IN_PAIRS = 31;
+constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15, FEW_IN_INTEGERS = 31;
 // and with dense ones, of which a panel is worth making from so many on beside what torch does instead.
 #ifdef __AVX512BF16__
 constexpr int64_t FEW_DENSE = 31, LEAST_PANEL = 32;
@@ -121,9 +121,10 @@ void multiply_4bit(
     const std::vector<Tensor>& x, const std::vector<FourBitOperand>& w, const Init& init,
     const std::vector<Adapter>& adapters, const ColumnScale& column_scale, T* y, int64_t M, int64_t N) {
   if (x.size() == 1 && w[0].by_columns && in_chunks(*w[0].w)) {
-#ifdef __AVX512BF16__
+#ifdef __AVX512VNNI__
     if constexpr (std::is_same_v<T, at::BFloat16>)
-      if (M <= FEW_IN_PAIRS) return multiply_few<InPairs>(x[0], *w[0].w, init, adapters, column_scale, y);
+      if (M <= FEW_IN_INTEGERS && InIntegers::takes(x[0]))
+        return multiply_few<InIntegers>(x[0], *w[0].w, init, adapters, column_scale, y);
 #endif
     if (M <= FEW_IN_FLOAT) return multiply_few<InFloat>(x[0], *w[0].w, init, adapters, column_scale, y);
   }
