@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 from fastlora.benchmarks import pictures
 from fastlora.benchmarks.arguments import VERBS
+from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.commands import profile
 from fastlora.benchmarks.pictures import MEMORY, TIME
 from fastlora.benchmarks.providers import PROVIDERS
 from fastlora.benchmarks.readme import readme_md
 from fastlora.benchmarks.records import Rows, read_json, read_rows, write_json
+from fastlora.benchmarks.roofline import GPUS, planned
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.tables import (
     NAMES,
@@ -160,7 +162,27 @@ def studies_section(folder: Path, results: Path) -> Iterator[str]:
         yield (run if study.needs_model else "") + where(report["environment"])
 
 
-SECTIONS = (compare_section, profile_section, overhead_section, bench_section, studies_section)
+def plans_section(folder: Path, results: Path) -> Iterator[str]:
+    """What is predicted for GPUs, beside what their compilers made of the kernels."""
+    if folder.name != "inspect":
+        return
+    yield "### Plans and tiles of Llama-3-8B's layers, by the cost model"
+    yield (
+        "Nothing of this was measured: `fastlora tune` starts from it. In a cell the plan, and for `tail` its tile, "
+        "the share of the multiprocessors that have a tile to work on, and what binds the kernel."
+    )
+    for device in GPUS:
+        cells: dict[int, dict[str, str]] = {}
+        for row in planned(device, SHAPES["llama-3-8b"]):
+            tail = f"{row['tile']}, {row['busy']:.0%}, {row['bound']}"
+            text = f"tail ({tail})" if row["plan"] == "tail" else row["plan"]
+            cells.setdefault(row["M"], {})[f"{row['N']} x {row['K']}"] = f"{text}, {row['seconds'] * 1e6:.0f} µs"
+        layers = list(next(iter(cells.values())))
+        yield f"{device}:"
+        yield markdown(["tokens", *layers], [[str(M), *by_layer.values()] for M, by_layer in cells.items()])
+
+
+SECTIONS = (compare_section, profile_section, overhead_section, bench_section, studies_section, plans_section)
 
 
 def compare_reports(folder: Path) -> list[Path]:

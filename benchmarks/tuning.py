@@ -25,6 +25,7 @@ from fastlora.plans import Table
 Name = TypeVar("Name")
 Way = TypeVar("Way")
 Taken = TypeVar("Taken")
+Bucket = tuple[str, tuple[int, ...]]  # of problems that share a tile
 Clock = Callable[[Callable[[], Any]], float]  # seconds that a call takes on the device
 ROUNDS = 3
 GAIN = 0.02  # a way that is faster by less is not worth an entry
@@ -99,7 +100,7 @@ class Tuner:
             tiles.measured_by(lambda device: self.found.table)
             try:
                 for i, (at, (tile, users)) in enumerate(used.items()):
-                    yield 1 + i, total, (text := f"tiles of {at[0]}, size {at[1]}")
+                    yield 1 + i, total, (text := f"tiles of {at[0]}, {' x '.join(map(str, at[1]))}")
                     if text not in done:
                         self._tune_tile(at, tile, users)
                 for i, (key, sharing) in enumerate(by_plan.items()):
@@ -110,11 +111,11 @@ class Tuner:
                 tiles.measured_by(plans.table)
         yield total, total, "done"
 
-    def _tiles_used(self, problems: list[OpCase]) -> dict[tuple[str, int], tuple[Any, list[tuple[OpCase, str]]]]:
-        """(kernel, size) -> its tile, and the cases and plans that launch it."""
+    def _tiles_used(self, problems: list[OpCase]) -> dict[Bucket, tuple[Any, list[tuple[OpCase, str]]]]:
+        """By kernel and sizes its tile, and the cases and plans that launch it."""
         from fastlora.kernels import tiles
 
-        used: dict[tuple[str, int], tuple[Any, list[tuple[OpCase, str]]]] = {}
+        used: dict[Bucket, tuple[Any, list[tuple[OpCase, str]]]] = {}
         for case in problems:
             run, _, _ = case.make(self.device)
             for plan in case.plans:
@@ -124,7 +125,7 @@ class Tuner:
                     used.setdefault(at, (tile, []))[1].append((case, plan))
         return used
 
-    def _tune_tile(self, at: tuple[str, int], tile: Any, users: list[tuple[OpCase, str]]) -> None:
+    def _tune_tile(self, at: Bucket, tile: Any, users: list[tuple[OpCase, str]]) -> None:
         """Climb from the tile in use to its best neighbour, on the largest problem, until none is better; then let the
         best and the one in use run on all problems."""
         largest = max(users, key=lambda user: user[0].problem.M * user[0].problem.K * max(1, user[0].problem.N))

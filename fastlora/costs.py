@@ -4,6 +4,7 @@ A device of known rates needs for it
 
     seconds = sum over launches of max(bytes / copy, FLOPs / GEMM rate, instructions / issue rate, launch)
 
+A product of few tiles leaves multiprocessors without work: its share of the GEMM rate is `fastlora.kernels.waves`'.
 The bytes of a launch are those of the tensors it reads and writes, each once, as if caches held the rest. FLOPs are
 counted with the rank padded as the tensor core takes it. Dropout's mask costs no bytes and is left out.
 """
@@ -11,9 +12,10 @@ counted with the rank padded as the tensor core takes it. Dropout's mask costs n
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastlora.kernels.limits import cdiv, cut, next_power_of_2, padded_rank, parts_for
+from fastlora.kernels.waves import Product
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class LaunchCost(NamedTuple):
     flops: int = 0
     vendor: bool = False
     instructions: int = 0  # beside those of the product, for all lanes
+    share: float = 1.0  # of the GEMM rate, which is that of a product of very many tiles
 
     def times(self, rates: Rates, itemsize: int) -> dict[str, float]:
         """Seconds by what could bind: the largest is the time of the launch."""
@@ -92,7 +95,7 @@ class LaunchCost(NamedTuple):
             gemm = rates.gemm_fp32 if self.vendor else rates.kernel_gemm_fp32
         return {
             "memory": self.bytes / rates.copy,
-            "tensor core" if itemsize == 2 else "fp32 units": self.flops / gemm,
+            "tensor core" if itemsize == 2 else "fp32 units": self.flops / (gemm * self.share),
             "issue": self.instructions / rates.issue,
             "launch": rates.launch,
         }
@@ -121,8 +124,12 @@ def predict(op: str, plan: str, problem: Problem, rates: Rates) -> Prediction:
     )
 
 
+def _tiles() -> Any:
+    return import_module("fastlora.kernels.tiles")  # which needs Triton
+
+
 def _tile(kernel: str, c: Problem, size: int):
-    return import_module("fastlora.kernels.tiles").tile(kernel if c.itemsize == 2 else f"{kernel} fp32", size)
+    return _tiles().tile(kernel if c.itemsize == 2 else f"{kernel} fp32", size)
 
 
 def padded(r: int) -> int:
@@ -179,13 +186,33 @@ def _adapter_flops(c: Problem) -> int:
 
 def _tail(c: Problem, rates: Rates) -> list[LaunchCost]:
     moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize + _adapter_bytes(c)
-    return [LaunchCost("lora_matmul", moved, 2 * c.M * c.N * c.K + _adapter_flops(c))]
+    tiles = _tiles()
+    kernel = tiles.name_of_matmul(tiles.has_tma(), c.itemsize, c.parts > 1, c.p > 0)
+
+    def clocks(product: Product) -> float:
+        t = tiles.tile(kernel, product.M, product.N, product.K)
+        return product.clocks(t.BLOCK_M, t.BLOCK_N)
+
+    product = _product(c.M, c.N, c.K, rates)
+    share = product.share(clocks(product), clocks(product.large()))
+    return [LaunchCost("lora_matmul", moved, 2 * c.M * c.N * c.K + _adapter_flops(c), share=share)]
+
+
+def _product(M: int, N: int, K: int, rates: Rates) -> Product:
+    return Product(M, N, K, _tiles().family(), rates.multiprocessors)
+
+
+def _gemm(M: int, N: int, K: int, moved: int, rates: Rates) -> LaunchCost:
+    """A vendor's GEMM."""
+    product = _product(M, N, K, rates)
+    share = product.share(product.vendors_clocks(), product.large().vendors_clocks())
+    return LaunchCost("gemm", moved, 2 * M * N * K, vendor=True, share=share)
 
 
 def _base_last(c: Problem, rates: Rates) -> list[LaunchCost]:
     adapter, K = _adapter_bytes(c) + c.M * c.N * c.itemsize, c.K // c.parts
     base = (c.M * K + c.N * K + 2 * c.M * c.N) * c.itemsize
-    gemm = LaunchCost("gemm", base, 2 * c.M * c.N * K, vendor=True)
+    gemm = _gemm(c.M, c.N, K, base, rates)
     return [LaunchCost("lora_matmul", adapter, _adapter_flops(c)), *[gemm] * c.parts]
 
 
@@ -204,7 +231,7 @@ def _walk(c: Problem, rates: Rates, with_b: bool) -> list[LaunchCost]:
 
 def _dora_grad(c: Problem, rates: Rates) -> list[LaunchCost]:
     """A pass over dy[M, K] and y that writes dz, with sums over rows in fp32."""
-    t = import_module("fastlora.kernels.tiles").tile("dora_grad", c.K)
+    t = _tiles().tile("dora_grad", c.K)
     splits = _splits(c.M, t.BLOCK_M, cdiv(c.K, t.BLOCK_N), 4, rates)
     moved = 3 * c.M * c.K * c.itemsize + 4 * c.K * (1 + splits)
     return [LaunchCost("dora_grad", moved), *_sums(4, (splits, c.K))]
@@ -225,7 +252,7 @@ def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[LaunchCost]:
 
 def _merged(c: Problem, rates: Rates) -> list[LaunchCost]:
     moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize
-    return [*_decode(c, rates, merged=c.r > 0), LaunchCost("gemm", moved, 2 * c.M * c.N * c.K, vendor=True)]
+    return [*_decode(c, rates, merged=c.r > 0), _gemm(c.M, c.N, c.K, moved, rates)]
 
 
 def _decoded(c: Problem, rates: Rates) -> list[LaunchCost]:

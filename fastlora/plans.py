@@ -114,7 +114,7 @@ def by_rule(op: str, problem: Problem, device: str = "") -> str:
 
 # What ``fastlora tune`` measured.
 
-FORMAT = 1
+FORMAT = 2
 TABLE_FILE = "plans.json"
 
 
@@ -124,7 +124,7 @@ class Table:
 
     rates: Rates | None = None
     plans: dict[Key, str] = field(default_factory=dict)
-    tiles: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)  # by kernel and power of two of its size
+    tiles: dict[tuple[str, tuple[int, ...]], dict[str, int]] = field(default_factory=dict)  # by kernel, powers of two
     versions: dict[str, str] = field(default_factory=dict)  # of what compiled the tiles
     environment: dict[str, Any] = field(default_factory=dict)
 
@@ -206,7 +206,7 @@ def _table_to_json(measured: Table) -> dict:
         "versions": measured.versions,
         "rates": measured.rates and measured.rates.to_json(),
         "plans": [dict(zip(_KEY, at, strict=True)) | {"plan": plan} for at, plan in measured.plans.items()],
-        "tiles": [{"kernel": name, "size": size, "tile": t} for (name, size), t in measured.tiles.items()],
+        "tiles": [{"kernel": name, "sizes": list(sizes), "tile": t} for (name, sizes), t in measured.tiles.items()],
     }
 
 
@@ -224,14 +224,14 @@ def _table_from_json(entry: dict) -> Table:
             raise ValueError(f"sizes must not be negative, got {row!r}")
         measured.plans[at] = row["plan"]
     for row in entry["tiles"]:
-        sizes = {name: _typed(row["tile"], name, int) for name in row["tile"]}
-        if not all(value in _TILE.get(name, ()) for name, value in sizes.items()):
+        tile = {name: _typed(row["tile"], name, int) for name in row["tile"]}
+        if not all(value in _TILE.get(name, ()) for name, value in tile.items()):
             what = "a tile has powers of two as BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M and num_warps, and num_stages"
             raise ValueError(f"{what} of 1 to 16, got {row['tile']!r}")
-        size = _typed(row, "size", int)
-        if size != next_power_of_2(size):
-            raise ValueError(f"tiles are measured for powers of two, got the size {size}")
-        measured.tiles[_typed(row, "kernel", str), size] = sizes
+        sizes = tuple(_typed(row, "sizes", list))
+        if not sizes or not all(type(size) is int and size == next_power_of_2(size) for size in sizes):
+            raise ValueError(f"tiles are measured for powers of two, got the sizes {list(sizes)}")
+        measured.tiles[_typed(row, "kernel", str), sizes] = tile
     return measured
 
 

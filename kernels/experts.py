@@ -183,7 +183,7 @@ def lora_matmul_experts(
         return y
     if E == 0:
         return y.zero_()
-    t = tile("lora_matmul" if x.element_size() == 2 else "lora_matmul fp32", cdiv(M, E))
+    t = tile("lora_matmul" if x.element_size() == 2 else "lora_matmul fp32", cdiv(M, E), E * N, K)  # as many tiles
     launch = _launch_matmul(of_x, of_w, of_xa, of_b, bias is not None, p, dot_precision(x), t)
     launch(
         x_ptr=x, w_ptr=w, y_ptr=y, xa_ptr=xa.contiguous(), b_ptr=b, offs_ptr=offs.contiguous(), seed_ptr=seed,

@@ -23,9 +23,7 @@ from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import MAX_GROUP, cdiv, padded_rank
 from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.tiles import Tile, multiprocessors, tile
-
-TMA = "lora_matmul tma"  # how the rows of tiles begin that are copied so
+from fastlora.kernels.tiles import TMA, Tile, multiprocessors, name_of_matmul, tile
 
 Layouts = tuple[Layout, ...]
 # of every x, w, xa and b; of bias and column_scale; of the seeds; and every p
@@ -247,7 +245,7 @@ def _lora_matmul(
         "bias_ptr": None if bias is None else bias.contiguous(),
         "column_scale_ptr": None if column_scale is None else column_scale.contiguous(),
     }
-    t = tile(name, M)
+    t = tile(name, M, N, sum([each.shape[1] for each in xs]))
     launch = _launch(name, t, dot_precision(x), *operands)
     if name.startswith(TMA):
         launch(**_descriptors(_templates(t, *operands), xs, ws, y), **adapters)
@@ -296,12 +294,7 @@ def _row_of_tiles(has_tma: bool, *operands: *Operands) -> str:
         K, r = x.shape[1], b.shape[1]
         check_operands(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)))
     check_operands(xs[0], bias=(bias, (N,)), scale=(column_scale, (N,)))
-    group, dropout = " group" * (len(xs) > 1), " dropout" * any(ps)
-    if has_tma and _fits_tma(xs, ws):
-        return TMA + group + dropout
-    if xs[0].dtype == torch.float32:
-        return "lora_matmul fp32"
-    return "lora_matmul group dropout" if group and dropout else "lora_matmul"
+    return name_of_matmul(has_tma and _fits_tma(xs, ws), xs[0].dtype.itemsize, len(xs) > 1, any(ps))
 
 
 def _fits_tma(xs: Layouts, ws: Layouts) -> bool:

@@ -1,6 +1,6 @@
-"""Which tile a kernel runs with: one short table, a row per kernel and architecture.
+"""Which tile a kernel runs with: one short table, by kernel and architecture.
 
-The rows are starting points from compiled code (registers, spills, shared memory: ``fastlora inspect``), for a user's
+They are starting points from compiled code (registers, spills, shared memory: ``fastlora inspect``), for a user's
 table to override once measured. An architecture that has no row gets that of the least capable relative, so nothing
 here decides whether a GPU may run, only how well.
 """
@@ -8,7 +8,7 @@ here decides whether a GPU may run, only how well.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ import triton
 from triton.runtime import driver
 
 from fastlora.kernels.limits import next_power_of_2
+from fastlora.kernels.waves import Product, fastest, speed_of
 
 INTERPRETED = triton.knobs.runtime.interpret  # kernels ask when they are defined
 
@@ -36,35 +37,69 @@ class Tile:
         return {name: value for name, value in vars(self).items() if value}  # asdict takes longer than the launch
 
 
-def tile(kernel: str, size: int) -> Tile:
-    """The tile of this kernel on the current device for a problem of this size.
+Bucket = tuple[str, tuple[int, ...]]  # a kernel, and the next power of two of each of a problem's sizes
 
-    Forced by `use`, measured, or the table's (the first row whose bound holds the size).
+
+def tile(kernel: str, *sizes: int) -> Tile:
+    """The tile of this kernel on the current device for a problem of this size, of a product's M, N and K.
+
+    Forced by `use`, measured, or the table's: of a product the fastest (`waves`), else the first row whose bound holds
+    the size.
     """
     found = _forced.get(kernel)
     index = torch.cuda.current_device() if _has_cuda() else None
     if found is None and _source is not None and _forced_family is None:
-        measured = _source(_name_of_device(index)).tiles.get((kernel, next_power_of_2(size)))
+        measured = _source(_name_of_device(index)).tiles.get(bucket(kernel, sizes))
         found = None if measured is None else Tile(**measured)
     if found is None:
-        rows, name = TILES[kernel], _forced_family or _family_of_device(index)
-        by_size = rows.get("gfx942" if name == "gfx" else name) or rows["default"]
-        for bound, row in by_size.items():
-            if bound >= size:
-                found = row
-                break
-        assert found is not None
+        name = _forced_family or _family_of_device(index)
+        rows = rows_of(kernel, name)
+        if isinstance(rows, tuple):
+            M, N, K = sizes
+            found = fastest(rows, Product(M, N, K, name, _multiprocessors_of(index, name)))
+        else:
+            found = next(row for bound, row in rows.items() if bound >= sizes[0])
     if _watched is not None:
-        _watched[kernel, next_power_of_2(size)] = found
+        _watched[bucket(kernel, sizes)] = found
     return found
 
 
-_watched: dict[tuple[str, int], Tile] | None = None
+def rows_of(kernel: str, name: str) -> "Rows":
+    """The tiles of this kernel on this architecture."""
+    rows = TILES[kernel]
+    return rows.get("gfx942" if name == "gfx" else name) or rows["default"]
+
+
+TMA = "lora_matmul tma"  # how the rows of products begin whose tiles the hardware copies
+
+
+def name_of_matmul(tma: bool, itemsize: int, group: bool, dropout: bool) -> str:
+    """The rows for the kernel of a `lora_matmul`."""
+    if tma and itemsize == 2:
+        return TMA + " group" * group + " dropout" * dropout
+    if itemsize > 2:
+        return "lora_matmul fp32"
+    return "lora_matmul group dropout" if group and dropout else "lora_matmul"
+
+
+def bucket(kernel: str, sizes: tuple[int, ...]) -> Bucket:
+    """What problems that share a measured tile have in common."""
+    return kernel, tuple(map(next_power_of_2, sizes))
+
+
+def _multiprocessors_of(index: int | None, name: str) -> int:
+    """Those of the current device, or of the usual part where a device is only imagined."""
+    if index is None or _forced_family is not None:
+        return 4 if INTERPRETED and _forced_family is None else speed_of(name).multiprocessors
+    return multiprocessors(torch.device("cuda", index))
+
+
+_watched: dict[Bucket, Tile] | None = None
 
 
 @contextmanager
-def watch() -> Iterator[dict[tuple[str, int], Tile]]:
-    """The tiles that are launched within the context, by (kernel, the size's next power of two)."""
+def watch() -> Iterator[dict[Bucket, Tile]]:
+    """The tiles that are launched within the context."""
     global _watched
     _watched, before = {}, _watched
     try:
@@ -91,9 +126,9 @@ def use(kernel: str, forced: Tile) -> Iterator[None]:
 
 
 class Measured(Protocol):
-    """What was measured on a device: the fields of tiles, by kernel and the size's next power of two."""
+    """What was measured on a device: the fields of tiles."""
 
-    tiles: dict[tuple[str, int], dict[str, int]]
+    tiles: dict[Bucket, dict[str, int]]
 
 
 _source: Callable[[str], Measured] | None = None
@@ -179,12 +214,19 @@ def multiprocessors(device: torch.device) -> int:
 
 ANY = 1 << 30  # a bound that every size is under
 
-_INTERPRETED_MATMUL = {
-    127: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
-    ANY: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
-}
+# Of a product, tiles to choose from; of the other kernels the largest size that each row is for.
+Rows = tuple[Tile, ...] | dict[int, Tile]
 
-TILES: dict[str, dict[str, dict[int, Tile]]] = {
+_INTERPRETED_MATMUL = (
+    Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),
+    Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, GROUP_M=2),
+)
+_NARROW = Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=6)
+_MIDDLE = Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=5)
+_SQUARE = Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)
+_WIDE = Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3)
+
+TILES: dict[str, dict[str, Rows]] = {
     "shrink": {  # by the ranks that a program sums up, padded
         "sm_90": {
             32: Tile(BLOCK_M=64, BLOCK_K=128, num_warps=4, num_stages=3),
@@ -216,46 +258,38 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "default": {ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3)},
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
     },
-    "lora_matmul": {  # by M
-        "default": {
-            16: Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=1, num_warps=4, num_stages=4),
-            64: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=8, num_stages=4),
-            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
-        },
+    "lora_matmul": {
+        "default": (
+            Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=1, num_warps=4, num_stages=4),
+            Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
+            Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
+            Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
+        ),
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul group dropout": {  # the mask and an accumulator of its own for every part
-        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4)},
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2)},
+        "default": (Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),),
+        "interpreter": (Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),),
     },
     "lora_matmul fp32": {
-        "default": {ANY: Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3)},
-        "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2)},
+        "default": (Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, GROUP_M=8, num_warps=8, num_stages=3),),
+        "interpreter": (Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2),),
     },
     "lora_matmul tma": {
-        "sm_100": {  # beside fp32 adapters a larger tile does not fit its tensor memory
-            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
-            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=4, num_stages=4),
-        },
-        "default": {
-            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
-            ANY: Tile(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=3),
-        },
+        "sm_100": (_NARROW, _MIDDLE, replace(_SQUARE, num_warps=4)),  # beside fp32 adapters a larger one does not fit
+        "default": (_NARROW, _MIDDLE, _SQUARE, _WIDE),
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul tma dropout": {  # the mask takes the registers of half an accumulator
-        "default": {
-            64: Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=5),
-            ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
-        },
+        "default": (_NARROW, _MIDDLE, _SQUARE),
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul tma group": {  # the operands of every part stay in registers
-        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
+        "default": (_NARROW, _MIDDLE, _SQUARE),
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul tma group dropout": {  # and so do two accumulators beside a mask
-        "default": {ANY: Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4)},
+        "default": (_NARROW, replace(_SQUARE, BLOCK_N=64)),
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program

@@ -24,7 +24,7 @@ from fastlora.kernels.limits import ACTIVATIONS
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OTHERS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
 SIZES = [0, 1, 2, 3, 5, 8, 16, 17, 32, 33]
-REFUSED = ValueError, TypeError, RuntimeError
+REFUSED = ValueError, TypeError, RuntimeError, IndexError  # the last by torch, of an index
 
 
 class Calls:
@@ -308,7 +308,8 @@ def compare(name: str, args: list) -> bool:
     theirs = outcome(kernel_ops.compositions[name], in_plain_torch)
     assert (ours is None) == (theirs is None), "the composition" + " does not take this" * (theirs is None)
     fake = outcome(op, on_meta) if name != "swiglu_backward_" else ours  # moved to meta, nothing shares memory
-    assert (ours is None) == (fake is None), "the fake"
+    unseen = ours is None and "experts" in name  # values of offs, which a fake tensor has none of
+    assert (ours is None) == (fake is None) or unseen, "the fake"
     if ours is None or theirs is None or fake is None:
         return False
     if name == "swiglu_backward_":

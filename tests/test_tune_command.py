@@ -33,12 +33,12 @@ class Device:
 
     def launch(self, op, composition, *args):
         x = args[0]
-        plan, kernel, size = "", op, x.shape[0]
+        plan, sizes = "", (x.shape[0], *(args[1].shape if op == "lora_matmul" else ()))
         if op in plans.PLANS:
             like = args[3] if op == "lora_matmul" else args[2]
             N = args[1].shape[0] if op == "lora_matmul" else 0
             plan = plans.choose(op, kernel_ops._problem(x, N, like.shape[1]), "cpu")
-        used = (op, plan) if plan == "base_last" else (op, plan, tiles.tile(kernel, size))
+        used = (op, plan) if plan == "base_last" else (op, plan, tiles.tile(op, *sizes))
         self.spent += self.seconds(*used)
         self.timed.append(used)
         result = composition(*args)
@@ -119,7 +119,7 @@ def test_the_best_tile_is_climbed_to_and_launched_from_then_on(pretend, cache, c
     assert distance(device.timed[-1][2]) == 0
     with tiles.watch() as used:
         tiles.tile("shrink", 32)
-    assert distance(used["shrink", 32]) == 0
+    assert distance(used["shrink", (32,)]) == 0
     assert tiles.tile("shrink", 64) == usual
 
 
@@ -244,7 +244,7 @@ def test_interrupted_it_keeps_what_was_measured(pretend, cache, capsys):
     assert main(["tune", *SHAPE]) == 130
     assert "Interrupted" in capsys.readouterr().err
     found = plans.read_tables(cache)["cpu"]
-    assert found.rates and ("shrink", 32) in found.tiles
+    assert found.rates and ("shrink", (32,)) in found.tiles
     assert tiles._source("cpu") == plans.table("cpu"), "and what was being tried is no longer in use"
 
 

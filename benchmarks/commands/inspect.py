@@ -86,13 +86,13 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
             dys, ws = tuple(_meta(M, n) for n in widths), tuple(_meta(n, K).t() for n in widths)
             dxas, ats = zip(*((_meta(M, 16, dtype=FP32), _meta(16, K, dtype=FP32).t()) for _ in widths), strict=True)
             drops = [q for _ in widths], [seed if q else None for _ in widths]
-            yield "lora_matmul", name, _call(lora_matmul_group, dys, ws, dxas, ats, *drops)
+            yield "lora_matmul", name, _by_every_tile(True, q > 0, lora_matmul_group, dys, ws, dxas, ats, *drops)
     r = 16
     x, w, xa, b = _meta(M, K), _meta(N, K), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
     yield "lora_matmul", "of DoRA", _call(lora_matmul, x, w, xa, b, None, 0.0, None, _meta(N, dtype=FP32))
-    for m in (16, 64):
-        x, xa = _meta(m, K), _meta(m, r, dtype=FP32)
-        yield "lora_matmul", f"M={m}", _call(lora_matmul, x, _meta(N, K), xa, _meta(N, r, dtype=FP32), _meta(N))
+    for q, name in ((0.0, "every tile"), (p, "every tile, dropout")):
+        launch = _by_every_tile(False, q > 0, lora_matmul, x, w, xa, b, _meta(N), q, seed if q else None)
+        yield "lora_matmul", name, launch
     x, w, xa, b = _meta(M, K)[:, :0], _meta(N, K)[:, :0], _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
     yield "lora_matmul", "the adapter's product alone", _call(lora_matmul, x, w, xa, b)
     x, w, xa, b = _meta(M, 4097), _meta(N, 4097), _meta(M, r, dtype=FP32), _meta(N, r, dtype=FP32)
@@ -142,6 +142,19 @@ def _cases_of_experts() -> Iterator[tuple[str, str, Callable[[], Any]]]:
 
 def _call(function: Callable, *args: Any) -> Callable[[], Any]:
     return lambda: function(*args)
+
+
+def _by_every_tile(group: bool, dropout: bool, function: Callable, *args: Any) -> Callable[[], Any]:
+    """The call of a product by each tile that the table has for it on the architecture."""
+    from fastlora.kernels import tiles
+
+    def launch() -> None:
+        kernel = tiles.name_of_matmul(tiles.has_tma(), BF16.itemsize, group, dropout)
+        for tile in tiles.rows_of(kernel, tiles.family()):
+            with tiles.use(kernel, tile):
+                function(*args)
+
+    return launch
 
 
 def _meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
