@@ -7,9 +7,11 @@
     python benchmarks/gpu.py --device cpu --tiny the same code on tiny sizes, kernels interpreted: finds the typos
 
 Needs torch, triton and a GPU, and no installation of fastlora. PEFT, bitsandbytes, transformers and pytest are used
-where they are there; what is missing is listed as missing. A step ends when its --budget is spent: what it measured is
-written, and the next call goes on from there. Results go to benchmarks/results/<device>/: a CSV for each step, and
-gpu.json with where, when and with what it was measured.
+where they are there; what is missing is listed as missing. Every step has a share of the time: when it is spent, what
+was measured is written and the next step has its turn; what is left of --minutes goes to those that are not complete,
+and the next call goes on from there. A case that fails is a row with its error. Once `tune` has run, the plans and
+tiles that it found are used. Results go to benchmarks/results/<device>/: a CSV for each step, and gpu.json with where,
+when and with what it was measured; the call ends with the goals, what to try next, and benchmarks/RESULTS.md.
 """
 
 import argparse
@@ -25,10 +27,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))  # runs without being installed, from anywhere
 
-# The cheapest and most decisive first: time on a GPU is short.
-STEPS = ("environment", "smoke", "rates", "decode", "graph", "sweep", "profile", "compare", "correctness", "tune")
+# The seconds of a step's first turn, the most decisive first: time on a GPU is short.
+SECONDS = {
+    "environment": 30, "smoke": 90, "rates": 30, "tune": 120, "sweep": 180, "decode": 50, "experts": 60, "compare": 90,
+    "graph": 30, "profile": 30, "correctness": 300,
+}  # fmt: skip
+STEPS = tuple(SECONDS)
 Rows = list[dict[str, Any]]
 
 
@@ -85,12 +92,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 2
     steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
+    end = time.monotonic() + 60 * args.minutes
+    complete = dict.fromkeys(steps, False)
     try:
-        complete = [_run_step(step, args, device, name, folder, argv) for step in steps]
+        for seconds in (SECONDS, dict.fromkeys(steps, float("inf"))):  # a turn each, then as long as there is time
+            for step in [step for step in steps if not complete[step]]:
+                if time.monotonic() < end:
+                    deadline = min(end, time.monotonic() + seconds[step])
+                    complete[step] = _run_step(step, args, device, name, folder, argv, deadline)
+            args.again = False
     except KeyboardInterrupt:
         return 130
     _summary(folder)
-    return 0 if all(complete) else 1
+    if args.out == RESULTS:
+        _write_report()
+    return 0 if all(complete.values()) else 1
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -99,12 +115,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--only", choices=STEPS, metavar="STEP", help=f"one of {', '.join(STEPS)}")
     add("--from", dest="start", choices=STEPS, default=STEPS[0], metavar="STEP", help="this step and those after it")
     add("--again", action="store_true", help="measure again what has a complete result")
-    add("--budget", type=float, default=480, metavar="SECONDS", help="for each step (default: 480)")
+    add("--minutes", type=float, default=9, help="of this call (default: 9)")
     add("--summary", action="store_true", help="only print the goals")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu needs --tiny")
     add("--tiny", action="store_true", help="tiny sizes")
     add("--commit", help="which commit this is, where there is no git to ask")
-    add("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR", help="default: benchmarks/results")
+    add("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     args = parser.parse_args(argv)
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu only tries the code out: give --tiny too")
@@ -112,9 +128,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run_step(
-    step: str, args: argparse.Namespace, device: Any, name: str, folder: Path, argv: list[str] | None
+    step: str,
+    args: argparse.Namespace,
+    device: Any,
+    name: str,
+    folder: Path,
+    argv: list[str] | None,
+    deadline: float,
 ) -> bool:
     """Go on with a step until it is complete or its time is spent. Whether it is complete."""
+    from fastlora import plans
     from fastlora.benchmarks import gpu_steps
     from fastlora.benchmarks.cases.ops import kernels
     from fastlora.benchmarks.records import read_rows, write_rows
@@ -129,10 +152,11 @@ def _run_step(
             return True
         again = of["commit"] != environment["commit"]  # what one commit did and another do not belong in one file
     rows = [] if again else read_rows(folder / f"{step}.csv")
+    plans.read_from(folder / plans.TABLE_FILE)  # which `tune` writes
     start = time.monotonic()
     others = {other: read_rows(folder / f"{other}.csv") for other in STEPS}
     done = {row["case"] for row in rows}
-    run = Run(device, name, folder, args.tiny, start + args.budget, again, others, done)
+    run = Run(device, name, folder, args.tiny, deadline, again, others, done)
     complete, failed, broken, interrupted = False, None, False, None
 
     def write() -> None:
@@ -154,7 +178,14 @@ def _run_step(
         if broken and run.case is not None:
             rows.append({"case": run.case, "error": failed})  # the next call passes over it
     write()
-    outcome = "complete" if complete else f"failed, {failed}" if failed else "not complete; the next call goes on"
+    errors = sum(row.get("error") is not None and row.get("provider") is None for row in rows)
+    outcome = (
+        "complete" + f", {errors} cases failed" * (errors > 0)
+        if complete
+        else f"failed, {failed}"
+        if failed
+        else "not complete; the next call goes on"
+    )
     print(f"{step}: {outcome} ({len(rows)} rows, {state[step]['seconds']} s)", flush=True)
     if interrupted:
         raise interrupted
@@ -184,12 +215,8 @@ def _collect(cases: Iterator[tuple[str, Any]], run: Run, rows: Rows, write: Call
         if case in run.done:
             continue
         run.case = case
-        measured = measure
-        if callable(measure):
-            measured = measure()
-            free()
-        rows += [{"case": case, **row} for row in measured]
-        print(f"  {case}", flush=True)
+        rows += [{"case": case, **row} for row in _measured(case, measure, run)]
+        free()
         if time.monotonic() - written > 10:
             write()
             written = time.monotonic()
@@ -197,6 +224,21 @@ def _collect(cases: Iterator[tuple[str, Any]], run: Run, rows: Rows, write: Call
             # Asking for the next case would measure it; a step whose last case this was finds that out at once.
             return False
     return True
+
+
+def _measured(case: str, measure: Any, run: Run) -> Rows:
+    """The rows of a case. One that fails, for want of memory perhaps, has a row that says so, unless it has left the
+    device unusable."""
+    try:
+        found = measure() if callable(measure) else measure
+        print(f"  {case}", flush=True)
+        return found
+    except Exception as error:
+        if _broken(run.device):
+            raise
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        print(f"  {case}: {reason}", flush=True)
+        return [{"error": reason}]
 
 
 def _broken(device: Any) -> bool:
@@ -247,7 +289,18 @@ def _summary(folder: Path) -> int:
         print(f"  {step:<12} {status}")
     results = {} if tiny else {step: read_rows(folder / f"{step}.csv") for step in STEPS}
     print("\n".join(goal_lines(goals(results))))
+    if advice := to_try(results):
+        print("\nto try next:\n" + "\n".join(f"  {line}" for line in advice))
     return 0
+
+
+def _write_report() -> None:
+    try:
+        from fastlora.benchmarks import report
+    except ImportError as missing:
+        print(f"RESULTS.md is not written: {missing.name} is not installed; `python -m benchmarks.report` does it")
+        return
+    report.main([])
 
 
 # ---- what is to be reached on a GPU, and whether it was: from the rows of the results, and nothing else
@@ -275,9 +328,9 @@ def goals(results: dict[str, Rows]) -> list[Goal]:
     nf4 = {name: block_seconds(sweep, "nf4", name) for name in ("frozen", "peft")}
     ours, ours_nf4 = block_seconds(sweep, "bf16", "fastlora"), block_seconds(sweep, "nf4", "fastlora")
     tests = results.get("smoke", []) + results.get("correctness", [])
-    outcomes = [row["outcome"] for row in tests if row["outcome"] != "skipped"]
+    outcomes = [row.get("outcome") for row in tests if row.get("outcome") != "skipped"]
     passed = sum(o == "passed" for o in outcomes) / len(outcomes) if outcomes else None
-    checks = [row["outcome"] for row in results.get("graph", []) if row["outcome"] is not None]
+    checks = [row["outcome"] for row in results.get("graph", []) if row.get("outcome") is not None]
     decode = results.get("decode", [])
     return [
         Goal("tests on the device that pass", 1.0, passed),
@@ -298,7 +351,7 @@ def block_seconds(rows: Rows, base: str, provider: str, M: int = 8192, r: int = 
     found = [
         (row["count"], row["p50"])
         for row in rows
-        if (row["base"], row["provider"], row["M"], row["r"], row["mode"]) == (base, provider, M, r, "step")
+        if tuple(map(row.get, ("base", "provider", "M", "r", "mode"))) == (base, provider, M, r, "step")
     ]
     if sum(count for count, _ in found) != 7 or any(p50 is None for _, p50 in found):
         return None
@@ -307,11 +360,44 @@ def block_seconds(rows: Rows, base: str, provider: str, M: int = 8192, r: int = 
 
 def bandwidth(rows: Rows, mode: str) -> float | None:
     """Bytes of all seven weights over their time, as a share of the copy bandwidth measured on the device."""
-    found = [row for row in rows if (row["provider"], row["mode"]) == ("fastlora", mode)]
+    found = [row for row in rows if (row.get("provider"), row.get("mode")) == ("fastlora", mode)]
     if sum(row["count"] for row in found) != 7 or any(row["p50"] is None for row in found):
         return None
     seconds = sum(row["count"] * row["p50"] for row in found)
     return sum(row["count"] * row["p50"] * row["roofline"] for row in found) / seconds
+
+
+def to_try(results: dict[str, Rows]) -> list[str]:
+    """What the rows say is worth a look: failures, plans that were chosen and are not the fastest, predictions that
+    are far off, and what takes most of a step's time."""
+    found = [
+        f"{step}: {row['case']} failed: {row['error']}"
+        for step, rows in results.items()
+        for row in rows
+        if row.get("error") and not row.get("provider") and row.get("kernel") is None
+    ]
+    found += [
+        f"{step}: {row['case']} {row['outcome']}: {row.get('reason')}"
+        for step in ("smoke", "correctness")
+        for row in results.get(step, [])
+        if row.get("outcome") in ("failed", "did not end")
+    ]
+    steps: dict[str, dict[str, dict]] = {}
+    for row in results.get("sweep", []):
+        if row.get("mode") == "step" and row.get("p50") and row["provider"].startswith("fastlora"):
+            steps.setdefault(row["case"], {})[row["provider"]] = row
+    for case, ours in steps.items():
+        best = min(ours.values(), key=lambda row: row["p50"])
+        chosen = ours.get("fastlora")
+        if chosen is None:
+            continue
+        if chosen["p50"] > 1.05 * best["p50"]:
+            found.append(f"plan: {case}: {best['provider']} takes {best['p50'] / chosen['p50']:.2f} of what was chosen")
+        if not 1 / 1.3 < chosen["p50"] / chosen["predicted"] < 1.3:
+            found.append(f"model: {case}: takes {chosen['p50'] / chosen['predicted']:.2f} times what was predicted")
+    kernels = [row for row in results.get("profile", []) if row.get("case") == "bf16 fastlora" and row.get("share")]
+    found += [f"time: {row['share']:.0%} of a bf16 block's steps is {row['kernel'][:60]}" for row in kernels[:3]]
+    return found
 
 
 def ratio(a: float | None, b: float | None) -> float | None:

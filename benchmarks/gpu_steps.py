@@ -113,12 +113,11 @@ def providers_of(base: str) -> list[Provider]:
 
 
 def step_sweep(run: Any) -> Cases:
-    tokens = (8,) if run.tiny else (8192, 1, 16, 4096, 1024, 256)
-    for r in (4,) if run.tiny else (16, 64):
-        for M in tokens:
-            for base in ("bf16", "nf4"):
-                for case in layers_of(run, M=M, r=r, base=base):
-                    yield str(case), partial(_sweep_case, run, case)
+    points = [(M, 16) for M in (8192, 512, 2048, 1, 16, 4096, 1024, 16384)] + [(8192, 64), (8192, 128)]
+    for M, r in [(8, 4)] if run.tiny else points:
+        for base in ("bf16", "nf4"):
+            for case in layers_of(run, M=M, r=r, base=base):
+                yield str(case), partial(_sweep_case, run, case)
 
 
 def _sweep_case(run: Any, case: Case) -> Rows:
@@ -151,6 +150,19 @@ def predicted(c: Problem, base: str, rates: Rates, device: str, backward: bool) 
     if backward:
         calls += [("lora_grad", grad, dy), ("lora_grad_a", "", c)]
     return sum(costs.predict(op, plan, problem, rates).seconds for op, plan, problem in calls)
+
+
+def step_experts(run: Any) -> Cases:
+    """A mixture of experts: frozen, by PEFT and by fastlora."""
+    for name, M in [("tiny-moe", 8)] if run.tiny else [("qwen3-30b-a3b", 4096), ("qwen3-30b-a3b", 16)]:
+        case = Case("experts", name, name, M, 4 if run.tiny else 16, "bf16")
+        yield str(case), partial(_experts, run, case)
+
+
+def _experts(run: Any, case: Case) -> Rows:
+    providers = [provider for provider in PROVIDERS.values() if provider.experts and "compile" not in provider.name]
+    *_, (_, rows) = protocol.run(case, providers, run.device, rates(run), rounds(run), ("forward", "step"))
+    return rows
 
 
 def step_decode(run: Any) -> Cases:

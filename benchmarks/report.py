@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from fastlora.benchmarks import pictures
+from fastlora.benchmarks import gpu, pictures
 from fastlora.benchmarks.arguments import VERBS
 from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.commands import profile
@@ -162,6 +162,42 @@ def studies_section(folder: Path, results: Path) -> Iterator[str]:
         yield (run if study.needs_model else "") + where(report["environment"])
 
 
+def gpu_section(folder: Path, results: Path) -> Iterator[str]:
+    """What `gpu.py` measured: its goals, and a block's linear layers."""
+    state = gpu.read_state(folder)
+    if not state or any(entry["environment"]["tiny"] for entry in state.values()):
+        return
+    found = {step: read_rows(folder / f"{step}.csv") for step in gpu.STEPS}
+    yield "### On a GPU (`make gpu`)"
+    met = {True: "met", False: "missed", None: "not measured"}
+    yield markdown(
+        ["goal", "bar", "measured", ""],
+        [
+            [goal.text, f"{'≥' if goal.at_least else '≤'} {goal.target:.2f}", _ratio(goal.got), met[goal.met]]
+            for goal in gpu.goals(found)
+        ],
+    )
+    sweep = found["sweep"]
+    points: dict[tuple[str, int, int], None] = {}
+    for row in sweep:
+        if row.get("base") and row.get("p50"):
+            points[row["base"], row["M"], row["r"]] = None
+    names = ("frozen", "peft", "addmm", "fastlora")
+    rows = []
+    for base, M, r in points:
+        frozen, peft, addmm, ours = (gpu.block_seconds(sweep, base, name, M, r) for name in names)
+        cells = ["–" if seconds is None else f"{seconds * 1e3:,.2f}" for seconds in (frozen, peft, addmm, ours)]
+        rows.append([base, str(M), str(r), *cells, _ratio(gpu.ratio(peft, ours)), _ratio(gpu.ratio(ours, frozen))])
+    yield "Forward and backward of the seven linear layers of a block of Llama-3-8B, one after the other, milliseconds:"
+    heads = ["base", "tokens", "r", "frozen", "PEFT", "addmm style", "fastlora", "PEFT / ours", "ours / frozen"]
+    yield markdown(heads, rows)
+    yield where(next(iter(state.values()))["environment"])
+
+
+def _ratio(found: float | None) -> str:
+    return "–" if found is None else f"{found:.2f}"
+
+
 def plans_section(folder: Path, results: Path) -> Iterator[str]:
     """What is predicted for GPUs, beside what their compilers made of the kernels."""
     if folder.name != "inspect":
@@ -182,7 +218,9 @@ def plans_section(folder: Path, results: Path) -> Iterator[str]:
         yield markdown(["tokens", *layers], [[str(M), *by_layer.values()] for M, by_layer in cells.items()])
 
 
-SECTIONS = (compare_section, profile_section, overhead_section, bench_section, studies_section, plans_section)
+SECTIONS = (
+    compare_section, profile_section, overhead_section, bench_section, studies_section, gpu_section, plans_section,
+)  # fmt: skip
 
 
 def compare_reports(folder: Path) -> list[Path]:

@@ -96,17 +96,21 @@ class Tuner:
             for case in problems:
                 if len(case.plans) > 1:
                     by_plan[plans.key(case.op, case.problem)].append(case)
-            total = 1 + len(used) + len(by_plan)
+            steps: list[tuple[str, Callable[[], None]]] = [
+                (f"plans of {sharing[0].op}, {sharing[0].name}", partial(self._tune_plan, key, sharing))
+                for key, sharing in by_plan.items()
+            ]
+            again = [(f"{text}, again", tune) for text, tune in steps]  # with the tiles that were found
+            for at, (tile, users) in used.items():
+                text = f"tiles of {at[0]}, {' x '.join(map(str, at[1]))}"
+                steps.append((text, partial(self._tune_tile, at, tile, users)))
+            total = 1 + len(steps) + len(again)
             tiles.measured_by(lambda device: self.found.table)
             try:
-                for i, (at, (tile, users)) in enumerate(used.items()):
-                    yield 1 + i, total, (text := f"tiles of {at[0]}, {' x '.join(map(str, at[1]))}")
+                for i, (text, tune) in enumerate(steps + again):
+                    yield 1 + i, total, text
                     if text not in done:
-                        self._tune_tile(at, tile, users)
-                for i, (key, sharing) in enumerate(by_plan.items()):
-                    yield 1 + len(used) + i, total, (text := f"plans of {sharing[0].op}, {sharing[0].name}")
-                    if text not in done:
-                        self._tune_plan(key, sharing)
+                        tune()
             finally:
                 tiles.measured_by(plans.table)
         yield total, total, "done"
@@ -152,7 +156,7 @@ class Tuner:
             self.found.changes.append(change)
 
     def _tune_plan(self, key: plans.Key, sharing: list[OpCase]) -> None:
-        before = plans.choose(key[0], sharing[0].problem, self.name)
+        before = self.found.table.plans.get(key) or plans.choose(key[0], sharing[0].problem, self.name)
         totals = dict.fromkeys(sharing[0].plans, 0.0)
         for case in sharing:
             run, eager, truth = case.make(self.device)

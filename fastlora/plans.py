@@ -134,8 +134,20 @@ def table(device: str) -> Table:
     return _tables().get(device) or _EMPTY
 
 
+def read_from(path: Path) -> None:
+    """Choose by the measurements in this file, if there is one, instead of the user's."""
+    global _file
+    _file = path if path.exists() else None
+    forget()
+
+
+_file: Path | None = None
+
+
 def cache_file() -> Path:
-    """Where the user's measurements are: ``$XDG_CACHE_HOME/fastlora``, by default ``~/.cache/fastlora``."""
+    """The user's measurements, in ``$XDG_CACHE_HOME/fastlora``, by default ``~/.cache/fastlora``, or `read_from`'s."""
+    if _file is not None:
+        return _file
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     return folder / "fastlora" / TABLE_FILE

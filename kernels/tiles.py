@@ -65,7 +65,7 @@ def tile(kernel: str, *sizes: int) -> Tile:
 
 
 def rows_of(kernel: str, name: str) -> "Rows":
-    """The tiles of this kernel on this architecture."""
+    """The tiles of this kernel on this architecture, or what sizes they are for."""
     rows = TILES[kernel]
     return rows.get("gfx942" if name == "gfx" else name) or rows["default"]
 
@@ -262,7 +262,7 @@ TILES: dict[str, dict[str, Rows]] = {
         "default": (
             Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=128, GROUP_M=1, num_warps=4, num_stages=4),
             Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, GROUP_M=8, num_warps=8, num_stages=4),
-            Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
+            Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4),
             Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
         ),
         "interpreter": _INTERPRETED_MATMUL,

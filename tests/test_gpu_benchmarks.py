@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft  # noqa: F401  before CUDA is pretended: annotations of its modules name torch.cuda's types
 import pytest
 import torch
 
-from fastlora.benchmarks import gpu, gpu_steps, gpu_tests, records, tuning
+from fastlora.benchmarks import gpu, gpu_steps, gpu_tests, records, report, tuning
 from fastlora.benchmarks.cases import modules
 from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.benchmarks.gpu import goal_lines, goals
@@ -181,7 +182,9 @@ class TestOnlyOnAGPU:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["smoke", "correctness", "decode", "graph", "tune", "sweep", "profile", "compare"])
+@pytest.mark.parametrize(
+    "step", ["smoke", "correctness", "decode", "experts", "graph", "tune", "sweep", "profile", "compare"]
+)
 def test_slow_step(step, tmp_path):
     test_step(step, tmp_path, SimpleNamespace(readouterr=lambda: SimpleNamespace(out=f"{step}: complete, from")))
 
@@ -215,14 +218,33 @@ class TestBudget:
         return found
 
     def test_spent_it_writes_and_the_next_call_goes_on(self, cases, tmp_path, capsys):
-        cases.spend = 1e9
-        assert run(tmp_path, "--only", "rates") == 1
+        assert run(tmp_path, "--only", "rates", "--minutes", "1e-6") == 1
         assert "the next call goes on" in capsys.readouterr().out
-        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a", "b"]
+        assert [r["case"] for r in rows(tmp_path, "rates")] == ["a"]
         assert run(tmp_path, "--only", "rates") == 0
         assert [r["case"] for r in rows(tmp_path, "rates")] == ["a", "b", "c", "d"]
         assert cases.measured == ["a", "b", "c", "d"]
         assert rows(tmp_path, "rates")[0]["value"] == pytest.approx(ord("a") / 7, rel=1e-5)
+
+    def test_a_step_whose_turn_is_spent_goes_on_after_the_others(self, cases, tmp_path, monkeypatch):
+        cases.spend = 1e9
+        monkeypatch.setattr(gpu, "STEPS", ("rates", "graph"))
+        monkeypatch.setattr(gpu_steps, "step_graph", lambda run: cases.measured.append("graph") or iter([("g", [{}])]))
+        assert run(tmp_path, "--from", "rates") == 0
+        assert cases.measured == ["a", "b", "graph", "c", "d"]
+
+    def test_a_case_that_fails_is_a_row_with_its_error(self, tmp_path, monkeypatch, capsys):
+        def step(run):
+            for case in "ab":
+                yield case, lambda case=case: [{"value": 1.0 / (case == "b")}]
+
+        monkeypatch.setattr(gpu_steps, "step_rates", step)
+        assert run(tmp_path, "--only", "rates") == 0
+        found = rows(tmp_path, "rates")
+        assert found[0]["error"].startswith("ZeroDivisionError") and found[1]["value"] == 1
+        assert "complete, 1 cases failed" in capsys.readouterr().out
+        monkeypatch.setattr(gpu, "STEPS", ("rates",))
+        assert gpu.to_try({"rates": found})[0].startswith("rates: a failed: ZeroDivisionError")
 
     def test_again_measures_all_again(self, cases, tmp_path):
         for _ in range(2):
@@ -240,11 +262,12 @@ class TestBudget:
         environment = gpu._environment
         for commit in ("one", "one", "other"):
             monkeypatch.setattr(gpu, "_environment", lambda *args, c=commit: environment(*args) | {"commit": c})
-            run(tmp_path, "--only", "rates", "--budget", "-1")
+            run(tmp_path, "--only", "rates", "--minutes", "1e-6")
         assert cases.measured == ["a", "b", "a"]
         assert [r["case"] for r in rows(tmp_path, "rates")] == ["a"]
 
     def test_a_failure_keeps_what_was_measured_and_the_other_steps_run(self, cases, tmp_path, capsys, monkeypatch):
+        """A step that fails between its cases."""
         cases.fail = RuntimeError("no such luck")
         monkeypatch.setattr(gpu, "STEPS", ("rates", "graph"))
         assert run(tmp_path, "--from", "rates") == 1
@@ -394,6 +417,32 @@ class TestGoals:
         assert found["decode: share of copy bandwidth"] == (None, None)
         text = "\n".join(goal_lines(goals(self.results(sweep=sweep))))
         assert "<= 1.10   1.05  met" in text and ">= 1.12   1.05  MISSED" in text and "not measured" in text
+
+    def test_they_are_in_the_report(self, tmp_path):
+        sweep = {("bf16", "frozen"): 1.0, ("bf16", "peft"): 1.456, ("bf16", "addmm"): 1.2, ("bf16", "fastlora"): 1.12}
+        records.write_rows(tmp_path / "sweep.csv", self.results(sweep=sweep)["sweep"])
+        environment = gpu._environment(torch.device("cpu"), ARGS) | {"tiny": False}
+        gpu.write_state(
+            tmp_path, {"sweep": {"complete": True, "error": None, "seconds": 1.0, "environment": environment}}
+        )
+        text = "\n".join(report.gpu_section(tmp_path, tmp_path.parent))
+        assert "| bf16: faster than eager PEFT | ≥ 1.25 | 1.30 | met |" in text
+        assert "| bf16: time over the frozen layers | ≤ 1.10 | 1.12 | missed |" in text
+        assert "| bf16 | 8192 | 16 | 7,000.00 | 10,192.00 | 8,400.00 | 7,840.00 | 1.30 | 1.12 |" in text
+        gpu.write_state(
+            tmp_path, {"sweep": {"complete": True, "error": None, "environment": environment | {"tiny": True}}}
+        )
+        assert not list(report.gpu_section(tmp_path, tmp_path.parent))
+
+    def test_what_to_try_next(self):
+        row = {"case": "q", "mode": "step", "predicted": 1.0}
+        sweep = [row | {"provider": "fastlora", "p50": 1.5}, row | {"provider": "fastlora tail one_pass", "p50": 1.2}]
+        tests = [{"case": "test_it", "outcome": "failed", "reason": "1 != 2"}, {"case": "test", "outcome": "passed"}]
+        assert gpu.to_try({"sweep": sweep, "smoke": tests}) == [
+            "smoke: test_it failed: 1 != 2",
+            "plan: q: fastlora tail one_pass takes 0.80 of what was chosen",
+            "model: q: takes 1.50 times what was predicted",
+        ]
 
     def test_part_of_a_block_is_not_measured(self):
         results = self.results(sweep={("bf16", "peft"): 2.0, ("bf16", "fastlora"): 1.0})

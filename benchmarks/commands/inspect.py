@@ -150,7 +150,8 @@ def _by_every_tile(group: bool, dropout: bool, function: Callable, *args: Any) -
 
     def launch() -> None:
         kernel = tiles.name_of_matmul(tiles.has_tma(), BF16.itemsize, group, dropout)
-        for tile in tiles.rows_of(kernel, tiles.family()):
+        rows = tiles.rows_of(kernel, tiles.family())
+        for tile in rows.values() if isinstance(rows, dict) else rows:
             with tiles.use(kernel, tile):
                 function(*args)
 

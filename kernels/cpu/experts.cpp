@@ -223,12 +223,12 @@ Tensor combine_experts(const Tensor& rows, const Tensor& index, const OptionalTe
       " ", index.sizes(), " on ", index.device());
   if (weights.has_value()) operands.matrix("weights", *weights, index.size(0), index.size(1));
   const Tensor out = at::empty({index.size(0), rows.size(1)}, rows.options());
-  if (out.numel() == 0) return out;
   const Tensor chosen = index.contiguous();
   for (const int64_t *each = chosen.const_data_ptr<int64_t>(), *end = each + chosen.numel(); each != end; ++each)
     TORCH_CHECK(
         *each >= 0 && *each < rows.size(0), "fastlora: combine_experts: index must be one of ", rows.size(0),
         " rows, got ", *each);
+  if (out.numel() == 0) return out;
   FASTLORA_DISPATCH(rows.scalar_type(), [&] {
     const auto wide = c10::CppTypeToScalarType<Wide<scalar_t>>::value;
     const OptionalTensor by = weights.has_value() ? OptionalTensor(weights->to(wide).contiguous()) : weights;
