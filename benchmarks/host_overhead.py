@@ -41,14 +41,15 @@ def layers(dropout: float) -> dict[str, nn.Module]:
     return {"frozen": Model().layer.requires_grad_(False), "peft": theirs.model.layer, "fastlora": ours.model.layer}
 
 
-def modes(x: Tensor, dy: Tensor) -> dict[str, Callable[[nn.Module], object]]:
+def modes(x: Tensor, dy: Tensor, compared: dict[str, nn.Module]) -> dict[str, Callable[[nn.Module], object]]:
+    leaves = {layer: [x, *(p for p in layer.parameters() if p.requires_grad)] for layer in compared.values()}
+
     def without_grad(layer):
         with torch.no_grad():
             return layer(x)
 
     def with_backward(layer):
-        inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-        return torch.autograd.grad(layer(x), inputs, dy)
+        return torch.autograd.grad(layer(x), leaves[layer], dy)
 
     return {"forward, no grad": without_grad, "forward and backward": with_backward}
 
@@ -57,7 +58,7 @@ def microseconds(dropout: float, rounds: int) -> dict[str, dict[str, float]]:
     """For each mode and layer the median time of a call; the layers are called in turn."""
     x = torch.randn(TOKENS, FEATURES, dtype=torch.bfloat16, requires_grad=True)
     found, compared = {}, layers(dropout)
-    for mode, call in modes(x, torch.randn(TOKENS, FEATURES, dtype=torch.bfloat16)).items():
+    for mode, call in modes(x, torch.randn(TOKENS, FEATURES, dtype=torch.bfloat16), compared).items():
         times: dict[str, list[float]] = {name: [] for name in compared}
         for _ in range(WARMUP + rounds):
             for name, layer in compared.items():
