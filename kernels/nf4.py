@@ -20,7 +20,7 @@ from fastlora.kernels import tiles
 from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, padded_rank
 from fastlora.kernels.operands import Packed, check_4bit, check_operands
-from fastlora.kernels.precision import wide_dot
+from fastlora.kernels.precision import round_to_tf32, wide_dot
 from fastlora.kernels.tiles import Tile, tile
 
 _NF4 = (
@@ -138,10 +138,13 @@ def _add_product(b, a, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """``acc + b @ a``, exact enough to be rounded to DTYPE: TF32 has three bits more than bf16, none more than fp16."""
     if tl.float16 == DTYPE:
         acc = wide_dot(b, a, acc, DTYPE, PRECISION)
-    elif a.dtype == b.dtype:
-        acc = tl.dot(b, a, acc, input_precision=PRECISION)
+    elif a.dtype == b.dtype and a.dtype != tl.float32:
+        acc = tl.dot(b, a, acc)
     else:
-        acc = tl.dot(b.to(tl.float32), a.to(tl.float32), acc, input_precision=PRECISION)
+        b, a = b.to(tl.float32), a.to(tl.float32)
+        if PRECISION == "tf32":
+            b, a = round_to_tf32(b), round_to_tf32(a)
+        acc = tl.dot(b, a, acc, input_precision=PRECISION)
     return acc
 
 

@@ -37,5 +37,12 @@ def wide_dot(x, w, acc, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """To the nearest number that a tensor core takes as TF32: it cuts off the last 13 bits, which shrinks every one."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # NaN, whose bits may all be set
+
+
+@triton.jit
 def _low_part(x, high):
     return (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)

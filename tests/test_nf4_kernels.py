@@ -4,6 +4,8 @@ import interpreter
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from test_kernels import DEVICE, RANKS, check
 from test_ops import SHAPES, weight_4bit
 
@@ -13,6 +15,7 @@ from fastlora.kernels.limits import FUSED_TOKENS
 from fastlora.kernels.nf4 import CODES, decode_4bit
 from fastlora.kernels.nf4_lookup import lookup_asm
 from fastlora.kernels.nf4_matmul import nf4_matmul
+from fastlora.kernels.precision import round_to_tf32
 
 interpreter.repair()
 
@@ -76,6 +79,24 @@ def test_merge_of_any_shape(shape):
     N, K, _ = shape
     a, b = torch.randn(K, 5).t(), torch.randn(N, 10)[:, ::2]
     check(decode(weight, torch.float32, a, b, 0.3), *merged_by_reference(w, a, b), 5)
+
+
+@triton.jit
+def rounding(x_ptr, y_ptr, SIZE: tl.constexpr):
+    offs = tl.arange(0, SIZE)
+    tl.store(y_ptr + offs, round_to_tf32(tl.load(x_ptr + offs)))
+
+
+def test_adapters_are_rounded_to_tf32_not_cut():
+    x = torch.cat([torch.randn(1018), torch.tensor([0.0, -0.0, 1 + 2**-11, torch.inf, -torch.inf, torch.nan])])
+    x.view(torch.int32)[-1] = 0x7FFFFFFF  # the NaN of a GPU
+    y = x.to(DEVICE).new_empty(1024)
+    rounding[(1,)](x.to(DEVICE), y, 1024)
+    y, finite = y.cpu(), x.isfinite()
+    assert not (y.view(torch.int32) & 0x1FFF)[:-1].any(), "13 bits are not kept"
+    assert ((y - x).abs() <= x.abs() * 2**-11)[finite].all(), "by half of the last bit that is, at most"
+    assert ((y - x) * x.sign())[:1018].double().mean().abs() < 1e-5, "cut off they would all be smaller, by 1e-4"
+    assert torch.equal(y[~finite].isnan(), x[~finite].isnan()) and torch.equal(y[-3:-1], x[-3:-1])
 
 
 def test_only_the_first_decode_copies_from_the_host(monkeypatch):
