@@ -8,7 +8,7 @@ more than noise (`GAIN`). Problems that share an entry of the table are decided 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any, TypeVar
@@ -150,7 +150,7 @@ class Tuner:
             for t in totals:
                 totals[t] += seconds.get(t, math.inf)
         if totals[best] < (1 - GAIN) * totals[tile]:
-            self.found.table.tiles[at] = {name: value for name, value in asdict(best).items() if value}
+            self.found.table.tiles[at] = {name: value for name, value in best._asdict().items() if value}
             names = "; ".join(dict.fromkeys(case.name for case, _ in users))
             change = Change("tile", at[0], names, _show(tile), _show(best), totals[tile], totals[best])
             self.found.changes.append(change)
@@ -212,12 +212,12 @@ MAX_ELEMENTS = 128 * 256  # of two sides of a tile: an accumulator that fills th
 def neighbours(tile: Any) -> list[Any]:
     """Tiles that differ in one size by a factor of two, or in the stages by one. Not all of them compile or fit."""
     found = []
-    for name, value in asdict(tile).items():
+    for name, value in tile._asdict().items():
         if name == "num_stages":
-            found += [replace(tile, num_stages=value + step) for step in (-1, 1) if 1 <= value + step <= 6]
+            found += [tile._replace(num_stages=value + step) for step in (-1, 1) if 1 <= value + step <= 6]
         elif value:
             least, most = {"num_warps": (1, 16), "GROUP_M": (1, 16)}.get(name, (16, 1024))
-            found += [replace(tile, **{name: size}) for size in (value // 2, value * 2) if least <= size <= most]
+            found += [tile._replace(**{name: size}) for size in (value // 2, value * 2) if least <= size <= most]
     blocks = [[t.BLOCK_M, t.BLOCK_N, t.BLOCK_K] for t in found]
     return [t for t, b in zip(found, blocks, strict=True) if math.prod(sorted(b)[1:]) <= MAX_ELEMENTS]
 
@@ -226,7 +226,7 @@ def _show(way: Any) -> str:
     if isinstance(way, str):
         return way
     sizes = " ".join(
-        f"{name[-1]}{value}" for name, value in asdict(way).items() if value and not name.startswith("num")
+        f"{name[-1]}{value}" for name, value in way._asdict().items() if value and not name.startswith("num")
     )
     return f"{sizes} warps {way.num_warps} stages {way.num_stages}"
 

@@ -193,18 +193,18 @@ def _tail(c: Problem, rates: Rates) -> list[LaunchCost]:
         t = tiles.tile(kernel, product.M, product.N, product.K)
         return product.clocks(t.BLOCK_M, t.BLOCK_N)
 
-    product = _product(c.M, c.N, c.K, rates)
+    product = _product(c.M, c.N, c.K, c.itemsize, rates)
     share = product.share(clocks(product), clocks(product.large()))
     return [LaunchCost("lora_matmul", moved, 2 * c.M * c.N * c.K + _adapter_flops(c), share=share)]
 
 
-def _product(M: int, N: int, K: int, rates: Rates) -> Product:
-    return Product(M, N, K, _tiles().family(), rates.multiprocessors)
+def _product(M: int, N: int, K: int, itemsize: int, rates: Rates) -> Product:
+    return Product(M, N, K, _tiles().family(), rates.multiprocessors, itemsize)
 
 
-def _gemm(M: int, N: int, K: int, moved: int, rates: Rates) -> LaunchCost:
+def _gemm(M: int, N: int, K: int, itemsize: int, moved: int, rates: Rates) -> LaunchCost:
     """A vendor's GEMM."""
-    product = _product(M, N, K, rates)
+    product = _product(M, N, K, itemsize, rates)
     share = product.share(product.vendors_clocks(), product.large().vendors_clocks())
     return LaunchCost("gemm", moved, 2 * M * N * K, vendor=True, share=share)
 
@@ -212,7 +212,7 @@ def _gemm(M: int, N: int, K: int, moved: int, rates: Rates) -> LaunchCost:
 def _base_last(c: Problem, rates: Rates) -> list[LaunchCost]:
     adapter, K = _adapter_bytes(c) + c.M * c.N * c.itemsize, c.K // c.parts
     base = (c.M * K + c.N * K + 2 * c.M * c.N) * c.itemsize
-    gemm = _gemm(c.M, c.N, K, base, rates)
+    gemm = _gemm(c.M, c.N, K, c.itemsize, base, rates)
     return [LaunchCost("lora_matmul", adapter, _adapter_flops(c)), *[gemm] * c.parts]
 
 
@@ -252,7 +252,7 @@ def _decode(c: Problem, rates: Rates, merged: bool = False) -> list[LaunchCost]:
 
 def _merged(c: Problem, rates: Rates) -> list[LaunchCost]:
     moved = (c.M * c.K + c.N * c.K + c.M * c.N) * c.itemsize
-    return [*_decode(c, rates, merged=c.r > 0), _gemm(c.M, c.N, c.K, moved, rates)]
+    return [*_decode(c, rates, merged=c.r > 0), _gemm(c.M, c.N, c.K, c.itemsize, moved, rates)]
 
 
 def _decoded(c: Problem, rates: Rates) -> list[LaunchCost]:

@@ -89,7 +89,7 @@ def lora_grad(
     (M, N), r, (of_dy, of_x, of_b, of_xa, of_seed) = dy.shape, like.shape[1], layouts(dy, x, b, xa, seed)
     x_shape = (M, M if x is None else x.shape[1])
     check_operands(of_dy, p, of_seed, x=(of_x, x_shape), b=(of_b, (N, r)), xa=(of_xa, (M, r)))
-    dxa, da, db = like.new_empty(0, like.shape[1]), like.new_empty(0), like.new_empty(0)
+    dxa = da = db = None
     if one_pass and b is not None and xa is not None:
         db, dxa = _walk_down(dy, xa, b, s)
     else:
@@ -97,9 +97,13 @@ def lora_grad(
             dxa = shrink(dy, b.t(), s)
         if xa is not None:
             db, _ = _walk_down(dy, xa)
-    if b is not None and x is not None:
+    if dxa is not None and x is not None:
         da = _walk_down(x, dxa, p=p, seed=seed, transposed=True)[0].t()
-    return dxa, da, db
+    return (
+        like.new_empty(0, r) if dxa is None else dxa,
+        like.new_empty(0) if da is None else da,
+        like.new_empty(0) if db is None else db,
+    )
 
 
 def lora_grad_a(dxa: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -117,13 +121,12 @@ def _walk_down(
     p: float = 0.0,
     seed: Tensor | None = None,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``dropout(g, p).T @ z`` [N, r] in z's dtype (in transposed memory if asked) and ``s * g @ b`` in b's dtype."""
     (M, N), r = g.shape, z.shape[1]
-    like_b = g if b is None else b
     if M == 0 or N == 0 or r == 0:
         dz = z.new_zeros(r, N).t() if transposed else z.new_zeros(N, r)
-        return dz, like_b.new_zeros(M, r)
+        return dz, None if b is None else b.new_zeros(M, r)
     R = min(padded_rank(r), 128)
     t = tile("lora_grad" if g.element_size() == 2 else "lora_grad fp32", R)
     splits, slabs, launch = _launch(*layouts(g, z, b, seed), float(s), p, transposed, R, dot_precision(g), t)
@@ -131,10 +134,10 @@ def _walk_down(
     dz = z.new_empty(shape, dtype=z.dtype if splits == 1 else torch.float32)
     gb = None if b is None else b.new_empty(slabs, M, r, dtype=b.dtype if slabs == 1 else torch.float32)
     launch(g_ptr=g, z_ptr=z, dz_ptr=dz, b_ptr=b, gb_ptr=gb, seed_ptr=seed)
-    if gb is None:
-        dz, gb = sum_splits([dz], [z.dtype])[0], like_b.new_empty(0)
+    if b is None or gb is None:
+        dz = sum_splits((dz,), (z.dtype,))[0]
     else:
-        dz, gb = sum_splits([dz, gb], [z.dtype, like_b.dtype])
+        dz, gb = sum_splits((dz, gb), (z.dtype, b.dtype))
     return dz.t() if transposed else dz, gb
 
 

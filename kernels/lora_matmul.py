@@ -189,6 +189,7 @@ def lora_matmul_base_last(
     scale: Tensor | None = None,
 ) -> Tensor:
     """The same with the base product by the vendor's GEMM, which accumulates into the adapter's."""
+    _call_of((x,), (w,), (xa,), (b,), bias, (p,), (seed,), scale)
     y = lora_matmul(x[:, :0], w[:, :0], xa, b, bias, p, seed).addmm_(x, w.t())
     return y if scale is None else y.mul_(scale)
 
@@ -214,6 +215,7 @@ def lora_matmul_group_base_last(
     seed: Sequence[Tensor | None],
 ) -> Tensor:
     """The same, each base product accumulated by the vendor's GEMM, which rounds the sum every time."""
+    _call_of(tuple(x), tuple(w), tuple(xa), tuple(b), None, tuple(p), tuple(seed), None)
     y = lora_matmul_group([each[:, :0] for each in x], [each[:, :0] for each in w], xa, b, p, seed)
     for x_i, w_i in zip(x, w, strict=True):
         y.addmm_(x_i, w_i.t())
@@ -231,10 +233,7 @@ def _lora_matmul(
     column_scale: Tensor | None = None,
 ) -> Tensor:
     x, M, N = xs[0], xs[0].shape[0], ws[0].shape[0]
-    n, found = len(xs), layouts(*xs, *ws, *xas, *bs, bias, column_scale, *seeds)
-    adapters_of = found[2 * n : 3 * n], found[3 * n : 4 * n], found[4 * n : 4 * n + 2], found[4 * n + 2 :]
-    operands: Operands = found[:n], found[n : 2 * n], *adapters_of, ps
-    name = _row_of_tiles(tiles.has_tma(), *operands)
+    call = _call_of(xs, ws, xas, bs, bias, ps, seeds, column_scale)
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
@@ -245,13 +244,49 @@ def _lora_matmul(
         "bias_ptr": None if bias is None else bias.contiguous(),
         "column_scale_ptr": None if column_scale is None else column_scale.contiguous(),
     }
-    t = tile(name, M, N, sum([each.shape[1] for each in xs]))
-    launch = _launch(name, t, dot_precision(x), *operands)
-    if name.startswith(TMA):
-        launch(**_descriptors(_templates(t, *operands), xs, ws, y), **adapters)
+    launch, templates = call.by(tile(call.rows, M, N, call.K), dot_precision(x))
+    if templates is not None:
+        launch(**_descriptors(templates, xs, ws, y), **adapters)
     else:
         launch(x_ptrs=xs, w_ptrs=ws, y_ptr=y, **adapters)
     return y
+
+
+class _Call:
+    """What calls with operands of one layout have in common: the name of their rows of tiles, and by tile the launch
+    and, where the hardware copies tiles, the fields of descriptors."""
+
+    def __init__(self, rows: str, operands: Operands) -> None:
+        self.rows, self.operands, self.K = rows, operands, sum(x.shape[1] for x in operands[0])
+        self.launches: dict[tuple[Tile, str], tuple[Launch, dict[str, dict] | None]] = {}
+
+    def by(self, t: Tile, precision: str) -> tuple[Launch, dict[str, dict] | None]:
+        found = self.launches.get((t, precision))
+        if found is None:
+            templates = _templates(t, *self.operands) if self.rows.startswith(TMA) else None
+            found = self.launches[t, precision] = _launch(self.rows, t, precision, *self.operands), templates
+        return found
+
+
+def _call_of(
+    xs: tuple[Tensor, ...],
+    ws: tuple[Tensor, ...],
+    xas: tuple[Tensor, ...],
+    bs: tuple[Tensor, ...],
+    bias: Tensor | None,
+    ps: tuple[float, ...],
+    seeds: tuple[Tensor | None, ...],
+    column_scale: Tensor | None,
+) -> _Call:
+    """Raises ValueError unless the operands fit together."""
+    return _call(tiles.has_tma(), len(xs), layouts(*xs, *ws, *xas, *bs, bias, column_scale, *seeds), ps)
+
+
+@cached_by_layout
+def _call(has_tma: bool, n: int, found: Layouts, ps: tuple[float, ...]) -> _Call:
+    adapters_of = found[2 * n : 3 * n], found[3 * n : 4 * n], found[4 * n : 4 * n + 2], found[4 * n + 2 :]
+    operands: Operands = found[:n], found[n : 2 * n], *adapters_of, ps
+    return _Call(_row_of_tiles(has_tma, *operands), operands)
 
 
 _NO_DESCRIPTORS = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_GROUP))
@@ -266,7 +301,6 @@ def _descriptors(templates: dict[str, dict], xs: tuple[Tensor, ...], ws: tuple[T
     return found
 
 
-@cached_by_layout
 def _templates(t: Tile, *operands: *Operands) -> dict[str, dict]:
     """The fields of a descriptor of every x, every w (or w.T) and y, in this order."""
     xs, ws, *_ = operands
@@ -285,7 +319,6 @@ def _template(shape: Any, stride: int, block: list[int], dtype: torch.dtype) -> 
     return vars(TensorDescriptor(anything, torch.Size(shape), [stride, 1], block)) | {"base": None}
 
 
-@cached_by_layout
 def _row_of_tiles(has_tma: bool, *operands: *Operands) -> str:
     """The name in the table of tiles of what carries this out."""
     xs, ws, xas, bs, (bias, column_scale), seeds, ps = operands
@@ -313,7 +346,6 @@ def _transposed(t: Layout) -> Layout:
     return t._replace(stride=t.stride[::-1])
 
 
-@cached_by_layout
 def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
     xs, ws, xas, bs, (bias, column_scale), _, ps = operands
     M, N, ranks = xs[0].shape[0], ws[0].shape[0], tuple(b.shape[1] for b in bs)

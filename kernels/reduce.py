@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
+from fastlora.kernels.launch import Launch, cached_by_layout
 from fastlora.kernels.limits import cdiv
 
 
@@ -33,26 +33,30 @@ def _sum_splits_kernel(
 def sum_splits(partials: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """``partial.sum(0).to(dtype)`` for each, contiguous fp32 ``[splits, ...]``, first split first, in one launch.
 
-    Where there is one split it is the sum, and in that dtype already.
+    Where there is one split it is the sum, and in that dtype already. All are new, so that their addresses are aligned.
     """
     sums: list[Tensor] = []
     split: list[Tensor] = []
     out: list[Tensor] = []
-    for partial, dtype in zip(partials, dtypes, strict=True):
-        if partial.shape[0] == 1:
+    sizes: list[tuple[torch.Size, torch.dtype]] = []
+    for i, partial in enumerate(partials):  # every split reduction passes here
+        shape = partial.shape
+        if shape[0] == 1:
             sums.append(partial[0])
         else:
-            sums.append(partial.new_empty(partial.shape[1:], dtype=dtype))
+            sums.append(partial.new_empty(shape[1:], dtype=dtypes[i]))
             split.append(partial)
             out.append(sums[-1])
+            sizes.append((shape, dtypes[i]))
     if split:
-        _launch(layouts(*split), layouts(*out))(partial_ptrs=tuple(split), out_ptrs=tuple(out))
+        _launch(tuple(sizes), split[0].device)(partial_ptrs=tuple(split), out_ptrs=tuple(out))
     return sums
 
 
 @cached_by_layout
-def _launch(partials: tuple[Layout, ...], out: tuple[Layout, ...]) -> Launch:
-    numels, BLOCK = tuple(prod(each.shape) for each in out), 512
-    splits = tuple(each.shape[0] for each in partials)
+def _launch(sizes: tuple[tuple[torch.Size, torch.dtype], ...], device: torch.device) -> Launch:
+    """For partial sums of these shapes, added up to these dtypes."""
+    numels, BLOCK = tuple(prod(shape[1:]) for shape, _ in sizes), 512
+    splits = tuple(shape[0] for shape, _ in sizes)
     grid = (cdiv(max(numels), BLOCK),)
-    return Launch(_sum_splits_kernel, grid, numels=numels, splits=splits, PARTS=len(out), BLOCK=BLOCK)
+    return Launch(_sum_splits_kernel, grid, numels=numels, splits=splits, PARTS=len(sizes), BLOCK=BLOCK)

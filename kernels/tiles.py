@@ -8,8 +8,7 @@ here decides whether a GPU may run, only how well.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
@@ -21,8 +20,7 @@ from fastlora.kernels.waves import Product, fastest, speed_of
 INTERPRETED = triton.knobs.runtime.interpret  # kernels ask when they are defined
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Block sizes (those that a kernel has), warps and pipeline stages of one compiled variant."""
 
     BLOCK_M: int = 0
@@ -34,7 +32,7 @@ class Tile:
 
     def kwargs(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
-        return {name: value for name, value in vars(self).items() if value}  # asdict takes longer than the launch
+        return {name: value for name, value in self._asdict().items() if value}
 
 
 Bucket = tuple[str, tuple[int, ...]]  # a kernel, and the next power of two of each of a problem's sizes
@@ -49,14 +47,16 @@ def tile(kernel: str, *sizes: int) -> Tile:
     found = _forced.get(kernel)
     index = torch.cuda.current_device() if _has_cuda() else None
     if found is None and _source is not None and _forced_family is None:
-        measured = _source(_name_of_device(index)).tiles.get(bucket(kernel, sizes))
-        found = None if measured is None else Tile(**measured)
+        measured = _source(_name_of_device(index)).tiles
+        fields = measured.get(bucket(kernel, sizes)) if measured else None
+        found = None if fields is None else Tile(**fields)
     if found is None:
         name = _forced_family or _family_of_device(index)
         rows = rows_of(kernel, name)
         if isinstance(rows, tuple):
             M, N, K = sizes
-            found = fastest(rows, Product(M, N, K, name, _multiprocessors_of(index, name)))
+            itemsize = 4 if kernel.endswith("fp32") else 2
+            found = fastest(rows, Product(M, N, K, name, _multiprocessors_of(index, name), itemsize))
         else:
             found = next(row for bound, row in rows.items() if bound >= sizes[0])
     if _watched is not None:
@@ -276,7 +276,7 @@ TILES: dict[str, dict[str, Rows]] = {
         "interpreter": (Tile(BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2),),
     },
     "lora_matmul tma": {
-        "sm_100": (_NARROW, _MIDDLE, replace(_SQUARE, num_warps=4)),  # beside fp32 adapters a larger one does not fit
+        "sm_100": (_NARROW, _MIDDLE, _SQUARE._replace(num_warps=4)),  # beside fp32 adapters a larger one does not fit
         "default": (_NARROW, _MIDDLE, _SQUARE, _WIDE),
         "interpreter": _INTERPRETED_MATMUL,
     },
@@ -289,7 +289,7 @@ TILES: dict[str, dict[str, Rows]] = {
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul tma group dropout": {  # and so do two accumulators beside a mask
-        "default": (_NARROW, replace(_SQUARE, BLOCK_N=64)),
+        "default": (_NARROW, _SQUARE._replace(BLOCK_N=64)),
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program

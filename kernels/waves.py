@@ -37,6 +37,7 @@ SPEEDS = {
     "gfx942": Speed(304, 2048, 16, 54),
     "default": Speed(128, 1024, 16, 20),  # consumer parts
 }
+FP32 = 256  # FLOPs a clock in fp32, outside the tensor core
 # Clocks until the tensor core is at work on the next tile: its first copies, and the adapter's product.
 COPIES, ADAPTER = 1000, 2500
 
@@ -52,14 +53,16 @@ class Product(NamedTuple):
     K: int
     family: str
     multiprocessors: int
+    itemsize: int = 2
 
     def clocks(self, BLOCK_M: int, BLOCK_N: int, between: int = COPIES + ADAPTER, splits: int = 1) -> float:
         """By tiles of this size. The sum over splits of the depth is another write and read of each."""
         speed, tiles = speed_of(self.family), cdiv(self.M, BLOCK_M) * cdiv(self.N, BLOCK_N) * splits
         waves, working = cdiv(tiles, self.multiprocessors), min(tiles, self.multiprocessors)
-        product = 2 * max(BLOCK_M, speed.rows) * BLOCK_N / speed.flops
+        rows, flops = (max(BLOCK_M, speed.rows), speed.flops) if self.itemsize == 2 else (BLOCK_M, FP32)
+        product = 2 * rows * BLOCK_N / flops
         rate = min(speed.port, speed.l2 * self.multiprocessors / working)
-        copies = 2 * (min(BLOCK_M, self.M) + min(BLOCK_N, self.N)) / rate
+        copies = self.itemsize * (min(BLOCK_M, self.M) + min(BLOCK_N, self.N)) / rate
         sums = 8 * min(BLOCK_M, self.M) * BLOCK_N / rate if splits > 1 else 0
         return waves * (cdiv(self.K, splits) * max(product, copies) + sums + between)
 

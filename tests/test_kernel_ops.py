@@ -230,7 +230,7 @@ def test_a_4bit_layer_takes_the_plan(in_interpreter, monkeypatch, plan, p, launc
         return (lambda *args: seen.append(name) or function(*args)) if name in kernel_ops._LAUNCHERS else function
 
     monkeypatch.setattr(kernel_ops, "launcher", watched)
-    with plans.use(**{"linear_4bit": plan} if plan else {}):
+    with plans.use(lora_matmul="tail", **{"linear_4bit": plan} if plan else {}):
         fastlora.lora_linear(x, base.weight, a, b, 0.3, None, p)
     assert seen == launched
 

@@ -41,9 +41,10 @@ def test_what_is_launched_again_is_what_triton_launched_first(launches):
 
 def test_tiles_that_the_hardware_copies(launches):
     maps = {case.removeprefix("lora_matmul, "): first["tensor_maps"] for case, (first, _) in launches.items()}
-    assert maps["r=16, bf16 adapters"] == maps["r=512, fp32 adapters, dx, dropout"] == maps["M=16"] == 3
-    assert maps["dx of gate, up"] == maps["dx of gate, up, dropout"] == 5
-    assert maps["dx of q, k, v"] == maps["dx of q, k, v, dropout"] == 7
+    assert maps["r=16, bf16 adapters"] == maps["r=512, fp32 adapters, dx, dropout"] == 3
+    assert (maps["every tile"], maps["every tile, dropout"]) == (4 * 3, 3 * 3)
+    assert (maps["dx of gate, up"], maps["dx of gate, up, dropout"]) == (3 * 5, 2 * 5), "by three tiles, and by two"
+    assert (maps["dx of q, k, v"], maps["dx of q, k, v, dropout"]) == (3 * 7, 2 * 7)
     assert maps["rows of odd length"] == maps["fp32"] == maps["the adapter's product alone"] == 0
 
 
