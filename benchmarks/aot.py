@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fastlora.kernels import tiles
+from fastlora.kernels.waves import speed_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Compiled:
     spills: int  # bytes of stack (NVIDIA), spilled registers (AMD)
     shared: int
     instructions: int
-    loop: int | None  # instructions of the innermost loop that has tensor-core work, or else of the longest
+    loop: int | None  # instructions of the main loop
+    clocks: dict[str, float] | None  # of one turn of it (NVIDIA)
     tensor_core: dict[str, int]
     loads: dict[str, int]
     stores: dict[str, int]
@@ -118,7 +120,11 @@ def _target(target: GPUTarget) -> Iterator[None]:
 
 def _read(chip: Chip, kernel: str, tile: dict[str, int], compiled: Any, seconds: float) -> Compiled:
     metadata = compiled.metadata
-    read = _read_nvidia if "cubin" in compiled.asm else _read_amd
+    family = tiles.family_of(chip.target.backend, chip.target.arch)
+    if "cubin" in compiled.asm:
+        found = _read_nvidia(compiled.asm, tile, metadata.num_warps, family)
+    else:
+        found = _read_amd(compiled.asm)
     result = Compiled(
         kernel=kernel,
         hash=compiled.hash,
@@ -128,7 +134,7 @@ def _read(chip: Chip, kernel: str, tile: dict[str, int], compiled: Any, seconds:
         shared=metadata.shared,
         occupancy=0,
         seconds=seconds,
-        **read(compiled.asm),
+        **found,
     )
     result.occupancy = _occupancy(chip, result)
     if result.spills:
@@ -149,7 +155,7 @@ def _occupancy(chip: Chip, c: Compiled) -> int:
     return min(by_registers, by_shared, chip.warps // c.warps, 32)
 
 
-def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
+def _read_nvidia(asm: dict[str, Any], tile: dict[str, int], warps: int, family: str) -> dict[str, Any]:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     env = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}  # cuobjdump calls nvdisasm
 
@@ -160,26 +166,70 @@ def _read_nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         dump = subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
     assert usage is not None, "cuobjdump reports no resource usage"
-    text = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*)", dump, re.MULTILINE)
-    program = [(int(address, 16), name, operands) for address, name, operands in text if name != "NOP"]
-    names = [name for _, name, _ in program]
+    program = _program(dump)
+    names = [each.name for each in program]
     jumps = [
-        (int(match.group(1), 16), address)
-        for address, name, operands in program
-        if name.startswith("BRA") and (match := re.search(r"0x([0-9a-f]+)", operands))
+        (int(match.group(1), 16), each.address)
+        for each in program
+        if each.name.startswith("BRA") and (match := re.search(r"0x([0-9a-f]+)", each.operands))
     ]
-    loops = [
-        [name for address, name, _ in program if start <= address <= stop] for start, stop in jumps if start < stop
-    ]
+    loops = [[each for each in program if start <= each.address <= stop] for start, stop in jumps if start < stop]
+    main = _main_loop(loops, r"HGMMA|HMMA|UTC\w*MMA")
     return {
         "registers": int(usage.group(1)),
         "spills": int(usage.group(2)),
         "instructions": len(names),
-        "loop": _main_loop(loops, r"HGMMA|HMMA|UTC\w*MMA"),
+        "loop": None if main is None else len(main),
+        "clocks": None if main is None else _clocks(main, tile, warps, family),
         "tensor_core": _count(names, r"(HGMMA|HMMA|IMMA|UTC\w*MMA)\b"),
         "loads": _count(names, r"(UTMALDG|LDGSTS|LDG)\b(?:.*?\.(64|128)\b)?"),
         "stores": _count(names, r"(UTMASTG|STG)\b(?:.*?\.(64|128)\b)?"),
     }
+
+
+class Instruction(NamedTuple):
+    """One of a program, with the clocks that its warp issues nothing after it."""
+
+    address: int
+    name: str
+    operands: str
+    stall: int
+
+
+def _program(dump: str) -> list[Instruction]:
+    """Of what ``cuobjdump -sass`` prints: an instruction with its first eight bytes, then the other eight, of which
+    bits 41 to 44 are the stall."""
+    text = re.findall(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*);[^\n]*\n\s+/\* 0x([0-9a-f]{16}) \*/",
+        dump,
+        re.MULTILINE,
+    )
+    found = [Instruction(int(at, 16), name, rest, int(high, 16) >> 41 & 15) for at, name, rest, high in text]
+    return [each for each in found if each.name != "NOP"]
+
+
+def _clocks(loop: list[Instruction], tile: dict[str, int], warps: int, family: str) -> dict[str, float]:
+    """Of one turn of a loop, for one program alone on a multiprocessor: what its four schedulers need to issue it, how
+    long the stalls of a warp are, what its products take the tensor core, and its loads at a share of L2."""
+    speed, flops, loaded = speed_of(family), 0, 0
+    for name in (each.name for each in loop):
+        if match := re.match(r"HGMMA\.64x(\d+)x(\d+)", name):
+            flops += 2 * 64 * int(match.group(1)) * int(match.group(2)) * warps // 4
+        elif match := re.match(r"HMMA\.16(8)(8|16)\b", name):
+            flops += 2 * 16 * 8 * int(match.group(2)) * warps
+        elif re.match(r"LDG(STS)?\b", name):
+            width = re.search(r"\.(64|128)\b", name)
+            loaded += (int(width.group(1)) if width else 32) // 8 * 32 * warps
+    copied = sum(each.name.startswith("UTMALDG") for each in loop)
+    if copied:  # two are a tile of x and one of w
+        loaded += 2 * (tile["BLOCK_M"] + tile["BLOCK_N"]) * tile["BLOCK_K"] * copied // 2
+    if copied and any(re.match(r"UTC\w*MMA", each.name) for each in loop):  # whose sizes are in a descriptor
+        flops = 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"] * copied // 2
+    issue, stalls = len(loop) * warps / 4, float(sum(each.stall for each in loop))
+    return dict(zip(CLOCKS, (issue, stalls, flops / speed.flops, loaded / speed.l2), strict=True))
+
+
+CLOCKS = ("issue", "stalls", "tensor core", "L2")
 
 
 def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
@@ -193,25 +243,36 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
     program = [line[0] for line in lines if line]
     labels = {name[:-1]: i for i, name in enumerate(program) if name.endswith(":")}
     loops = [
-        [name for name in program[labels[line[1]] : i] if not name.endswith(":")]
+        [
+            Instruction(at, name, "", 0)
+            for at, name in enumerate(program[:i])
+            if at >= labels[line[1]] and name[-1] != ":"
+        ]
         for i, line in enumerate(line for line in lines if line)
         if len(line) > 1 and re.match(r"s_c?branch", line[0]) and labels.get(line[1], i) < i
     ]
     names = [name for name in program if re.match(r"(s|v|ds|buffer|global)_\w+$", name)]
+    main = _main_loop(loops, r"v_mfma")
     return {
         "registers": number("vgpr_count"),
         "spills": number("vgpr_spill_count"),
         "instructions": len(names),
-        "loop": _main_loop(loops, r"v_mfma"),
+        "loop": None if main is None else len(main),
+        "clocks": None,
         "tensor_core": _count(names, r"(v_mfma)"),
         "loads": _count(names, r"(?:buffer|global)_load_(\w+)"),
         "stores": _count(names, r"(?:buffer|global)_store_(\w+)"),
     }
 
 
-def _main_loop(loops: list[list[str]], tensor_core: str) -> int | None:
-    working = [loop for loop in loops if any(re.match(tensor_core, name) for name in loop)]
-    return min(map(len, working)) if working else max(map(len, loops), default=None)
+Loop = TypeVar("Loop", bound=list)
+
+
+def _main_loop(loops: list[Loop], tensor_core: str) -> Loop | None:
+    """The last of the innermost loops that have tensor-core work, or else the longest: an adapter's comes before."""
+    innermost = [loop for loop in loops if not any(set(other) < set(loop) for other in loops)]
+    working = [loop for loop in innermost if any(re.match(tensor_core, each.name) for each in loop)]
+    return working[-1] if working else max(loops, key=len, default=None)
 
 
 def _count(names: list[str], pattern: str) -> dict[str, int]:

@@ -43,7 +43,8 @@ example:
 _INSPECT = """\
 Compile every kernel and tile ahead of time, with or without a GPU, and print what the compiler made of them:
 registers, spills, shared memory, tensor-core instructions, load and store widths, blocks at once on a multiprocessor,
-instructions. Ends with 1 if a kernel spills, does not fit, or lost its tensor-core instructions."""
+instructions, and the clocks that issuing the main loop, its products and its loads take, each alone. Ends with 1 if a
+kernel spills, does not fit, or lost its tensor-core instructions."""
 _INSPECT_EXAMPLE = """\
 example:
   fastlora inspect --arch sm_90,gfx942 --kernel lora_matmul

@@ -49,6 +49,33 @@ def test_hopper_multiplies_and_copies_with_its_own_instructions():
         assert row["loads"]["UTMALDG"] and row["stores"] == {"UTMASTG": 1}
         assert row["loop"] < 150
 
+    for row in tma:
+        if row["tile"] == {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "BLOCK_R": 16}:
+            assert row["clocks"]["tensor core"] == 2 * 128 * 256 * 64 / 4096, "4096 FLOPs a clock"
+            assert row["clocks"]["L2"] == 2 * (128 + 256) * 64 / 32, "32 bytes a clock"
+            assert row["clocks"]["issue"] < row["clocks"]["tensor core"], "issuing it holds nothing up"
+
+
+SASS = """
+        /*2370*/                   HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR12], R24, gsb0 ; /* 0x03e0000c98187df0 */
+                      /* 0x000fe20008001818 */
+        /*2380*/                   NOP ; /* 0x0000000000007918 */
+                      /* 0x000fc00000000000 */
+        /*2390*/              @!P5 BRA 0x2370 ; /* 0xfffffff00094d947 */
+                      /* 0x000fe6000383ffff */
+"""
+
+
+def test_instructions_and_their_stalls_are_read():
+    from fastlora.benchmarks import aot
+
+    found = aot._program(SASS)
+    assert [(each.address, each.name, each.stall) for each in found] == [
+        (0x2370, "HGMMA.64x256x16.F32.BF16", 1), (0x2390, "BRA", 3),
+    ]  # fmt: skip
+    clocks = aot._clocks(found, {}, 8, "sm_90")
+    assert clocks == {"issue": 4, "stalls": 4, "tensor core": 2 * 2 * 64 * 256 * 16 / 4096, "L2": 0}
+
 
 def per_weight(row, instructions):
     return row[instructions] * row["threads"] * row["warps"] / (row["tile"]["BLOCK_N"] * row["tile"]["BLOCK_K"])

@@ -12,13 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from fastlora.benchmarks.aot import CHIPS, CLOCKS, compile_for
 from fastlora.benchmarks.arguments import UsageError
 from fastlora.benchmarks.records import write_rows
 
 BF16, FP32 = torch.bfloat16, torch.float32
 _COLUMNS = (
     *("kernel", "case", "tile", "warps", "registers", "spills", "shared"),
-    *("tensor core", "loads", "stores", "blocks", "instructions", "loop"),
+    *("tensor core", "loads", "stores", "blocks", "instructions", "loop", "clocks of a turn"),
 )
 
 
@@ -26,8 +27,6 @@ def run(args: Namespace) -> int:
     """Print what was compiled; 1 if something spills, does not fit or lost its tensor-core instructions."""
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set: kernels are interpreted here, not compiled")
-    from fastlora.benchmarks.aot import CHIPS, compile_for
-
     rows: dict[tuple[str, str], dict] = {}  # a kernel that several cases share is listed with the first
     for arch in args.arch:
         for op, case, launch in cases():
@@ -205,7 +204,12 @@ def _summary(row: dict) -> dict[str, Any]:
     names = {"triton": triton.__version__, **{name: row[name] for name in ("arch", "kernel", "case")}}
     counts = {name: _counts(row[name]) for name in ("tensor_core", "loads", "stores")}
     return (
-        names | {"tile": _tile(row)} | {name: row[name] for name in _PLAIN} | counts | {"per_weight": per_weight(row)}
+        names
+        | {"tile": _tile(row)}
+        | {name: row[name] for name in _PLAIN}
+        | counts
+        | {"per_weight": per_weight(row)}
+        | {f"clocks, {name}": (row["clocks"] or {}).get(name) for name in CLOCKS}
     )
 
 
@@ -234,4 +238,5 @@ def _line(row: dict) -> tuple[str, ...]:
         str(row["occupancy"]),
         instructions,
         loop,
+        ", ".join(f"{name} {clocks:.0f}" for name, clocks in (row["clocks"] or {}).items()) or "-",
     )
