@@ -93,10 +93,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
     end = time.monotonic() + 60 * args.minutes
-    complete = dict.fromkeys(steps, False)
+    complete: dict[str, bool | None] = dict.fromkeys(steps, False)
     try:
         for seconds in (SECONDS, dict.fromkeys(steps, float("inf"))):  # a turn each, then as long as there is time
-            for step in [step for step in steps if not complete[step]]:
+            for step in [step for step in steps if complete[step] is False]:
                 if time.monotonic() < end:
                     deadline = min(end, time.monotonic() + seconds[step])
                     complete[step] = _run_step(step, args, device, name, folder, argv, deadline)
@@ -135,8 +135,8 @@ def _run_step(
     folder: Path,
     argv: list[str] | None,
     deadline: float,
-) -> bool:
-    """Go on with a step until it is complete or its time is spent. Whether it is complete."""
+) -> bool | None:
+    """Go on with a step until it is complete or its time is spent. Whether it is complete; None if it failed."""
     from fastlora import plans
     from fastlora.benchmarks import gpu_steps
     from fastlora.benchmarks.cases.ops import kernels
@@ -147,7 +147,7 @@ def _run_step(
     again = args.again or before is None
     if before is not None and not again:
         of = before["environment"]
-        if before["complete"]:
+        if before["complete"] and (folder / f"{step}.csv").is_file():
             print(f"{step}: complete, from {of['date']}, commit {of['commit']}")
             return True
         again = of["commit"] != environment["commit"]  # what one commit did and another do not belong in one file
@@ -160,24 +160,26 @@ def _run_step(
     complete, failed, broken, interrupted = False, None, False, None
 
     def write() -> None:
+        if not rows and before is not None:
+            return  # what an earlier call left stays until there is something to take its place
         write_rows(folder / f"{step}.csv", rows)
         seconds = round(time.monotonic() - start, 1)
         state[step] = {"complete": complete, "error": failed, "seconds": seconds, "environment": environment}
         write_state(folder, state)
 
-    write()
     try:
         with kernels(device):
             complete = _collect(getattr(gpu_steps, f"step_{step}")(run), run, rows, write)
     except KeyboardInterrupt as error:
         interrupted = error
     except Exception as error:
-        failed = f"{type(error).__name__}: {error}"
+        failed = _described(error)
         traceback.print_exc()
         broken = _broken(device)
         if broken and run.case is not None:
             rows.append({"case": run.case, "error": failed})  # the next call passes over it
-    write()
+    finally:
+        write()
     errors = sum(row.get("error") is not None and row.get("provider") is None for row in rows)
     outcome = (
         "complete" + f", {errors} cases failed" * (errors > 0)
@@ -190,17 +192,23 @@ def _run_step(
     if interrupted:
         raise interrupted
     if broken:
-        _start_anew(step, run.case, argv)
-    return complete
+        _start_anew(step, run.case, args, argv)
+    return None if failed else complete
 
 
-def _start_anew(step: str, case: str | None, argv: list[str] | None) -> None:
+def _described(error: Exception) -> str:
+    """In a line that every file can hold."""
+    line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {line}".encode(errors="replace").decode()
+
+
+def _start_anew(step: str, case: str | None, args: argparse.Namespace, argv: list[str] | None) -> None:
     """Nothing more can run on the device in this process: go on in another one, past the case (or step) that did it."""
     arguments = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--again"]
     following = STEPS[STEPS.index(step) + (case is None) :]
-    if ("--only" in arguments and case is None) or not following:
+    if (args.only and case is None) or not following:
         return
-    if "--only" not in arguments:
+    if not args.only:
         arguments += ["--from", following[0]]  # the last one counts
     os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
@@ -216,6 +224,7 @@ def _collect(cases: Iterator[tuple[str, Any]], run: Run, rows: Rows, write: Call
             continue
         run.case = case
         rows += [{"case": case, **row} for row in _measured(case, measure, run)]
+        run.case = None  # a step that works between its cases says itself at what
         free()
         if time.monotonic() - written > 10:
             write()
@@ -236,7 +245,7 @@ def _measured(case: str, measure: Any, run: Run) -> Rows:
     except Exception as error:
         if _broken(run.device):
             raise
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        reason = _described(error)
         print(f"  {case}: {reason}", flush=True)
         return [{"error": reason}]
 
@@ -262,9 +271,14 @@ def _environment(device: Any, args: argparse.Namespace) -> dict:
 
 
 def read_state(folder: Path) -> dict[str, dict]:
+    """What `gpu.json` says of each step; of none where it is missing or damaged."""
     try:
-        return json.loads((folder / "gpu.json").read_text())
-    except FileNotFoundError:
+        found = json.loads((folder / "gpu.json").read_text())
+        of_steps = {step: found[step] for step in STEPS if step in found}
+        for entry in of_steps.values():
+            entry["complete"], entry["error"], *map(entry["environment"].__getitem__, ("commit", "date", "tiny"))
+        return of_steps
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 
@@ -393,7 +407,7 @@ def to_try(results: dict[str, Rows]) -> list[str]:
             continue
         if chosen["p50"] > 1.05 * best["p50"]:
             found.append(f"plan: {case}: {best['provider']} takes {best['p50'] / chosen['p50']:.2f} of what was chosen")
-        if not 1 / 1.3 < chosen["p50"] / chosen["predicted"] < 1.3:
+        if chosen.get("predicted") and not 1 / 1.3 < chosen["p50"] / chosen["predicted"] < 1.3:
             found.append(f"model: {case}: takes {chosen['p50'] / chosen['predicted']:.2f} times what was predicted")
     kernels = [row for row in results.get("profile", []) if row.get("case") == "bf16 fastlora" and row.get("share")]
     found += [f"time: {row['share']:.0%} of a bf16 block's steps is {row['kernel'][:60]}" for row in kernels[:3]]

@@ -364,8 +364,11 @@ def step_tune(run: Any) -> Cases:
         tuning.SIZE, problems = 64, problems[:1]
     tuner = tuning.Tuner(run.device, clock(run), run.name)
     path = run.folder / plans.TABLE_FILE
-    if run.done and path.exists():
-        tuner.found.table = plans.read_tables(path)[run.name]
+    try:
+        if run.done:
+            tuner.found.table = plans.read_tables(path)[run.name]
+    except (OSError, ValueError, KeyError):  # what was found is gone
+        run.done.clear()
     step, changes = None, 0
     for done, total, text in tuner.run(problems, run.done):
         if step is not None and step not in run.done:
@@ -373,6 +376,6 @@ def step_tune(run: Any) -> Cases:
             plans.write_tables(path, {run.name: tuner.found.table})
             yield step, [asdict(change) for change in tuner.found.changes[changes:]] or [{"kind": "nothing changed"}]
             changes = len(tuner.found.changes)
-        step = text
+        run.case = step = text  # which is measured next
         print(f"  {done}/{total} {text}", flush=True)
     yield "rejected", [{"kind": "rejected", "op": line} for line in tuner.found.rejected]

@@ -210,7 +210,7 @@ def _gemm(M: int, N: int, K: int, itemsize: int, moved: int, rates: Rates) -> La
 
 
 def _base_last(c: Problem, rates: Rates) -> list[LaunchCost]:
-    adapter, K = _adapter_bytes(c) + c.M * c.N * c.itemsize, c.K // c.parts
+    adapter, K = _adapter_bytes(c) + c.M * c.N * c.itemsize, cdiv(c.K, c.parts)
     base = (c.M * K + c.N * K + 2 * c.M * c.N) * c.itemsize
     gemm = _gemm(c.M, c.N, K, c.itemsize, base, rates)
     return [LaunchCost("lora_matmul", adapter, _adapter_flops(c)), *[gemm] * c.parts]

@@ -246,6 +246,26 @@ class TestBudget:
         monkeypatch.setattr(gpu, "STEPS", ("rates",))
         assert gpu.to_try({"rates": found})[0].startswith("rates: a failed: ZeroDivisionError")
 
+    def test_nothing_is_lost_before_there_is_something_new(self, cases, tmp_path):
+        assert run(tmp_path, "--only", "rates") == 0
+        cases.fail = KeyboardInterrupt()
+        original, gpu_steps.step_rates = gpu_steps.step_rates, lambda run: (_ for _ in ()).throw(KeyboardInterrupt())
+        try:
+            assert run(tmp_path, "--only", "rates", "--again") == 130
+        finally:
+            gpu_steps.step_rates = original
+        assert len(rows(tmp_path, "rates")) == 4
+        (tmp_path / "cpu" / "rates.csv").unlink()
+        cases.fail = None
+        assert run(tmp_path, "--only", "rates") == 0 and len(rows(tmp_path, "rates")) == 4, "a file that is gone"
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"rates": {}}', '{"rates": {"environment": {}}}'])
+    def test_a_damaged_state_is_none(self, cases, text, tmp_path):
+        (tmp_path / "cpu").mkdir()
+        (tmp_path / "cpu" / "gpu.json").write_text(text)
+        assert run(tmp_path, "--summary") == 0
+        assert run(tmp_path, "--only", "rates") == 0
+
     def test_again_measures_all_again(self, cases, tmp_path):
         for _ in range(2):
             assert run(tmp_path, "--only", "rates", "--again") == 0
@@ -291,6 +311,9 @@ class TestBudget:
         with pytest.raises(SystemExit):
             run(tmp_path, "--from", "rates", "--again")
         assert started[-2:] == ["--from", "rates"] and "--again" not in started
+        with pytest.raises(SystemExit):
+            run(tmp_path, "--only=rates", "--again")
+        assert started[-1] == "--only=rates", "and nothing that goes on with it for ever"
         cases.fail = None
         assert run(tmp_path, "--only", "rates") == 0
         found = rows(tmp_path, "rates")
@@ -384,7 +407,8 @@ def test_tests_of_a_step_that_is_measured_again_run_again(tmp_path, monkeypatch)
     assert run(tmp_path, "--only", "smoke") == 0
     assert rows(tmp_path, "smoke") == [{"case": "a", "outcome": "failed", "seconds": 1, "reason": "then"}]
     assert run(tmp_path, "--only", "smoke", "--again") == 1, "pytest could not run"
-    assert not notes.exists() and not rows(tmp_path, "smoke")
+    assert not notes.exists()
+    assert [row["reason"] for row in rows(tmp_path, "smoke")] == ["then"], "until there is something in its place"
 
 
 class TestGoals:

@@ -8,8 +8,9 @@ from test_ops import weight_4bit
 from torch.library import opcheck
 from torch.profiler import ProfilerActivity, profile
 
-from fastlora import kernel_ops, ops, reference
+from fastlora import fourbit, kernel_ops, ops, reference
 from fastlora.benchmarks.accuracy import inexact, same
+from fastlora.benchmarks.cases.ops import decoded
 from fastlora.functional import lora_linear
 from fastlora.ops_4bit import lora_matmul_4bit
 
@@ -112,7 +113,7 @@ def test_any_strides(layout, dtype):
 def test_few_rows_of_any_size_and_range(dtype):
     """Few rows of bf16 may be multiplied in integers, which have no exponents of their own."""
     weight, w = weight_4bit(96, 320)
-    for size in (0.0, 1e-28, 1e-20, 1.0, 1e3, 1e35):
+    for size in (0.0, 1e-37, 1e-30, 1e-20, 1.0, 1e3, 1e35):
         if dtype == FP16 and not 1e-3 < size < 1e2:
             continue
         x = size * torch.randn(3, 320)
@@ -123,6 +124,22 @@ def test_few_rows_of_any_size_and_range(dtype):
         for row in range(3):
             truth, once = x[row].double() @ w.double().t(), (x[row].float() @ w.float().t()).to(dtype)
             assert inexact([y[row]], [once], [truth], 320) is None, size
+
+
+@pytest.mark.parametrize("K", [128, 4096])
+@pytest.mark.parametrize("outlier", [30.0, 300.0, 1e4, 1e6])
+def test_an_outlier_that_no_weight_meets(outlier, K):
+    """Integers have a scale in common: the numbers beside a large one must not be lost."""
+    w = torch.randn(64, K)
+    w[:, 5] = 0.0
+    weight = fourbit.weight_4bit(linear_4bit(w).weight)
+    w = decoded(weight, torch.float64)
+    for M in (1, 31):
+        x = torch.randn(M, K)
+        x[:, 5] = outlier
+        x = x.to(BF16)
+        y = product(x, weight, torch.randn(M, 0), torch.randn(64, 0))
+        assert inexact([y], [(x.double() @ w.t()).to(BF16)], [x.double() @ w.t()], K) is None
 
 
 @DTYPES

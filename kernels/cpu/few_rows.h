@@ -2,9 +2,8 @@
 // multiplied in registers, in whatever order decoding gives them, and x is put into that order before.
 #pragma once
 
-#include <bit>
-
 #include "fourbit.h"
+#include "integers.h"
 #include "tile.h"
 
 namespace fastlora {
@@ -16,10 +15,9 @@ inline bool in_chunks(const Weight4bit& w) {
   return w.blocksize % CHUNK == 0 && (w.blocksize & (w.blocksize - 1)) == 0 && w.K % w.blocksize == 0;
 }
 
-// Rows of x lie so far apart: whole pairs of chunks, and what a way may keep of each pair. At a power of two they
-// would be on the same lines of the first-level cache.
-inline int64_t ld_of_x(int64_t K) {
-  return round_up(K, 2 * CHUNK) + round_up(K / CHUNK + 2, CHUNK / 2);
+// Rows of x in fp32 lie so far apart, for at a power of two they would be on the same lines of the first-level cache.
+inline int64_t ld_of_floats(int64_t K) {
+  return K + CHUNK / 2;
 }
 
 constexpr int64_t AHEAD = 4096;  // bytes of a row of w that are loaded before they are needed
@@ -62,6 +60,10 @@ struct DenseInFloat {
   static constexpr int ROWS_OF_X = LANES == 8 ? 4 : 6, ROWS_OF_W = LANES == 8 ? 2 : 4;  // at a time, in registers
   static constexpr int64_t IN_ONE_STREAM = 1;
 
+  static int64_t ld_of_x(int64_t K) {
+    return ld_of_floats(K);
+  }
+
   template <typename T>
   static void order(const DenseRows& w, const T* from, float* to) {
     for (int64_t i = 0; i < w.K; ++i)
@@ -93,7 +95,7 @@ struct DenseInFloat {
         Vec even[J], odd[J];
         for (int j = 0; j < J; ++j) read(row + j * w.ld + k + v, even[j], odd[j]);
         for (int i = 0; i < I; ++i) {
-          const float* from = x + i * ld_of_x(w.K) + k + v;
+          const float* from = x + i * ld_of_floats(w.K) + k + v;
           const Vec first = Vec::loadu(from), second = Vec::loadu(from + LANES);
           for (int j = 0; j < J; ++j) sum[0][j][i] = at::vec::fmadd(even[j], first, sum[0][j][i]);
           for (int j = 0; j < J; ++j) sum[HALVES - 1][j][i] = at::vec::fmadd(odd[j], second, sum[HALVES - 1][j][i]);
@@ -113,6 +115,10 @@ struct InFloat {
   using Vec = at::vec::Vectorized<float>;
   static constexpr int ROWS_OF_X = 4, ROWS_OF_W = 1;
   static constexpr int64_t IN_ONE_STREAM = 0;
+
+  static int64_t ld_of_x(int64_t K) {
+    return ld_of_floats(K);
+  }
 
   // Half of the codes of a chunk
   static void look_up(const uint8_t* bytes, int half, const Table& table, Vec* to) {
@@ -161,7 +167,7 @@ struct InFloat {
           for (int64_t v = 0; v < VECTORS; ++v)
             for (int i = 0; i < I; ++i)
               sum[i] = at::vec::fmadd(
-                  codes[v], Vec::loadu(x + i * ld_of_x(w.K) + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
+                  codes[v], Vec::loadu(x + i * ld_of_floats(w.K) + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
         }
       }
       for (int i = 0; i < I; ++i) all[i] = at::vec::fmadd(Vec(*scales), sum[i], all[i]);
@@ -172,60 +178,27 @@ struct InFloat {
 
 #ifdef __AVX512VNNI__
 // From 4 bits in 16-bit integers, for x in bf16: two chunks at a time, whose words are looked up four times, shifted by
-// 4, 0, 12 and 8 bits. What is looked up is the codes in `Table::steps`; of x every pair of chunks is scaled by a power
-// of two to less than 2^14, so that numbers within 1/64 of its largest are exact. A lane adds up eight products of less
-// than 2^28. Codes are off by up to 2^-16 of the largest one; in bf16 each would be by up to 2^-9 of itself.
+// 4, 0, 12 and 8 bits. What is looked up is the codes in `Table::steps`. A lane adds up eight products of less than
+// 2^28. Codes are off by up to 2^-16 of the largest one; in bf16 each would be by up to 2^-9 of itself.
 struct InIntegers {
   using Weight = Weight4bit;
   using Element = int16_t;
   static constexpr int ROWS_OF_X = 4, ROWS_OF_W = 2;
-  static constexpr int64_t IN_ONE_STREAM = 4, PAIR = 2 * CHUNK;
+  static constexpr int64_t IN_ONE_STREAM = 4;
 
-  // Integers know no infinity.
+  static int64_t ld_of_x(int64_t K) {
+    return RowOfIntegers::size(K);
+  }
+
   static bool takes(const Tensor& x) {
-    bool finite = true;
-    const uint16_t* from = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
-    for (int64_t m = 0; m < x.size(0); ++m) finite &= largest_of(from + m * x.stride(0), x.size(1)) < 0x7f80;
-    return finite;
-  }
-
-  // The largest of n numbers, without its sign
-  static uint16_t largest_of(const uint16_t* bits, int64_t n) {
-    uint16_t largest = 0;
-    for (int64_t i = 0; i < n; ++i) largest = std::max<uint16_t>(largest, bits[i] & 0x7fff);
-    return largest;
-  }
-
-  // What the products of each pair are to be scaled by stands behind a row of x.
-  static float* scales_of_pairs(int16_t* x, int64_t K) {
-    return reinterpret_cast<float*>(x + round_up(K, PAIR));
+    bool takes = true;
+    const uint16_t* bits = reinterpret_cast<const uint16_t*>(x.const_data_ptr<at::BFloat16>());
+    for (int64_t m = 0; m < x.size(0); ++m) takes &= RowOfIntegers::takes(bits + m * x.stride(0), x.size(1));
+    return takes;
   }
 
   static void order(const Weight4bit& w, const at::BFloat16* from, int16_t* to) {
-    float* scales = scales_of_pairs(to, w.K);
-    for (int64_t k = 0; k < w.K; k += PAIR, from += PAIR, to += PAIR) {
-      alignas(64) uint16_t bits[PAIR] = {};
-      std::memcpy(bits, from, std::min(w.K - k, PAIR) * sizeof(uint16_t));
-      const int exponent =
-          std::max(largest_of(bits, PAIR) >> 7, 29) - 126;  // 2^exponent is more than any; neither scale is subnormal
-      const float scale = std::ldexp(1.0f, 14 - exponent);
-      *scales++ = std::ldexp(1.0f / w.table.steps, exponent - 14);
-      for (int64_t i = 0; i < PAIR; i += 32) {
-        const __m256i first = to_integers(bits + i, scale), second = to_integers(bits + i + 16, scale);
-        const __m512i fours = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
-        for (int n = 0; n < 4; ++n) {
-          __m128i* part = reinterpret_cast<__m128i*>(to + 32 * n + i / 4);
-          _mm_store_si128(part, _mm512_cvtepi64_epi16(_mm512_srli_epi64(fours, 16 * n)));
-        }
-      }
-    }
-  }
-
-  // Sixteen numbers of bf16, scaled
-  static __m256i to_integers(const uint16_t* bits, float scale) {
-    const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(bits));
-    const __m512 x = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-    return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(scale))));
+    RowOfIntegers(to, w.K).fill(reinterpret_cast<const uint16_t*>(from), w.K, w.table.steps);
   }
 
   // A number of each block, for the lanes of two chunks
@@ -236,30 +209,36 @@ struct InIntegers {
 
   template <int I, int J>
   static void dot(const Weight4bit& w, int64_t n, const float* scales, const int16_t* x, float* out, int64_t ld_out) {
-    const int64_t blocks = w.blocks(), ld = ld_of_x(w.K), chunks = w.K / CHUNK;
+    const int64_t blocks = w.blocks(), chunks = w.K / CHUNK;
     const int shift = __builtin_ctzll(w.blocksize / CHUNK);
     const __m512i table = _mm512_load_si512(w.table.in_steps);
     const uint8_t* bytes = w.bytes + n * w.K / 2;
+    const auto row = [&](int i) { return RowOfIntegers(const_cast<int16_t*>(x) + i * ld_of_x(w.K), w.K); };
     __m512 sum[J][I];
     for (int i = 0; i < J * I; ++i) (&sum[0][0])[i] = _mm512_setzero_ps();
-    const auto step = [&](int64_t chunk, const __m512i(&words)[J], const __m512(&scale)[J]) {
+    const auto multiply = [&](int64_t chunk, const __m512i(&words)[J], const __m512(&scale)[J], int part) {
       __m512i dot[J][I];
       for (int i = 0; i < J * I; ++i) (&dot[0][0])[i] = _mm512_setzero_si512();
-      for (int part = 0; part < 4; ++part) {
+      for (int n = 0; n < 4; ++n) {
         constexpr int SHIFT[4] = {4, 0, 12, 8};
         __m512i codes[J];
-        for (int j = 0; j < J; ++j)
-          codes[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[j], SHIFT[part]), table);
+        for (int j = 0; j < J; ++j) codes[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words[j], SHIFT[n]), table);
         for (int i = 0; i < I; ++i) {
-          const __m512i of_x = _mm512_load_si512(x + i * ld + chunk * CHUNK + 32 * part);
+          const __m512i of_x = _mm512_load_si512(row(i).part(part) + chunk * CHUNK + CHUNK / 2 * n);
           for (int j = 0; j < J; ++j) dot[j][i] = _mm512_dpwssd_epi32(dot[j][i], codes[j], of_x);
         }
       }
       for (int i = 0; i < I; ++i) {
-        const __m512 by = _mm512_set1_ps(scales_of_pairs(const_cast<int16_t*>(x) + i * ld, w.K)[chunk / 2]);
+        const __m512 by = _mm512_set1_ps(row(i).scales(part)[chunk / 2]);
         for (int j = 0; j < J; ++j)
           sum[j][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[j][i]), _mm512_mul_ps(scale[j], by), sum[j][i]);
       }
+    };
+    const auto step = [&](int64_t chunk, const __m512i(&words)[J], const __m512(&scale)[J]) {
+      multiply(chunk, words, scale, 0);
+      bool more = false;
+      for (int i = 0; i < I; ++i) more |= row(i).scales(1)[chunk / 2] != 0.0f;
+      if (__builtin_expect(more, false)) multiply(chunk, words, scale, 1);
     };
     int64_t chunk = 0;
     __m512i words[J];
@@ -294,7 +273,7 @@ template <typename Way, int J, int I = Way::ROWS_OF_X>
 void dots(
     const typename Way::Weight& w, int64_t n, const float* scales, const typename Way::Element* x, int64_t rows,
     float* out, int64_t ld_out) {
-  for (; rows >= I; rows -= I, x += I * ld_of_x(w.K), out += I * ld_out)
+  for (; rows >= I; rows -= I, x += I * Way::ld_of_x(w.K), out += I * ld_out)
     Way::template dot<I, J>(w, n, scales, x, out, ld_out);
   if constexpr (I > 1) dots<Way, J, I - 1>(w, n, scales, x, rows, out, ld_out);
 }
@@ -306,7 +285,7 @@ void multiply_few(
     const ColumnScale& column_scale, T* y) {
   constexpr int64_t STRIP = 32;
   const int64_t M = x.size(0), N = w.N, K = w.K, blocks = w.blocks();
-  const Buffer<typename Way::Element> ordered(M, ld_of_x(K));
+  const Buffer<typename Way::Element> ordered(M, Way::ld_of_x(K));
   for (int64_t m = 0; m < M; ++m) Way::order(w, x.const_data_ptr<T>() + m * x.stride(0), ordered.row(m));
   std::vector<Tile<float>> lefts;
   int64_t ranks = 0;
