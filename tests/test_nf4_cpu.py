@@ -142,6 +142,18 @@ def test_an_outlier_that_no_weight_meets(outlier, K):
         assert inexact([y], [(x.double() @ w.t()).to(BF16)], [x.double() @ w.t()], K) is None
 
 
+@pytest.mark.parametrize("size", [0.3, 0.01, 1e-3, 1e-4])
+def test_small_numbers_that_large_weights_meet(size):
+    K = 1024
+    sizes = torch.where(torch.arange(K) // 64 % 2 == 1, size, 1.0)
+    weight = fourbit.weight_4bit(linear_4bit(torch.randn(64, K) / sizes).weight)
+    w = decoded(weight, torch.float64)
+    for M in (1, 31):
+        x = (torch.randn(M, K) * sizes).to(BF16)
+        y, in_bf16 = product(x, weight, torch.randn(M, 0), torch.randn(64, 0)), (x.float() @ w.to(BF16).float().t())
+        assert inexact([y], [in_bf16.to(BF16)], [x.double() @ w.t()], K) is None
+
+
 @DTYPES
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
 def test_few_rows_that_are_not_finite(number, dtype):

@@ -10,7 +10,7 @@
 namespace fastlora {
 
 // A row of x in bf16 as 16-bit integers. Every 128 numbers, a pair of chunks, are scaled by a power of two to less than
-// 2^14: numbers of 1/128 of that or more are exact. Where many are smaller, beside an outlier, what rounding took from
+// 2^14: numbers of 1/128 of that or more are exact. Where most are smaller, beside an outlier, what rounding took from
 // them follows in a second part.
 struct RowOfIntegers {
   static constexpr int64_t PAIR = 128;
@@ -57,20 +57,26 @@ struct RowOfIntegers {
       std::memcpy(bits, from + k, std::min(cols - k, PAIR) * sizeof(uint16_t));
       const int largest = std::max(largest_of(bits, PAIR) >> 7, LEAST);
       const float scale = std::ldexp(1.0f, 140 - largest);  // 2^(largest - 126) is more than any
-      const bool rounded = write(bits, scale, largest, k);
+      write(bits, scale, k);
       scales(0)[k / PAIR] = std::ldexp(1.0f / steps, largest - 140);
-      scales(1)[k / PAIR] = rounded ? std::ldexp(1.0f / steps, largest - 140 - 14) : 0.0f;
+      scales(1)[k / PAIR] = loses(bits, largest) ? std::ldexp(1.0f / steps, largest - 140 - 14) : 0.0f;
     }
   }
 
-  // Both parts of a pair. Whether the second is needed: more than an eighth of its numbers are not exact in the first.
-  bool write(const uint16_t* bits, float scale, int largest, int64_t k) const {
-    int inexact = 0, numbers = 0;
+  // Whether the second part of a pair is needed, of which the largest number has this exponent: in the first most of
+  // its numbers are not exact, or an eighth of them lost more than three of their eight bits.
+  static bool loses(const uint16_t* bits, int largest) {
+    int numbers = 0, inexact = 0, lost = 0;
     for (int64_t i = 0; i < PAIR; ++i) {
-      const uint16_t each = bits[i] & 0x7fff;
-      numbers += each != 0;
-      inexact += each != 0 && (each >> 7) < largest - 6;
+      const int number = bits[i] & 0x7fff, smaller = largest - (number >> 7);
+      numbers += number != 0;
+      inexact += number != 0 && smaller > 6;
+      lost += number != 0 && smaller > 9;
     }
+    return 2 * inexact > numbers || 8 * lost > numbers;
+  }
+
+  void write(const uint16_t* bits, float scale, int64_t k) const {
     for (int64_t i = 0; i < PAIR; i += PAIR / 4) {
       __m256i first[PARTS], second[PARTS];
       in_parts(bits + i, scale, first);
@@ -83,7 +89,6 @@ struct RowOfIntegers {
         }
       }
     }
-    return 8 * inexact > numbers;
   }
 
   // Sixteen numbers
