@@ -158,7 +158,6 @@ def test_small_numbers_that_large_weights_meet(size):
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])
 def test_few_rows_that_are_not_finite(number, dtype):
     weight, w = weight_4bit(96, 320)
-    w[w.abs() < 1e-30] = 0.0
     x = torch.randn(3, 320).to(dtype)
     x[1, 7] = number
     y = product(x, weight, torch.randn(3, 0), torch.randn(96, 0))
