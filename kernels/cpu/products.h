@@ -50,7 +50,12 @@ std::vector<Operand> operands_of(at::TensorList w) {
 }
 
 // So many rows or fewer are multiplied without making a panel: with 4-bit weights,
-constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15, FEW_IN_INTEGERS = 31;
+constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15;
+// in integers (where matrix instructions multiply bf16 fast, from about 20 on they make up for the panel: by counting
+// instructions, not measured there),
+inline int64_t few_in_integers() {
+  return bf16::available() ? 20 : 31;
+}
 // and with dense ones, of which a panel is worth making from so many on beside what torch does instead.
 #ifdef __AVX512BF16__
 constexpr int64_t FEW_DENSE = 31, LEAST_PANEL = 32;
@@ -123,7 +128,7 @@ void multiply_4bit(
   if (x.size() == 1 && w[0].by_columns && in_chunks(*w[0].w)) {
 #ifdef __AVX512VNNI__
     if constexpr (std::is_same_v<T, at::BFloat16>)
-      if (M <= FEW_IN_INTEGERS && InIntegers::takes(x[0]))
+      if (M <= few_in_integers() && InIntegers::takes(x[0]))
         return multiply_few<InIntegers>(x[0], *w[0].w, init, adapters, column_scale, y);
 #endif
     if (M <= FEW_IN_FLOAT) return multiply_few<InFloat>(x[0], *w[0].w, init, adapters, column_scale, y);
