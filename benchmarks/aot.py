@@ -243,11 +243,7 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
     program = [line[0] for line in lines if line]
     labels = {name[:-1]: i for i, name in enumerate(program) if name.endswith(":")}
     loops = [
-        [
-            Instruction(at, name, "", 0)
-            for at, name in enumerate(program[:i])
-            if at >= labels[line[1]] and name[-1] != ":"
-        ]
+        [Instruction(at, program[at], "", 0) for at in range(labels[line[1]], i) if not program[at].endswith(":")]
         for i, line in enumerate(line for line in lines if line)
         if len(line) > 1 and re.match(r"s_c?branch", line[0]) and labels.get(line[1], i) < i
     ]

@@ -92,14 +92,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gpu.py: {error}", file=sys.stderr)
         return 2
     steps = [args.only] if args.only else STEPS[STEPS.index(args.start) :]
-    end = time.monotonic() + 60 * args.minutes
+    args.end = time.monotonic() + 60 * args.minutes
     complete: dict[str, bool | None] = dict.fromkeys(steps, False)
     try:
         for seconds in (SECONDS, dict.fromkeys(steps, float("inf"))):  # a turn each, then as long as there is time
             for step in [step for step in steps if complete[step] is False]:
-                if time.monotonic() < end:
-                    deadline = min(end, time.monotonic() + seconds[step])
-                    complete[step] = _run_step(step, args, device, name, folder, argv, deadline)
+                if time.monotonic() < args.end:
+                    deadline = min(args.end, time.monotonic() + seconds[step])
+                    complete[step] = _run_step(step, args, device, name, folder, deadline)
             args.again = False
     except KeyboardInterrupt:
         return 130
@@ -128,13 +128,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _run_step(
-    step: str,
-    args: argparse.Namespace,
-    device: Any,
-    name: str,
-    folder: Path,
-    argv: list[str] | None,
-    deadline: float,
+    step: str, args: argparse.Namespace, device: Any, name: str, folder: Path, deadline: float
 ) -> bool | None:
     """Go on with a step until it is complete or its time is spent. Whether it is complete; None if it failed."""
     from fastlora import plans
@@ -180,19 +174,17 @@ def _run_step(
             rows.append({"case": run.case, "error": failed})  # the next call passes over it
     finally:
         write()
-    errors = sum(row.get("error") is not None and row.get("provider") is None for row in rows)
-    outcome = (
-        "complete" + f", {errors} cases failed" * (errors > 0)
-        if complete
-        else f"failed, {failed}"
-        if failed
-        else "not complete; the next call goes on"
-    )
-    print(f"{step}: {outcome} ({len(rows)} rows, {state[step]['seconds']} s)", flush=True)
+    outcome = "not complete; the next call goes on"
+    if complete:
+        errors = sum(row.get("error") is not None and row.get("provider") is None for row in rows)
+        outcome = "complete" + f", {errors} cases failed" * (errors > 0)
+    elif failed:
+        outcome = f"failed, {failed}"
+    print(f"{step}: {outcome} ({len(rows)} rows, {time.monotonic() - start:.1f} s)", flush=True)
     if interrupted:
         raise interrupted
     if broken:
-        _start_anew(step, run.case, args, argv)
+        _start_anew(step, run.case, args)
     return None if failed else complete
 
 
@@ -202,14 +194,15 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {line}".encode(errors="replace").decode()
 
 
-def _start_anew(step: str, case: str | None, args: argparse.Namespace, argv: list[str] | None) -> None:
-    """Nothing more can run on the device in this process: go on in another one, past the case (or step) that did it."""
-    arguments = [arg for arg in (sys.argv[1:] if argv is None else argv) if arg != "--again"]
+def _start_anew(step: str, case: str | None, args: argparse.Namespace) -> None:
+    """Nothing more can run on the device in this process: go on in another one, past the case (or step) that did it,
+    for as long as this one had."""
     following = STEPS[STEPS.index(step) + (case is None) :]
     if (args.only and case is None) or not following:
         return
-    if not args.only:
-        arguments += ["--from", following[0]]  # the last one counts
+    arguments = ["--device", args.device, "--out", str(args.out), "--minutes", str((args.end - time.monotonic()) / 60)]
+    arguments += ["--tiny"] * args.tiny + (["--commit", args.commit] if args.commit else [])
+    arguments += [f"--only={step}"] if args.only else ["--from", following[0]]
     os.execv(sys.executable, [sys.executable, __file__, *arguments])
 
 

@@ -189,8 +189,7 @@ def lora_matmul_base_last(
     scale: Tensor | None = None,
 ) -> Tensor:
     """The same with the base product by the vendor's GEMM, which accumulates into the adapter's."""
-    _call_of((x,), (w,), (xa,), (b,), bias, (p,), (seed,), scale)
-    y = lora_matmul(x[:, :0], w[:, :0], xa, b, bias, p, seed).addmm_(x, w.t())
+    y = _lora_matmul((x,), (w,), (xa,), (b,), bias, (p,), (seed,), scale, with_base=False).addmm_(x, w.t())
     return y if scale is None else y.mul_(scale)
 
 
@@ -215,8 +214,7 @@ def lora_matmul_group_base_last(
     seed: Sequence[Tensor | None],
 ) -> Tensor:
     """The same, each base product accumulated by the vendor's GEMM, which rounds the sum every time."""
-    _call_of(tuple(x), tuple(w), tuple(xa), tuple(b), None, tuple(p), tuple(seed), None)
-    y = lora_matmul_group([each[:, :0] for each in x], [each[:, :0] for each in w], xa, b, p, seed)
+    y = _lora_matmul(tuple(x), tuple(w), tuple(xa), tuple(b), None, tuple(p), tuple(seed), with_base=False)
     for x_i, w_i in zip(x, w, strict=True):
         y.addmm_(x_i, w_i.t())
     return y
@@ -231,9 +229,12 @@ def _lora_matmul(
     ps: tuple[float, ...],
     seeds: tuple[Tensor | None, ...],
     column_scale: Tensor | None = None,
+    with_base: bool = True,
 ) -> Tensor:
+    """Without the base products nothing is scaled either. Raises ValueError unless the operands fit together."""
     x, M, N = xs[0], xs[0].shape[0], ws[0].shape[0]
-    call = _call_of(xs, ws, xas, bs, bias, ps, seeds, column_scale)
+    found = layouts(*xs, *ws, *xas, *bs, bias, column_scale, *seeds)
+    call = _call(tiles.has_tma(), len(xs), found, ps, with_base)
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
@@ -242,7 +243,7 @@ def _lora_matmul(
         "b_ptrs": bs,
         "seed_ptrs": seeds,
         "bias_ptr": None if bias is None else bias.contiguous(),
-        "column_scale_ptr": None if column_scale is None else column_scale.contiguous(),
+        "column_scale_ptr": None if column_scale is None or not with_base else column_scale.contiguous(),
     }
     launch, templates = call.by(tile(call.rows, M, N, call.K), dot_precision(x))
     if templates is not None:
@@ -268,25 +269,19 @@ class _Call:
         return found
 
 
-def _call_of(
-    xs: tuple[Tensor, ...],
-    ws: tuple[Tensor, ...],
-    xas: tuple[Tensor, ...],
-    bs: tuple[Tensor, ...],
-    bias: Tensor | None,
-    ps: tuple[float, ...],
-    seeds: tuple[Tensor | None, ...],
-    column_scale: Tensor | None,
-) -> _Call:
-    """Raises ValueError unless the operands fit together."""
-    return _call(tiles.has_tma(), len(xs), layouts(*xs, *ws, *xas, *bs, bias, column_scale, *seeds), ps)
-
-
 @cached_by_layout
-def _call(has_tma: bool, n: int, found: Layouts, ps: tuple[float, ...]) -> _Call:
-    adapters_of = found[2 * n : 3 * n], found[3 * n : 4 * n], found[4 * n : 4 * n + 2], found[4 * n + 2 :]
-    operands: Operands = found[:n], found[n : 2 * n], *adapters_of, ps
-    return _Call(_row_of_tiles(has_tma, *operands), operands)
+def _call(has_tma: bool, n: int, found: Layouts, ps: tuple[float, ...], with_base: bool) -> _Call:
+    xs, ws, xas, bs = (found[i * n : (i + 1) * n] for i in range(4))
+    (bias, column_scale), seeds = found[4 * n : 4 * n + 2], found[4 * n + 2 :]
+    M, N = xs[0].shape[0], ws[0].shape[0]
+    for x, w, xa, b, p, seed in zip(xs, ws, xas, bs, ps, seeds, strict=True):
+        K, r = x.shape[1], b.shape[1]
+        check_operands(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)))
+    check_operands(xs[0], bias=(bias, (N,)), scale=(column_scale, (N,)))
+    if not with_base:
+        xs, ws = (tuple(t._replace(shape=torch.Size((t.shape[0], 0))) for t in each) for each in (xs, ws))
+    rows = name_of_matmul(has_tma and _fits_tma(xs, ws), xs[0].dtype.itemsize, n > 1, any(ps))
+    return _Call(rows, (xs, ws, xas, bs, (bias, column_scale if with_base else None), seeds, ps))
 
 
 _NO_DESCRIPTORS = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_GROUP))
@@ -317,17 +312,6 @@ def _templates(t: Tile, *operands: *Operands) -> dict[str, dict]:
 def _template(shape: Any, stride: int, block: list[int], dtype: torch.dtype) -> dict[str, Any]:
     anything = torch.empty(8, dtype=dtype)  # aligned to 16 bytes, as `_fits_tma` found the operand to be
     return vars(TensorDescriptor(anything, torch.Size(shape), [stride, 1], block)) | {"base": None}
-
-
-def _row_of_tiles(has_tma: bool, *operands: *Operands) -> str:
-    """The name in the table of tiles of what carries this out."""
-    xs, ws, xas, bs, (bias, column_scale), seeds, ps = operands
-    M, N = xs[0].shape[0], ws[0].shape[0]
-    for x, w, xa, b, p, seed in zip(xs, ws, xas, bs, ps, seeds, strict=True):
-        K, r = x.shape[1], b.shape[1]
-        check_operands(xs[0], p, seed, x=(x, (M, K)), w=(w, (N, K)), xa=(xa, (M, r)), b=(b, (N, r)))
-    check_operands(xs[0], bias=(bias, (N,)), scale=(column_scale, (N,)))
-    return name_of_matmul(has_tma and _fits_tma(xs, ws), xs[0].dtype.itemsize, len(xs) > 1, any(ps))
 
 
 def _fits_tma(xs: Layouts, ws: Layouts) -> bool:

@@ -16,9 +16,11 @@ inline bool in_chunks(const Weight4bit& w) {
 }
 
 // Rows of x in fp32 lie so far apart, for at a power of two they would be on the same lines of the first-level cache.
-inline int64_t ld_of_floats(int64_t K) {
-  return K + CHUNK / 2;
-}
+struct RowsOfFloats {
+  static int64_t ld_of_x(int64_t K) {
+    return K + CHUNK / 2;
+  }
+};
 
 constexpr int64_t AHEAD = 4096;  // bytes of a row of w that are loaded before they are needed
 
@@ -52,17 +54,13 @@ struct DenseRows {
 //      With IN_ONE_STREAM rows of x or fewer, w is read from one end to the other, at memory's speed: J is 1.
 
 // From bf16 in fp32: the 16 bits of a number and 16 zeros. The even weights of a vector come first, then the odd ones.
-struct DenseInFloat {
+struct DenseInFloat : RowsOfFloats {
   using Weight = DenseRows;
   using Element = float;
   using Vec = at::vec::Vectorized<float>;
   static constexpr int LANES = Vec::size();
   static constexpr int ROWS_OF_X = LANES == 8 ? 4 : 6, ROWS_OF_W = LANES == 8 ? 2 : 4;  // at a time, in registers
   static constexpr int64_t IN_ONE_STREAM = 1;
-
-  static int64_t ld_of_x(int64_t K) {
-    return ld_of_floats(K);
-  }
 
   template <typename T>
   static void order(const DenseRows& w, const T* from, float* to) {
@@ -95,7 +93,7 @@ struct DenseInFloat {
         Vec even[J], odd[J];
         for (int j = 0; j < J; ++j) read(row + j * w.ld + k + v, even[j], odd[j]);
         for (int i = 0; i < I; ++i) {
-          const float* from = x + i * ld_of_floats(w.K) + k + v;
+          const float* from = x + i * ld_of_x(w.K) + k + v;
           const Vec first = Vec::loadu(from), second = Vec::loadu(from + LANES);
           for (int j = 0; j < J; ++j) sum[0][j][i] = at::vec::fmadd(even[j], first, sum[0][j][i]);
           for (int j = 0; j < J; ++j) sum[HALVES - 1][j][i] = at::vec::fmadd(odd[j], second, sum[HALVES - 1][j][i]);
@@ -109,16 +107,12 @@ struct DenseInFloat {
 };
 
 // From 4 bits in fp32: the scale of a block comes in after its products.
-struct InFloat {
+struct InFloat : RowsOfFloats {
   using Weight = Weight4bit;
   using Element = float;
   using Vec = at::vec::Vectorized<float>;
   static constexpr int ROWS_OF_X = 4, ROWS_OF_W = 1;
   static constexpr int64_t IN_ONE_STREAM = 0;
-
-  static int64_t ld_of_x(int64_t K) {
-    return ld_of_floats(K);
-  }
 
   // Half of the codes of a chunk
   static void look_up(const uint8_t* bytes, int half, const Table& table, Vec* to) {
@@ -167,7 +161,7 @@ struct InFloat {
           for (int64_t v = 0; v < VECTORS; ++v)
             for (int i = 0; i < I; ++i)
               sum[i] = at::vec::fmadd(
-                  codes[v], Vec::loadu(x + i * ld_of_floats(w.K) + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
+                  codes[v], Vec::loadu(x + i * ld_of_x(w.K) + k + half * CHUNK / 2 + v * Vec::size()), sum[i]);
         }
       }
       for (int i = 0; i < I; ++i) all[i] = at::vec::fmadd(Vec(*scales), sum[i], all[i]);
