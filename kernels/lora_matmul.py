@@ -243,7 +243,7 @@ def _lora_matmul(
         "b_ptrs": bs,
         "seed_ptrs": seeds,
         "bias_ptr": None if bias is None else bias.contiguous(),
-        "column_scale_ptr": None if column_scale is None or not with_base else column_scale.contiguous(),
+        "column_scale_ptr": None if column_scale is None else column_scale.contiguous(),
     }
     launch, templates = call.by(tile(call.rows, M, N, call.K), dot_precision(x))
     if templates is not None:

@@ -233,6 +233,23 @@ class TestBudget:
         assert run(tmp_path, "--from", "rates") == 0
         assert cases.measured == ["a", "b", "graph", "c", "d"]
 
+    @pytest.mark.parametrize("at", [None, "b"])
+    def test_a_device_that_breaks_between_cases(self, at, tmp_path, monkeypatch):
+        """As in `tune`, which measures before it names the rows: the case that is done is not the one that failed."""
+
+        def step(run):
+            yield "a", [{"value": 1.0}]
+            run.case = at or run.case
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(gpu_steps, "step_rates", step)
+        monkeypatch.setattr(gpu, "_broken", lambda device: True)
+        monkeypatch.setattr(gpu.os, "execv", lambda program, arguments: None)
+        assert run(tmp_path, "--only", "rates") == 1
+        found = rows(tmp_path, "rates")
+        assert [row["case"] for row in found] == ["a", *([at] if at else [])]
+        assert found[0]["value"] == 1 and not found[0].get("error")
+
     def test_a_case_that_fails_is_a_row_with_its_error(self, tmp_path, monkeypatch, capsys):
         def step(run):
             for case in "ab":
