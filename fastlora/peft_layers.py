@@ -133,19 +133,29 @@ def mixed_batch(layer: LoraLayer, x: Tensor, rows: RowAdapters) -> Tensor:
         reason = _why_not_this_x(layer, x) or transform_without_rule()
     if reason is None and (x.dim() < 2 or len(x) != len(rows.names)):
         reason = f"x {list(x.shape)} is not a batch of {len(rows.names)}"
-    count_call(layer, reason)
+    base = layer.__dict__["_modules"]["base_layer"]
+    count_call(layer, reason, base)
     if reason is not None:
         return type(layer).theirs.forward(layer, x, adapter_names=rows.names)  # type: ignore[attr-defined]
-    base = layer.__dict__["_modules"]["base_layer"]
-    names = [name for name in rows.unique if name in layer.lora_A]
-    if not names:
+    adapters = {name: _adapter(layer, name) for name in rows.unique if name in layer.lora_A}
+    if not adapters:
         return base(x)
-    adapters = {name: _adapter(layer, name) for name in names}
+    if base_kind(base) == "opaque":
+        return _add_by_rows(base(x), x, adapters, rows)
     r = max(each.a.shape[0] for each in adapters.values())
     a = torch.stack([_padded(each.a, 0, r) for each in adapters.values()])
     b = torch.stack([_padded(each.b, 1, r) for each in adapters.values()])
     of_entries = rows.rows({name: float(each.scaling) for name, each in adapters.items()}, a.device)
-    return mixed_forward(base, base_kind(base), x, a, b, of_entries, adapters[names[0]].p)
+    return mixed_forward(base, base_kind(base), x, a, b, of_entries, next(iter(adapters.values())).p)
+
+
+def _add_by_rows(y: Tensor, x: Tensor, adapters: dict[str, Adapter], rows: RowAdapters) -> Tensor:
+    """What a base layer made of x, and to each entry of the batch its adapter's output added."""
+    for name, (a, b, scaling, p, *_) in adapters.items():
+        entries = torch.tensor([i for i, each in enumerate(rows.names) if each == name], device=x.device)
+        added = add_adapter_output(y[entries], x[entries], a, b, scaling, p)
+        y = y.index_copy(0, entries, added)
+    return y
 
 
 def _padded(t: Tensor, dim: int, r: int) -> Tensor:

@@ -56,9 +56,8 @@ def why_not_mixed(layer: LoraLayer, rows: RowAdapters) -> str | None:
         return MERGED
     if (reason := base_reason(base)) is not None:
         return reason
-    if base_kind(base) == "opaque":
-        return f"its base layer, a {type(base).__name__}, computes its own output"
-    if base._parameters["weight"].requires_grad:
+    weight = base._parameters.get("weight")
+    if weight is not None and weight.requires_grad:
         return "its base weight trains"
     for name in rows.unique:
         if name not in modules["lora_A"]._modules:
@@ -69,7 +68,8 @@ def why_not_mixed(layer: LoraLayer, rows: RowAdapters) -> str | None:
             return f"adapter {name!r} is of DoRA or has lora_bias, and is one of several in a batch"
         dropout = modules["lora_dropout"]._modules[name]
         dropped.add(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
-    return "the adapters of one batch have several dropouts" if len(dropped) > 1 else None
+    several = len(dropped) > 1 and base_kind(base) != "opaque"
+    return "the adapters of one batch have several dropouts" if several else None
 
 
 def base_reason(base: nn.Module) -> str | None:

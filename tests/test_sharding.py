@@ -10,9 +10,11 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from supported import README, read, what_ran
 
 STEPS = 20
 
@@ -47,12 +49,27 @@ PLAIN = [
 ]
 FUSED = [
     Case(),
+    Case("DDP"),
+    Case("DDP", "nf4"),
     Case("FSDP2"),
+    Case("FSDP2", "mixed"),
     Case("FSDP2", "nf4", patch="after", checkpointing=True),
     Case("FSDP2", "dora", patch="after"),
 ]
-BY_LAYER = [Case("FSDP2", "nf4", patch="after", unit="layer")]
-FLAT = [Case("FSDP1", checkpointing=True)]
+BY_LAYER = [Case("FSDP2", unit="layer"), Case("FSDP2", "nf4", patch="after", unit="layer")]
+FLAT = [Case("FSDP1", checkpointing=True), Case("FSDP1", "nf4")]
+# The table in README.md: its row and its column. What is said of fp32 is seen in fp64.
+CELLS = {
+    ("DDP", "fp32"): FUSED[1],
+    ("DDP", "NF4"): FUSED[2],
+    ("FSDP2", "fp32"): FUSED[3],
+    ("FSDP2", "bf16"): FUSED[4],
+    ("FSDP2", "NF4"): FUSED[5],
+    ("FSDP2, each layer a unit", "fp32"): BY_LAYER[0],
+    ("FSDP2, each layer a unit", "NF4"): BY_LAYER[1],
+    ("FSDP1", "fp32"): FLAT[0],
+    ("FSDP1", "NF4"): FLAT[1],
+}
 MORE = [
     Case("FSDP2", *each)
     for each in itertools.product(DTYPES, ("before", "after"), (True, False), (True, False), ("block", "MLP"))
@@ -72,7 +89,7 @@ def trained(cases: list[Case], folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict:
-    return trained([*PLAIN[:3], *FUSED, *BY_LAYER, *FLAT], tmp_path_factory.mktemp("runs"))
+    return trained([*PLAIN, *FUSED, *BY_LAYER, *FLAT], tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +125,17 @@ def check_fused(case: Case, results: dict) -> None:
     is_sharded = case.stack == "FSDP2" and case.patch == "after"
     assert len(result["said"]["sharded"]) == (14 if is_sharded else 0)
     assert ("14 of the patched layers are sharded now, and fused" in result["text"]) == is_sharded
+
+
+def cell(result: dict) -> str:
+    """What README.md's table says of a case with this result."""
+    layers, mlps = ([SimpleNamespace(**calls) for calls in result[kind].values()] for kind in ("layers", "mlps"))
+    return what_ran(layers, mlps)
+
+
+@pytest.mark.parametrize("place", CELLS, ids=" on ".join)
+def test_readme_says_what_ran(place, results):
+    assert read(README.read_text())[place] == cell(results[str(CELLS[place])]), "run python tests/supported.py"
 
 
 @pytest.mark.parametrize("case", FUSED, ids=str)

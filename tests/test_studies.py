@@ -148,6 +148,15 @@ def test_methods_have_about_the_parameters_of_lora(out):
 
 
 @pytest.mark.slow
+def test_blocks_of_other_architectures_save_less_than_with_peft(out):
+    rows = rows_of(out, "architectures")
+    assert {row["family"] for row in rows} == {"Llama", "OPT"}
+    for row in pick(rows, provider="peft"):
+        (ours,) = pick(rows, family=row["family"], provider="fastlora")
+        assert row["over_peft"] == 1 and ours["saved_bytes"] < row["saved_bytes"]
+
+
+@pytest.mark.slow
 def test_small_updates_survive_where_they_should(out):
     kept = {row["layer"]: row["share_kept"] for row in pick(rows_of(out, "small_updates"), magnitude_of_B=1e-4)}
     assert kept["unfused bf16 layer"] < 0.5
@@ -215,6 +224,9 @@ def test_findings_follow_the_numbers(out):
     wrong = changed(optimizers, "optimizer_bytes", lambda size: 2 * size, optimizer="AdamW")
     assert "NOT what the formula says in 2 of 6" in says("optimizers", wrong)
     assert "NOT the 16.78 MB that are published" in says("optimizers", wrong)
+
+    others = changed(rows_of(out, "architectures"), "over_peft", lambda _: 0.8, family="OPT", provider="fastlora")
+    assert "1.25 (OPT) times PEFT's speed" in says("architectures", others)
 
     updates = changed(rows_of(out, "small_updates"), "share_kept", lambda _: 0.4)
     assert "fastlora 0.40 on a bf16 base" in says("small_updates", updates)

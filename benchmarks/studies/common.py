@@ -26,7 +26,7 @@ from fastlora.benchmarks.tables import NAMES, power, terminal
 
 STUDIES = (
     *("position", "rank", "many_adapters", "targets", "bases", "optimizers", "small_updates", "methods"),
-    *("experts", "mixed_batch"),
+    *("experts", "mixed_batch", "architectures"),
 )
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # a Llama block's linear layers
 VERSION = 1
