@@ -1,8 +1,8 @@
 """What the blocks of other models gain: those of OPT, BERT, Phi-3 and GPT-2 beside Llama's.
 
-Three blocks of each, 768 wide and 3072 in the MLP, with random weights, adapters of r = 16 on every linear layer, AdamW,
-2 x 256 tokens, the providers' steps in turn. OPT writes its MLP out in the block and BERT has it in two modules: their
-layers run one by one. Phi-3's gate and up are one layer, and GPT-2's layers are Conv1D."""
+Three blocks of each, 768 wide and 3072 in the MLP, with random weights, adapters of r = 16 on every linear layer and
+AdamW, 2 x 256 tokens, the providers' steps in turn. OPT writes its MLP out in the block and BERT has it in two modules:
+their layers run one by one. Phi-3's gate and up are one layer, and GPT-2's layers are Conv1D."""
 
 import sys
 from typing import Any
@@ -12,7 +12,6 @@ import transformers
 from matplotlib.figure import Figure
 from torch import nn
 
-from fastlora.benchmarks import training
 from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
