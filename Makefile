@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check --constraint
 PIP := $(BIN)/python $(INSTALL) constraints.txt
 
-.PHONY: setup demo test test-torch-ops test-interpreted test-quantised test-oldest
+.PHONY: setup demo test test-torch-ops test-interpreted test-quantised test-deepspeed test-oldest
 .PHONY: fuzz-asan lint docs wheel bench studies report gpu clean
 
 setup: $(READY)
@@ -48,6 +48,11 @@ test-interpreted: setup
 test-quantised: setup
 	$(PIP) --no-deps --upgrade --target build/torchao torchao
 	PYTHONPATH=build/torchao $(PYTEST) $(call tests,quantised_bases)
+
+# Training by DeepSpeed on two processes. It stays outside as well, where accelerate would import it.
+test-deepspeed: setup
+	$(PIP) --no-deps --upgrade --target build/deepspeed deepspeed hjson py-cpuinfo einops msgpack ninja psutil
+	PYTHONPATH=build/deepspeed $(PYTEST) $(call tests,sharding)
 
 # The tests with the oldest versions that pyproject.toml allows: in a virtual environment of their own, and on a copy of
 # the tracked files, because CPU kernels compiled against one version of PyTorch do not load with another. It downloads

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace as Case  # of test_sharding, which is not imported here
@@ -29,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 
-WORLD, ROWS = 2, 4
+WORLD, ROWS, LR = 2, 4, 1e-2
 WIDE = ("fp64", "dora")  # bases that are in fp64
 
 
@@ -80,14 +81,48 @@ def wrapped(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
+def by_deepspeed(model: nn.Module, stage: int) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
+    """The model in DeepSpeed's engine, and a training step of it."""
+    import deepspeed  # which not every test environment has
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // WORLD,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.AdamW(trained, lr=LR)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=trained, config=config)
+
+    def step(loss: torch.Tensor) -> None:
+        engine.backward(loss)
+        engine.step()
+
+    return engine, step
+
+
+def by_torch(model: nn.Module) -> Callable[[torch.Tensor], None]:
+    """A training step of the model."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def run(case: Case) -> dict:
     model = adapted(case)
     if case.patch == "before":
         said = fastlora.patch(model)
-    whole = wrapped(model, case)
+    stage = {"ZeRO-2": 2, "ZeRO-3": 3}.get(case.stack)
+    whole, step = by_deepspeed(model, stage) if stage else (wrapped(model, case), None)
     if case.patch == "after":
-        said = fastlora.patch(whole, strict=case.unit != "layer")  # shards are no reason to refuse
-    optimizer = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=1e-2)
+        said = fastlora.patch(whole, strict=case.unit != "layer" and not stage)  # shards are no reason to refuse
+    step = step or by_torch(whole)
     generator = torch.Generator().manual_seed(1)
     x, target = torch.randn(2, ROWS, 5, HIDDEN, dtype=torch.float64, generator=generator)
     rank, share = dist.get_rank(), ROWS // WORLD
@@ -96,9 +131,7 @@ def run(case: Case) -> dict:
     losses = []
     for _ in range(case.steps):
         loss = (whole(x[mine].to(dtype)) - target[mine]).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        step(loss)
         total = loss.detach().double()
         dist.all_reduce(total)
         losses.append(total.item() / WORLD)
@@ -112,6 +145,9 @@ def run(case: Case) -> dict:
 
 
 def process(rank: int, folder: str, cases: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu"
+    )  # for DeepSpeed
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     results = []
     for case in [Case(**each) for each in json.loads(cases)]:

@@ -1,7 +1,8 @@
 """What is fused, by feature and base layer: a table in README.md, each of whose cells a test has seen.
 
 A feature is used on a tiny model by plain PEFT and by the patched model; the cell is what the calls of the patched one
-were counted as. ``python tests/supported.py`` writes the table anew; `test_supported` and `test_sharding` compare.
+were counted as. ``python tests/supported.py`` writes the table anew, for which DeepSpeed has to be importable (see
+``make test-deepspeed``); `test_supported` and `test_sharding` compare.
 """
 
 import copy
@@ -315,8 +316,7 @@ def main() -> None:
         cells |= {(row, column): cell_of(row, column) for column in COLUMNS}
     with tempfile.TemporaryDirectory() as folder:
         results = trained(list(CELLS.values()), Path(folder))
-    for place, case in CELLS.items():
-        cells[place] = cell(results[str(case)])
+    cells |= {place: cell(results[str(case)]) for place, case in CELLS.items()}
     text = README.read_text()
     before, _, rest = text.partition(START)
     README.write_text(f"{before}{START}\n{table(cells)}\n{END}{rest.partition(END)[2]}")

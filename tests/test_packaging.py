@@ -64,7 +64,7 @@ def test_the_source_distribution_has_what_a_build_needs_and_no_results(built):
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_the_files_of_tests_that_the_makefile_runs_are_there():
-    targets = "wheel", "test-torch-ops", "test-interpreted", "test-quantised"
+    targets = "wheel", "test-torch-ops", "test-interpreted", "test-quantised", "test-deepspeed"
     done = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True, check=True)
     names = set(re.findall(r"tests/test_\w+\.py", done.stdout))
     assert names and all((ROOT / name).exists() for name in names), names

@@ -4,6 +4,7 @@ Both processes train all cases in one go (`sharded_runs`); each test looks at on
 stacks agree to a few units in the last place, so a wrong gradient cannot hide.
 """
 
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -37,6 +38,7 @@ class Case:
 
 DTYPES = {
     "fp64": torch.float64,
+    "fp32": torch.float32,
     "dora": torch.float64,
     "nf4": torch.float32,
     "mixed": torch.bfloat16,
@@ -46,6 +48,12 @@ PLAIN = [
     Case(base="nf4", patch="no"),
     Case(base="dora", patch="no"),
     Case("FSDP2", "mixed", patch="no"),
+]
+FP32 = Case(base="fp32", patch="no")  # DeepSpeed's optimizer computes in it, and ZeRO-3 takes no fp64
+BY_DEEPSPEED = [
+    Case(stack, base, patch, checkpointing=base == "nf4")
+    for stack in ("ZeRO-2", "ZeRO-3")
+    for base, patch in (("fp32", "before"), ("fp32", "after"), ("nf4", "after"))
 ]
 FUSED = [
     Case(),
@@ -69,10 +77,13 @@ CELLS = {
     ("FSDP2, each layer a unit", "NF4"): BY_LAYER[1],
     ("FSDP1", "fp32"): FLAT[0],
     ("FSDP1", "NF4"): FLAT[1],
+    **{(case.stack, {"fp32": "fp32", "nf4": "NF4"}[case.base]): case for case in BY_DEEPSPEED},
 }
 MORE = [
     Case("FSDP2", *each)
-    for each in itertools.product(DTYPES, ("before", "after"), (True, False), (True, False), ("block", "MLP"))
+    for each in itertools.product(
+        DTYPES.keys() - {"fp32"}, ("before", "after"), (True, False), (True, False), ("block", "MLP")
+    )
 ]
 MORE += [Case("DDP", base, checkpointing=c) for base in ("fp64", "nf4") for c in (True, False)]
 MORE = [case for case in MORE if case not in FUSED]
@@ -97,6 +108,13 @@ def more_results(tmp_path_factory) -> dict:
     return trained([*PLAIN, *MORE], tmp_path_factory.mktemp("runs"))
 
 
+@pytest.fixture(scope="module")
+def deepspeed_results(tmp_path_factory) -> dict:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: make test-deepspeed")
+    return trained([FP32, PLAIN[1], *BY_DEEPSPEED], tmp_path_factory.mktemp("runs"))
+
+
 def counted(result: dict, kind: str, what: str) -> int:
     return sum(calls[what] for calls in result[kind].values())
 
@@ -105,7 +123,7 @@ def check_losses(case: Case, results: dict) -> dict:
     """They are those of plain PEFT on the same base, within the rounding of the dtype it computes in."""
     result = results[str(case)]
     assert "error" not in result, result["error"]
-    (plain,) = (each for each in PLAIN if each.base == case.base)
+    (plain,) = (each for each in (*PLAIN, FP32) if each.base == case.base)
     expected = torch.tensor(results[str(plain)]["losses"], dtype=torch.float64)
     losses = torch.tensor(result["losses"], dtype=torch.float64)
     assert len(losses) == STEPS and losses[-1] < losses[0] / 2, "it learns"
@@ -134,8 +152,10 @@ def cell(result: dict) -> str:
 
 
 @pytest.mark.parametrize("place", CELLS, ids=" on ".join)
-def test_readme_says_what_ran(place, results):
-    assert read(README.read_text())[place] == cell(results[str(CELLS[place])]), "run python tests/supported.py"
+def test_readme_says_what_ran(place, request):
+    case = CELLS[place]
+    results = request.getfixturevalue("deepspeed_results" if case in BY_DEEPSPEED else "results")
+    assert read(README.read_text())[place] == cell(results[str(case)]), "run python tests/supported.py"
 
 
 @pytest.mark.parametrize("case", FUSED, ids=str)
@@ -158,6 +178,15 @@ def test_layers_that_are_sharded_one_by_one_run_fused_one_by_one(case, results):
     assert result["unpatched"] == 14
     if case.patch == "after":
         assert len(result["said"]["not_fused"]) == 2 and not result["said"]["fused"]
+
+
+@pytest.mark.parametrize("case", BY_DEEPSPEED, ids=str)
+def test_deepspeed_trains_with_the_losses_of_peft(case, deepspeed_results):
+    result = check_losses(case, deepspeed_results)
+    assert cell(result) == ("fused" if case.stack == "ZeRO-2" else "PEFT")
+    reasons = ["its base layer is sharded by itself", "one of its layers has hooks"] if case.stack == "ZeRO-3" else []
+    assert len(result["warnings"]) == len(reasons)
+    assert all(any(reason in warning for warning in result["warnings"]) for reason in reasons)
 
 
 @pytest.mark.parametrize("case", FLAT, ids=str)
