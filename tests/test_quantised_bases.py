@@ -70,16 +70,25 @@ def standing_in(layer_class):
     return make
 
 
-def by_torchao(dtype=torch.float32):
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: make test-quantised")
-    model = MLP().to(dtype)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+INSTALL = "torchao is not installed: make test-quantised"
+BY_TORCHAO = (  # that a CPU computes
+    "Int8WeightOnlyConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "Float8WeightOnlyConfig",
+    "IntxWeightOnlyConfig",
+)
+
+
+def by_torchao(config="Int8WeightOnlyConfig"):
+    quantization = pytest.importorskip("torchao.quantization", reason=INSTALL)
+    model = MLP()
+    quantization.quantize_(model, getattr(quantization, config)())
     return model
 
 
 BASES = {
     "bitsandbytes, 8 bits": in_8_bits,
-    "torchao": lambda: peft.get_peft_model(by_torchao(), CONFIG),
+    **{f"torchao, {c}": lambda c=c: peft.get_peft_model(by_torchao(c), CONFIG) for c in BY_TORCHAO},
     **{each.__name__: standing_in(each) for each in (GPTQLoraLinear, AwqLoraLinear, AqlmLoraLinear)},
 }
 
@@ -103,7 +112,7 @@ def test_a_step_is_that_of_peft(make):
     check_model(ours, theirs, {name: t.double() for name, t in theirs.items()}, H, torch.float32)
     calls = fastlora.report(patched).layers.values()
     assert [(each.fused, each.added, each.own) for each in calls] == [(0, 1, 0)] * 2
-    if make is not BASES["torchao"]:  # whose tensors are not pickled
+    if make.__name__ != "<lambda>":  # torchao's, whose tensors are not pickled
         with torch.no_grad():
             assert torch.equal(pickle.loads(pickle.dumps(patched))(x), patched(x))
     assert len(fastlora.unpatch(patched)) == 2
@@ -114,7 +123,7 @@ def test_a_base_that_torchao_quantises_later():
     """As in quantisation-aware training: the layers are patched and then quantised in place."""
     model = randomise(peft.get_peft_model(MLP(), CONFIG))
     fastlora.patch(model)
-    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed: make test-quantised")
+    quantization = pytest.importorskip("torchao.quantization", reason=INSTALL)
     is_base = lambda layer, name: name.endswith("base_layer")  # noqa: E731
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), filter_fn=is_base)
     twin = copy.deepcopy(model)
@@ -122,6 +131,25 @@ def test_a_base_that_torchao_quantises_later():
     x, dy = torch.randn(2, 5, K), torch.randn(2, 5, K)
     ours, theirs = step(model, x, dy), step(twin, x, dy)
     check_model(ours, theirs, {name: t.double() for name, t in theirs.items()}, H, torch.float32)
+    calls = fastlora.report(model).layers.values()
+    assert [(each.fused, each.added, each.own) for each in calls] == [(0, 1, 0)] * 2
+
+
+def test_a_base_that_torchao_trains_in_float8():
+    """Patched, and then converted in place: the frozen products are in float8."""
+    float8 = pytest.importorskip("torchao.float8", reason=INSTALL)
+    model = randomise(peft.get_peft_model(MLP().bfloat16(), CONFIG))
+    fastlora.patch(model)
+    float8.convert_to_float8_training(
+        model,
+        module_filter_fn=lambda layer, name: name.endswith("base_layer"),
+        config=float8.Float8LinearConfig(emulate=True),  # a CPU has no such products
+    )
+    twin = copy.deepcopy(model)
+    fastlora.unpatch(twin)
+    x, dy = torch.randn(2, 5, K).bfloat16(), torch.randn(2, 5, K).bfloat16()
+    ours, theirs = step(model, x, dy), step(twin, x, dy)
+    check_model(ours, theirs, {name: t.double() for name, t in theirs.items()}, H, torch.bfloat16)
     calls = fastlora.report(model).layers.values()
     assert [(each.fused, each.added, each.own) for each in calls] == [(0, 1, 0)] * 2
 
