@@ -17,7 +17,7 @@ from fastlora.compat import constant_while_tracing
 from fastlora.experts import Gate, Projection, Routing, fused_experts
 from fastlora.fourbit import packed_weight
 from fastlora.functional import autocast_dtype, new_seed
-from fastlora.fuse import MODULE_ATTRIBUTES, are_same, dependencies
+from fastlora.fused_block import MODULE_ATTRIBUTES, are_same, dependencies
 from fastlora.products import Weight
 from fastlora.proof import activation_of
 from fastlora.require import FLOATS

@@ -181,6 +181,20 @@ def constant_while_tracing(function: Callable) -> Callable:
     return function
 
 
+def exchanged(cls: type, other: Callable[[type], type | None]) -> type | None:
+    """The class to put in the place of this class of a module: its other one; None if there is none.
+
+    FSDP2 gives a module that is sharded by itself a class derived from its own: there the base class is exchanged.
+    """
+    if (new := other(cls)) is not None:
+        return new
+    mixin, *rest = cls.__bases__
+    if len(rest) == 1 and mixin.__name__ == "FSDPModule" and (new := other(rest[0])) is not None:
+        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+        return type(cls.__name__, (mixin, new), own)
+    return None
+
+
 # PEFT. Its public properties take one to three function calls to read.
 
 

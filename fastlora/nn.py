@@ -22,7 +22,7 @@ from fastlora.functional import (
     mlp_forward,
     refuse_transforms,
 )
-from fastlora.fuse import mlp_layers
+from fastlora.fused_block import mlp_layers
 from fastlora.kernels.limits import ACTIVATIONS
 from fastlora.proof import prove
 from fastlora.reference import activate

@@ -13,7 +13,9 @@ from torch import nn
 
 from fastlora.base_layers import SHARDED
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
-from fastlora.fuse import fuse_mlps, is_adapted, unfuse_mlps
+from fastlora.compat import exchanged
+from fastlora.fuse import fuse_mlps, unfuse_mlps
+from fastlora.fused_block import is_adapted
 from fastlora.peft_experts import GATE, OUR_EXPERTS, known_gate, outermost_of, why_not_fused
 from fastlora.peft_layers import OUR_LAYERS, SIBLINGS
 from fastlora.peft_reasons import ASKED_FOR, why_peft
@@ -81,7 +83,7 @@ def patch(model: nn.Module, strict: bool = False) -> PatchReport:
         raise ValueError("\n".join([title, *grouped(refused)]))
     for name in report.patched:
         layer = layers[name]
-        layer.__class__ = _exchanged(type(layer), OURS) or type(layer)
+        layer.__class__ = exchanged(type(layer), OURS.get) or type(layer)
         if experts.get(id(layer), layer) is layer:
             calls_of(layer).strict = strict
         if experts.get(id(layer)) is layer:
@@ -102,7 +104,7 @@ def unpatch(model: nn.Module) -> list[str]:
     """Undo `patch`: give every patched layer its PEFT class back. Returns the names of those layers."""
     names = []
     for name, layer in _lora_layers(model):
-        theirs = _exchanged(type(layer), THEIRS)
+        theirs = exchanged(type(layer), THEIRS.get)
         if theirs is not None:
             layer.__class__ = theirs
             for attribute in (SIBLINGS, ATTRIBUTE, GATE):
@@ -119,22 +121,8 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _cannot_swap(layer: LoraLayer) -> str | None:
-    if _exchanged(type(layer), THEIRS) is None and _exchanged(type(layer), OURS) is None:
+    if exchanged(type(layer), THEIRS.get) is None and exchanged(type(layer), OURS.get) is None:
         return f"{type(layer).__module__}.{type(layer).__name__} is not a layer type that fastlora replaces"
     if "forward" in layer.__dict__:
         return "its forward was already wrapped on the instance (accelerate hooks?): patch before that"
-    return None
-
-
-def _exchanged(cls: type, other: dict[type, type]) -> type | None:
-    """The class to put in the place of this class of a layer; None if there is none.
-
-    FSDP2 gives a module that is sharded by itself a class derived from its own: there the base class is exchanged.
-    """
-    if cls in other:
-        return other[cls]
-    mixin, *rest = cls.__bases__
-    if len(rest) == 1 and mixin.__name__ == "FSDPModule" and rest[0] in other:
-        own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-        return type(cls.__name__, (mixin, other[rest[0]]), own)
     return None

@@ -9,9 +9,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from fastlora.fuse import fusion_of
+from fastlora.fused_block import fusion_of
 from fastlora.peft_experts import WRAPPER
 from fastlora.peft_layers import mixed_batch
+from fastlora.proof import own_class
 from fastlora.row_adapters import BASE, RowAdapters
 
 
@@ -49,7 +50,7 @@ def adapters_of_rows(model: nn.Module, adapters: Sequence[str] | Sequence[int] |
             if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
                 replace(module, partial(_forward, module, rows))
             elif fusion_of(module) is not None:  # its layers are computed one by one
-                replace(module, partial(type(module).forward, module))
+                replace(module, partial(own_class(module).forward, module))
         yield
     finally:
         for module, forward in reversed(before):

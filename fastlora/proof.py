@@ -120,6 +120,11 @@ class _Scripted(nn.Module):
         return self.output.clone()
 
 
+def own_class(module: nn.Module) -> Any:
+    """The class of a module whose forward is its own; that of a block which is computed as one has another."""
+    return getattr(type(module), "theirs", type(module))
+
+
 def _matches(module: nn.Module, layers: dict[str, Any], trial: Trial) -> set[Block]:
     """The blocks that this call of the module's forward could be."""
     if not trial.narrow:
@@ -157,7 +162,7 @@ def _call(module: nn.Module, layers: dict[str, Any], trial: Trial, K: int) -> se
         each.training = trial.training
     x = torch.randn(*trial.shape, K, generator=generator, dtype=torch.float64)
     with torch.set_grad_enabled(trial.grad):
-        y = type(module).forward(twin, x.clone())
+        y = own_class(module).forward(twin, x.clone())
     found = _read(x, y, scripted, dropouts)
     return {block for block in found if trial.narrow or layers[block.layers[0]].in_features == K}
 
@@ -240,7 +245,7 @@ def _magnitudes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def _with_layers(module: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
     """A copy of the module for one call on a CPU: some children, by id, replaced, the others and its buffers copied."""
-    twin = object.__new__(type(module))
+    twin = object.__new__(own_class(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("forward", None)
     twin.__dict__["_modules"] = {

@@ -18,8 +18,9 @@ from transformers.models.phi.modeling_phi import PhiConfig, PhiMLP
 from transformers.models.phi3.modeling_phi3 import Phi3Config, Phi3MLP
 
 import fastlora
-from fastlora import LoRAMLP, fuse
+from fastlora import LoRAMLP
 from fastlora.benchmarks.accuracy import same
+from fastlora.fused_block import fusion_of
 
 SHAPE = dict(hidden_size=HIDDEN, intermediate_size=MLP)
 
@@ -172,13 +173,13 @@ def test_blocks_are_found_and_fused(case, dtype):
     report = fastlora.patch(model)
     assert torch.equal(torch.get_rng_state(), state), "probing draws from a generator of its own"
     assert report.fused == ["base_model.model.1"] and not report.skipped and not report.not_fused
-    assert fuse.fusion_of(model.base_model.model[1]).block[:2] == (layers, activation)
+    assert fusion_of(model.base_model.model[1]).block[:2] == (layers, activation)
     y = model(x)
     assert "MLP" in type(y.grad_fn).__name__
     assert same(y, expected, longest=MLP)
     assert fastlora.patch(model).fused == report.fused, "again"
     fastlora.unpatch(model)
-    assert fuse.fusion_of(model.base_model.model[1]) is None
+    assert fusion_of(model.base_model.model[1]) is None
     assert same(model(x), expected, longest=MLP)
 
 
@@ -300,7 +301,7 @@ def test_a_fused_model_can_be_copied_and_pickled():
     model = fastlora.add_lora(nn.Sequential(SwiGLU()), r=4, target_modules="all-linear")
     x = torch.randn(2, HIDDEN)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert fuse.fusion_of(other[0]) is not None
+        assert fusion_of(other[0]) is not None
         with torch.no_grad():
             other[0].up_proj.lora_B.fill_(1)
         assert not torch.equal(other(x), model(x)), "the copy computes with its own layers"
@@ -312,7 +313,7 @@ def test_add_lora_fuses_and_unloading_takes_it_apart():
     y = model(x)
     assert "MLP" in type(y.grad_fn).__name__
     fastlora.merge(model, unload=True)
-    assert fuse.fusion_of(model[0]) is None
+    assert fusion_of(model[0]) is None
     assert same(model(x), y, longest=MLP)
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
 import fastlora
-from fastlora import fuse
+from fastlora import fused_block
 from fastlora.benchmarks.accuracy import same
-from fastlora.proof import ACTIVATIONS, Block, prove
+from fastlora.proof import ACTIVATIONS, Block, own_class, prove
 from fastlora.reference import activate
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -197,10 +197,10 @@ def test_a_changed_block_runs_its_own_forward(change, compiled):
         torch._dynamo.reset()
         call = torch.compile(model, backend="eager")
     x = torch.randn(2, 5, HIDDEN, dtype=torch.float64)
-    before = type(block).forward(block, x)
+    before = own_class(block).forward(block, x)
     assert same(call(x), before, longest=MLP)
     change(block)
-    expected = type(block).forward(block, x)
+    expected = own_class(block).forward(block, x)
     assert not same(expected, before, torch.float32), "the change shows, whoever computes it"
     if not compiled:
         with pytest.warns(UserWarning, match="runs its own forward"):
@@ -237,7 +237,7 @@ def test_a_graph_is_guarded_on_attributes(values):
     call, x = torch.compile(model, backend="eager"), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
     for value in values:
         block.act_fn.value = value
-        assert same(call(x), type(block).forward(block, x), longest=MLP)
+        assert same(call(x), own_class(block).forward(block, x), longest=MLP)
 
 
 def test_a_block_is_fused_again_when_the_change_is_undone():
@@ -256,11 +256,11 @@ def test_a_block_is_fused_again_when_the_change_is_undone():
 def test_a_block_whose_attributes_change_at_every_call_is_proven_only_so_often(monkeypatch):
     model, block = patched(WithParts())
     proofs = []
-    monkeypatch.setattr(fuse, "prove", lambda *args: proofs.append(1) or prove(*args))
+    monkeypatch.setattr(fused_block, "prove", lambda *args: proofs.append(1) or prove(*args))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for step in range(20):
             block.step = step + 1000
             model(torch.randn(2, HIDDEN, dtype=torch.float64))
-    assert len(proofs) == fuse.PROOFS
+    assert len(proofs) == fused_block.PROOFS
     assert "change from call to call" in fastlora.report(model).mlps["base_model.model.0"].reason

@@ -82,7 +82,7 @@ CELLS = {
 MORE = [
     Case("FSDP2", *each)
     for each in itertools.product(
-        DTYPES.keys() - {"fp32"}, ("before", "after"), (True, False), (True, False), ("block", "MLP")
+        ("fp64", "dora", "nf4", "mixed"), ("before", "after"), (True, False), (True, False), ("block", "MLP")
     )
 ]
 MORE += [Case("DDP", base, checkpointing=c) for base in ("fp64", "nf4") for c in (True, False)]

@@ -1,0 +1,348 @@
+"""An MLP block that is computed as one: what its proof depends on, and what it computes now.
+
+Its class is exchanged for one derived from it, whose forward is `forward_as_one`: an instance with a forward of its own
+would need a graph of its own from torch.compile, one for each layer of a model. Whenever its layers cannot be computed
+as one (adapters merged or disabled, hooks on a layer), or something that the proof depends on has changed
+(`Fusion.block_now`), it runs its own forward.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.autograd import transform_without_rule
+from fastlora.base_layers import is_hooked
+from fastlora.calls import ATTRIBUTE, calls_of
+from fastlora.compat import constant_while_tracing, exchanged, functorch_is_active
+from fastlora.functional import autocast_dtype, mlp_forward, stands_alone
+from fastlora.proof import Block, own_class, prove
+
+HOOKED = "one of its layers has hooks, which only run when it is called"
+ONE_BY_ONE = "one of its layers trains its weight, or is of DoRA with a bias or dropout: they are fused one by one"
+PROOFS = 4  # of a block that changes at every call, before it is left to its own forward
+FUSION = "_fastlora_fusion"  # of a block
+OURS = (FUSION, ATTRIBUTE)
+
+
+class Fusion:
+    """What is known of one fused block, and what that knowledge depends on."""
+
+    def __init__(self) -> None:
+        self.block: Block | str = ""  # or why it is no MLP any more
+        self.seen: list[Any] = []  # the `dependencies` that the block was proven with
+        self.watched: list[tuple[nn.Module, list[str]]] = []  # `watched_modules` of the block
+        self.last: list[Any] = []  # the `snapshot` of them when `dependencies` was last compared
+        self.changes = 0  # in successive calls
+
+    def accept(self, module: nn.Module, block: Block | str) -> None:
+        self.block, self.seen, self.watched = block, dependencies(module), watched_modules(module)
+        self.last = snapshot(self.watched)
+
+    def is_known(self, module: nn.Module) -> bool:
+        """Whether nothing has changed that the last proof depends on."""
+        now = snapshot(self.watched)
+        if are_same(now, self.last):
+            self.changes = 0
+            return True
+        depends_on = dependencies(module)  # of which a snapshot has more: the mode of the module, for one
+        known = are_same(depends_on, self.seen)
+        if known:
+            self.watched = watched_modules(module)
+            self.last = snapshot(self.watched)
+        self.changes = 0 if known else self.changes + 1
+        return known
+
+    def block_now(self, module: nn.Module) -> Block | str:
+        """The block, proven again if it has changed, or why it has to run its own forward."""
+        if not self.is_known(module) and self.changes <= PROOFS:
+            layers = mlp_layers(module, is_adapted)
+            changed = "it was changed, and is not two or three adapted layers any more"
+            self.accept(module, prove(module, layers) if layers else changed)
+        return self.block if self.changes <= PROOFS else "its attributes change from call to call"
+
+    @constant_while_tracing
+    def block_while_tracing(self) -> tuple[Block | str, tuple]:
+        """The block, and for each of its submodules the path and the attributes that a graph can be guarded on. A block
+        that depends on anything else, such as the values of a buffer, is not computed as one in a graph.
+
+        It takes no argument, since PyTorch 2.11 passes no module to a function whose result is constant in a graph.
+        """
+        module = self.watched[0][0]
+        block = self.block_now(module)
+        if isinstance(block, str):
+            return block, ()
+        guarded = []
+        for name, each in module.named_modules():
+            if name.partition(".")[0] in block.layers:
+                continue
+            mentioned = _names_in(own_class(each).forward)
+            own = {k: value for k, value in each.__dict__.items() if k not in MODULE_ATTRIBUTES and k not in OURS}
+            plain = [k for k, value in own.items() if isinstance(value, bool | int | float | str) or callable(value)]
+            if each._buffers or any(k in mentioned and k not in plain for k in own):
+                return "it depends on what a graph is not guarded on", ()
+            guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training")))
+        return block, tuple(guarded)
+
+
+def are_same(now: list[Any], before: list[Any]) -> bool:
+    """Whether the objects are the same ones; of integers, such as versions of buffers, whether they are equal."""
+    if len(now) != len(before):
+        return False
+    if all(map(operator.is_, now, before)):
+        return True
+    pairs = ((a, b) for a, b in zip(now, before, strict=True) if a is not b)
+    return all(type(a) is int and type(b) is int and a == b for a, b in pairs)
+
+
+MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_HOOKED = object()
+
+
+def dependencies(module: nn.Module) -> list[Any]:
+    """What the forward of a block depends on besides its adapted layers' outputs: objects to be compared by identity.
+
+    Its and its activation's class, attributes, buffers, children and hooks; and one level of an object (a config) or a
+    container that its forward mentions by name. ``training`` is left out: both modes are proven.
+    """
+    found: list[Any] = []
+    todo = [module]
+    for each in todo:
+        forward = own_class(each).forward
+        found.append(forward)
+        if each is not module and is_hooked(each):
+            found.append(_HOOKED)
+        mentioned = _names_in(forward)
+        for key, value in each.__dict__.items():
+            if key == "training" or key in OURS:
+                continue
+            found.append(value)
+            if key in mentioned and key not in MODULE_ATTRIBUTES:
+                found.extend(_inside(value))
+        for child in each._modules.values():
+            found.append(child)
+            if child is not None and not is_adapted(child):
+                todo.append(child)
+        for buffer in each._buffers.values():
+            found += (buffer, None if buffer is None else buffer._version)
+    return found
+
+
+def watched_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
+    """A block and its modules that are not adapted layers, each with the attributes whose contents it depends on."""
+    found: list[tuple[nn.Module, list[str]]] = []
+    todo = [module]
+    for each in todo:
+        mentioned = _names_in(own_class(each).forward)
+        found.append((each, [key for key in each.__dict__ if key in mentioned and key not in MODULE_ATTRIBUTES]))
+        todo += [child for child in each._modules.values() if child is not None and not is_adapted(child)]
+    return found
+
+
+def snapshot(watched: list[tuple[nn.Module, list[str]]]) -> list[Any]:
+    """Objects, of which at least one differs if any of the `dependencies` has changed. Takes a third of the time."""
+    found: list[Any] = []
+    for each, keys in watched:
+        d = each.__dict__
+        found.append(own_class(each).forward)
+        found += d.values()
+        found += d["_modules"].values()
+        if each is not watched[0][0]:
+            found += (*d["_forward_hooks"].values(), *d["_forward_pre_hooks"].values())
+            found += (*d["_backward_hooks"].values(), *d["_backward_pre_hooks"].values())
+        for key in keys:
+            if key in d:
+                found += _inside(d[key])
+        for buffer in d["_buffers"].values():
+            found += (buffer, None if buffer is None else buffer._version)
+    return found
+
+
+def _names_in(forward: Any) -> tuple[str, ...]:
+    """The attributes that a function mentions."""
+    return getattr(getattr(forward, "__wrapped__", forward), "__code__", _names_in.__code__).co_names
+
+
+def _inside(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    if isinstance(value, list | tuple | set):
+        return value
+    return () if callable(value) or isinstance(value, Tensor) else getattr(value, "__dict__", {}).values()
+
+
+def forward_as_one(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The block's forward: one autograd Function if every layer returns its ``operands(x)``, otherwise its own."""
+    y = None
+    if not args and not kwargs:
+        fusion = module.__dict__.get(FUSION)  # none in a block that was unfused, but whose forward someone kept
+        if fusion is not None and torch.compiler.is_compiling():
+            y = _as_one_compiled(module, fusion, x)
+        elif fusion is not None and type(x) is Tensor:
+            y = _as_one(module, fusion, x)
+    return own_class(module).forward(module, x, *args, **kwargs) if y is None else y
+
+
+def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
+    """The block as one function inside a graph. What it computes is determined once, while tracing; the attributes that
+    this depends on are read here, so that the graph is guarded on them."""
+    block, guarded = fusion.block_while_tracing()
+    attributes = 0
+    for path, names in guarded:
+        child = module
+        for step in path:
+            child = getattr(child, step)
+        for name in names:  # looked at: a graph is not guarded on what is only read
+            attributes += 1 if getattr(child, name, None) else 0
+    if isinstance(block, str):
+        return None
+    if dropout_inside(module, block) > 0.0:
+        return None  # the compiler knows this dropout, and fuses it with what is around it
+    operands = [module._modules[name].operands(x) for name in block.layers]  # type: ignore[union-attr, operator]
+    return block_output(module, block, x, operands)
+
+
+def dropout_inside(module: nn.Module, block: Block) -> float:
+    """The probability with which the input of down is dropped now."""
+    dropout: Any = None if block.inside is None else module._modules[block.inside]
+    return dropout.p if dropout is not None and dropout.training else 0.0
+
+
+def block_output(module: nn.Module, block: Block, x: Tensor, operands: list) -> Tensor | None:
+    """What the block makes of x, if these operands of its layers can be computed as one."""
+    y = mlp_forward(x, operands, block.activation, block.gate_first, dropout_inside(module, block))
+    return y if y is None or block.after is None else module._modules[block.after](y)  # type: ignore[misc]
+
+
+def _as_one(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
+    """The block as one function; None if it cannot be now, which is counted with the reason."""
+    calls = calls_of(module)
+    # Even those transforms that layers have a rule for may batch a backward, where nothing works in place.
+    if functorch_is_active() or transform_without_rule() is not None:
+        calls.falls_back("it was called under forward-mode AD or a transform of torch.func", asked_for=True)
+        return None
+    block = fusion.block_now(module)
+    if isinstance(block, str):
+        if any(map(is_adapted, module._modules.values())):
+            calls.falls_back(block)
+        else:
+            unfuse(module)  # its adapters were unloaded: it is a plain module again
+        return None
+    layers: list[Any] = [module._modules[name] for name in block.layers]
+    operands = [layer.operands(x) for layer in layers]
+    if any(operand is None for operand in operands):
+        if hooked := list(filter(is_hooked, layers)):
+            calls.falls_back(HOOKED, asked_for=all(map(_gets_adapter_names, hooked)))
+        else:
+            calls.own += 1  # the layer whose operands cannot be had says why
+        return None
+    if any(stands_alone(x, *operand) for operand in operands if operand is not None):
+        calls.falls_back(ONE_BY_ONE, asked_for=True)
+        return None
+    y = block_output(module, block, x, operands)
+    if y is None:
+        dtype = autocast_dtype(x) or x.dtype
+        calls.falls_back(f"not all of its layers compute in {dtype}, or one is of a type that computes itself")
+        return None
+    for each in (calls, *map(calls_of, layers)):
+        each.fused += 1
+    return y
+
+
+def _gets_adapter_names(layer: Any) -> bool:
+    """Whether the hooks of this layer are those by which PEFT passes on ``adapter_names``."""
+    hooks = layer._forward_pre_hooks.values()
+    return all(getattr(getattr(hook, "func", None), "__name__", "").startswith("_adapter_names") for hook in hooks)
+
+
+def fusion_of(module: nn.Module) -> Fusion | None:
+    """What is known of this block if it is fused."""
+    return module.__dict__.get(FUSION)
+
+
+def compute_as_one(module: nn.Module, fusion: Fusion, block: Block) -> None:
+    """Compute this block as one from now on."""
+    module.__class__ = exchanged(type(module), _fused) or type(module)
+    module.__dict__[FUSION] = fusion
+    fusion.accept(module, block)
+
+
+def unfuse(module: nn.Module) -> bool:
+    """Give this block its own forward back, if it is fused."""
+    if module.__dict__.pop(FUSION, None) is None:
+        return False
+    module.__class__ = exchanged(type(module), _own) or type(module)
+    module.__dict__.pop(ATTRIBUTE, None)
+    return True
+
+
+def _own(cls: type) -> type | None:
+    return vars(cls).get("theirs")
+
+
+def _fused(theirs: type) -> type | None:
+    """The subclass whose forward is `forward_as_one`, and which prints and is pickled as the class itself. None if this
+    is one already."""
+    if "theirs" in vars(theirs):
+        return None
+    if theirs not in _CLASSES:
+        methods = {
+            "__module__": theirs.__module__,
+            "__doc__": theirs.__doc__,
+            "theirs": theirs,
+            "forward": forward_as_one,
+            "_get_name": lambda self: theirs.__name__,
+            "__reduce_ex__": _reduce,
+        }
+        _CLASSES[theirs] = type(theirs.__name__, (theirs,), methods)
+    return _CLASSES[theirs]
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _reduce(module: nn.Module, protocol: Any) -> tuple:
+    """As any object is pickled, but for its class, which cannot be found by its name."""
+    _, (_, *arguments), *rest = cast(tuple, object.__reduce_ex__(module, protocol))
+    return _unpickled, (own_class(module), *arguments), *rest
+
+
+def _unpickled(theirs: type, *arguments: Any) -> Any:
+    cls: Any = _fused(theirs)
+    return cls.__new__(cls, *arguments)
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether this is a layer that fastlora computes."""
+    return hasattr(type(module), "operands")
+
+
+def mlp_layers(module: nn.Module, is_layer: Callable[[Any], bool]) -> dict[str, Any]:
+    """The children of this module for which ``is_layer`` holds, if they are two or three with the shapes of an MLP and
+    nothing else in the module has parameters; otherwise none."""
+    layers = {name: child for name, child in module.named_children() if is_layer(child)}
+    if len(layers) not in (2, 3):
+        return {}
+    owned = {id(p) for layer in layers.values() for p in layer.parameters()}
+    if any(id(p) not in owned for p in module.parameters()) or not any(orders(list(layers.values()))):
+        return {}
+    return layers
+
+
+def orders(layers: list[Any]) -> list[list[Any]]:
+    """Every order of the layers in which the last (down) maps the outputs of the others back to their input width."""
+    found = []
+    for down in layers:
+        first = [layer for layer in layers if layer is not down]
+        if leads_to(first, down):
+            found.append([*first, down])
+    return found
+
+
+def leads_to(first: list[Any], down: Any) -> bool:
+    """Whether down takes what the first layers give, gate and up side by side if they are one, and gives x's width."""
+    widths = {(layer.in_features, layer.out_features) for layer in first}
+    K, H = down.out_features, down.in_features
+    return widths == {(K, H)} or (len(first) == 1 and widths == {(K, 2 * H)})
