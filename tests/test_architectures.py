@@ -6,7 +6,11 @@ Which run is printed by ``python tests/architectures.py``.
 import pytest
 import torch
 import transformers
-from architectures import EQUAL, Result, compare, difference, model_types, summary
+from architectures import EQUAL, Result, build, compare, difference, loss_of, model_types, summary
+from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastlora.peft import patch
 
 FAST = {  # model type: the number of MLP blocks that are computed as one in the tiny model
     "llama": 2,
@@ -46,6 +50,40 @@ def test_a_family_agrees_with_plain_peft(model_type):
     _agrees(result)
     assert result.fused == FAST[model_type], result.not_fused
     assert result.keeps_no_activation
+
+
+GROUPS = {  # model type: how many layers the products for the gradients of one x take in, in a tiny model of two blocks
+    "llama": [2, 2, 3],  # gate and up; q, k and v, but not of the first block, whose x needs no gradient
+    "cohere": [2, 3],  # parallel attention and MLP: one x for both
+    "phi": [3],
+    "deepseek_v3": [2],  # q_a and kv_a
+    "minicpm3": [2, 2, 2],
+    "speech_to_text": [2, 2, 3, 3],  # k and v of cross-attention
+}
+
+
+class GroupedProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "fastlora::lora_matmul_group":
+            self.sizes.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", GROUPS)
+def test_layers_with_one_x_share_its_gradient(model_type):
+    model, inputs = build(model_type)
+    layers = [name for name, m in model.named_modules() if type(m) is torch.nn.Linear and "head" not in name]
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=layers))
+    patch(model)
+    loss = loss_of(model, inputs)
+    with GroupedProducts() as products:
+        loss.backward()
+    assert sorted(products.sizes) == GROUPS[model_type]
 
 
 _RESULTS: dict[str, Result] = {}
