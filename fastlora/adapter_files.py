@@ -10,6 +10,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from fastlora.adapter_config import AdapterConfig, describe
+from fastlora.base_experts import is_turned_in_peft, why_not_computed
 from fastlora.files import is_still_at, replace_together
 from fastlora.model import lora_layers, put_layers, require_layers, require_no_adapters, unchanged_on_error
 from fastlora.nn import LoRALinear
@@ -129,8 +130,8 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_dtype: torch.dtyp
 
 
 def _tensors_of_experts(name: str, layer: LoRAExperts) -> dict[str, Tensor]:
-    """In PEFT's layout: a [E · r, K] and b [N, r · E], the last weight of the experts under their own name and others
-    each one ``base_layer`` further in."""
+    """In PEFT's layout: a [E · r, K] and b [N, r · E], or each in the place of the other (`is_turned_in_peft`). The
+    last weight of the experts is under their own name and others each one ``base_layer`` further in."""
     tensors = {}
     for weight, path in _paths_of_experts(name, list(layer.lora_A)).items():
         a, b = layer.lora_A[weight], layer.lora_B[weight]
@@ -138,6 +139,8 @@ def _tensors_of_experts(name: str, layer: LoRAExperts) -> dict[str, Tensor]:
             raise ValueError(
                 f"the adapter of {name!r} has no values here (meta, sharded or empty), or is not in a model"
             )
+        if is_turned_in_peft(layer.base_layer):
+            a, b = b.transpose(1, 2), a.transpose(1, 2)
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = a.flatten(0, 1)
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = b.permute(1, 2, 0).flatten(1)
     return tensors
@@ -166,7 +169,9 @@ def _take_experts(model: nn.Module, adapter: _Adapter, existing: dict[str, Any])
             stack = getattr(experts, weight)
             if saved is None or saved.magnitude is not None or stack.dim() != 3:
                 raise ValueError(f"the adapter has no weights for {name}.{weight}, or it is not a stack of weights")
-            E, N, K = stack.transpose(1, 2).shape if getattr(experts, "is_transposed", False) else stack.shape
+            E, N, K = (
+                stack.transpose(1, 2).shape if getattr(experts, "is_transposed", False) else stack.shape
+            )  # as PEFT
             if list(saved.a.shape) != [E * r, K] or list(saved.b.shape) != [N, r * E]:
                 raise ValueError(
                     f"the adapter for {name}.{weight} has shapes {list(saved.a.shape)}, {list(saved.b.shape)}; "
@@ -174,7 +179,10 @@ def _take_experts(model: nn.Module, adapter: _Adapter, existing: dict[str, Any])
                 )
             if name in existing and (existing[name].merged or existing[name].r != r):
                 raise ValueError(f"the adapter for {name!r} has rank {r}, the model's {existing[name].r} or is merged")
-            weights_of = _Weights(saved.a.view(E, r, K), saved.b.view(N, r, E).permute(2, 0, 1), None)
+            a, b = saved.a.view(E, r, K), saved.b.view(N, r, E).permute(2, 0, 1)
+            if why_not_computed(experts) is None and is_turned_in_peft(experts):
+                a, b = b.transpose(1, 2), a.transpose(1, 2)
+            weights_of = _Weights(a, b, None)
             found.setdefault(name, {})[weight] = weights_of
     return found
 

@@ -1,7 +1,8 @@
 """What a module of transformers' experts computes, and its computation with adapters as one function.
 
 That is what transformers' ``ExpertsInterface`` says of them: their class is decorated with its layout of weights and
-its gate, and every implementation registered there gives the same result.
+its gate, and every implementation registered there gives the same result. Llama 4's are not of it: they are given the
+rows of every expert one after another, each token times its score, which is zero for an expert that it did not choose.
 """
 
 from collections.abc import Mapping
@@ -35,9 +36,47 @@ class ExpertAdapter(NamedTuple):
     p: float = 0.0
 
 
+class Layout(NamedTuple):
+    """How experts keep their weights, and what they are called with: ``(x, chosen, weights)``, or the ``own_rows`` of
+    every expert."""
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_post_expert_norm: bool = False
+    own_rows: bool = False
+
+
+LLAMA_4 = Layout(has_gate=True, has_bias=False, is_transposed=True, own_rows=True)
+
+
+def _find_layout(experts: Any) -> Layout | None:
+    """None of experts that fastlora does not compute."""
+    cls = type(experts)
+    if _is_of_interface(cls):
+        return Layout(experts.has_gate, experts.has_bias, experts.is_transposed, experts.has_post_expert_norm)
+    return LLAMA_4 if (cls.__module__, cls.__name__) == _LLAMA_4 else None
+
+
+_LLAMA_4 = ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts")
+
+
+def layout_of(experts: Any) -> Layout:
+    """Of experts for which `why_not_computed` has no reason."""
+    layout = _find_layout(experts)
+    assert layout is not None
+    return layout
+
+
+def is_turned_in_peft(experts: Any) -> bool:
+    """Whether PEFT takes the rows of these weights for outputs though they are inputs, so that its A is on the side of
+    the outputs: it knows of transposed weights by an attribute of the interface."""
+    return layout_of(experts).is_transposed and not getattr(experts, "is_transposed", False)
+
+
 def why_not_computed(experts: Any) -> str | None:
     """Why this is not a module of experts that fastlora computes."""
-    if not _is_of_interface(type(experts)):
+    if _find_layout(experts) is None:
         return f"a {type(experts).__name__} is adapted, not experts that transformers' ExpertsInterface computes"
     if _runs_hooks(experts):
         return "the experts have hooks, which only run when they are called"
@@ -56,7 +95,7 @@ def why_not_computed(experts: Any) -> str | None:
 def _weight_reason(experts: Any, name: str) -> str | None:
     """Why this weight cannot be multiplied."""
     E, bias = experts.num_experts, experts._parameters.get(f"{name}_bias")
-    if experts.has_bias and (bias is None or bias.requires_grad):
+    if layout_of(experts).has_bias and (bias is None or bias.requires_grad):
         return "has a bias that is no parameter, or trains"
     if (state := _quant_state(experts, name)) is not None:
         whole_blocks = len(state.shape) == 3 and state.shape[0] == E and prod(state.shape[1:]) % state.blocksize == 0
@@ -76,7 +115,7 @@ def _weight_reason(experts: Any, name: str) -> str | None:
 
 
 def _implementation(experts: Any) -> str:
-    return getattr(experts.config, "_experts_implementation", None) or "eager"
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
 
 
 def _parametrizations(experts: Any, name: str) -> list[Any]:
@@ -113,7 +152,7 @@ def _is_of_interface(cls: Any) -> bool:
 
 
 def weight_names(experts: Any) -> tuple[str, str]:
-    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+    return "gate_up_proj" if layout_of(experts).has_gate else "up_proj", "down_proj"
 
 
 class KnownGate:
@@ -130,7 +169,8 @@ class KnownGate:
     def now(self) -> Gate | str:
         """The gate, or why fastlora cannot compute it."""
         experts, act = self.experts, getattr(self.experts, "act_fn", None)
-        depends_on = [experts.__dict__.get("_apply_gate"), type(experts)._apply_gate, experts.has_gate, act]
+        gates = (experts.__dict__.get("_apply_gate"), getattr(type(experts), "_apply_gate", None))
+        depends_on = [*gates, layout_of(experts).has_gate, act]
         depends_on += [*dependencies(act), act.training] if isinstance(act, nn.Module) else []
         if not self.seen or not are_same(depends_on, self.seen):
             self.seen, self.gate = depends_on, _gate(experts)
@@ -174,12 +214,16 @@ def _gate(experts: Any) -> Gate | str:
                 return f"its {type(module).__name__} has parameters that train"
             if isinstance(module, nn.RReLU | nn.modules.dropout._DropoutNd) and module.training:
                 return f"its {type(module).__name__} is random"
-    if experts.has_gate and not _is_default_gate(experts):
+    layout = layout_of(experts)
+    has_gate, own_gate = layout.has_gate, not layout.own_rows
+    if has_gate and own_gate and not _is_default_gate(experts):
         return Gate(None, True, experts._apply_gate)
     activation = activation_of(experts.act_fn)
-    if activation is None:
-        return Gate(None, experts.has_gate, experts._apply_gate if experts.has_gate else experts.act_fn)
-    return Gate(activation, experts.has_gate)
+    if activation is not None:
+        return Gate(activation, has_gate)
+    if not own_gate:
+        return "its activation is not one of those that fastlora knows"
+    return Gate(None, has_gate, experts._apply_gate if has_gate else experts.act_fn)
 
 
 def _is_default_gate(experts: Any) -> bool:
@@ -199,8 +243,9 @@ def _weight(experts: Any, name: str, dtype: torch.dtype) -> tuple[Weight, torch.
 
 def _projection(experts: Any, name: str, adapter: ExpertAdapter | None, x: Tensor) -> Projection:
     weight, (E, N, K) = _weight(experts, name, x.dtype)
-    transposed = experts.is_transposed
-    bias = experts._parameters[f"{name}_bias"] if experts.has_bias else None
+    layout = layout_of(experts)
+    transposed = layout.is_transposed
+    bias = experts._parameters[f"{name}_bias"] if layout.has_bias else None
     if adapter is None:
         N, K = (K, N) if transposed else (N, K)
         return Projection(weight, x.new_empty(E, 0, K), x.new_empty(E, N, 0), bias, 1.0, transposed)
@@ -224,30 +269,56 @@ def _follows_autocast(experts: Any) -> bool:
 
 
 def why_not_this_call(experts: Any, x: Any, *args: Any, **kwargs: Any) -> str | None:
-    fits = len(args) == 2 and not kwargs and all(isinstance(t, Tensor) for t in (x, *args))
-    if not fits or not (x.dim() == args[0].dim() == 2):
+    own_rows = layout_of(experts).own_rows
+    fits = len(args) == (0 if own_rows else 2) and not kwargs and all(isinstance(t, Tensor) for t in (x, *args))
+    if own_rows and not (fits and x.dim() == 2 and len(x) % experts.num_experts == 0):
+        return "it was called with something else than x [tokens of every expert, features]"
+    if not fits or not all(t.dim() == 2 for t in (x, *args)):
         return "it was called with something else than x [tokens, features], the experts and weights of each token"
-    chosen, weights = args
-    integers = not chosen.is_floating_point()
-    if chosen.shape != weights.shape or len(chosen) != len(x) or not (integers and weights.is_floating_point()):
-        return f"it was called with experts {list(chosen.shape)} and weights {list(weights.shape)} for {len(x)} tokens"
+    if not own_rows:
+        chosen, weights = args
+        integers = not chosen.is_floating_point()
+        if chosen.shape != weights.shape or len(chosen) != len(x) or not (integers and weights.is_floating_point()):
+            given = f"experts {list(chosen.shape)} and weights {list(weights.shape)}"
+            return f"it was called with {given} for {len(x)} tokens"
     if _follows_autocast(experts) and autocast_dtype(x) is None and x.dtype != _weight_dtype(experts):
         return f"x is {x.dtype}, the weights of its experts {_weight_dtype(experts)}, and autocast is off"
     return transform_without_rule()
 
 
 def experts_forward(
-    experts: Any, gate: Gate, x: Tensor, chosen: Tensor, weights: Tensor, adapters: Mapping[str, ExpertAdapter | None]
+    experts: Any, gate: Gate, x: Tensor, adapters: Mapping[str, ExpertAdapter | None], *routing: Tensor
 ) -> Tensor:
-    """What these experts, with adapters by the name of the weight that has one, make of x [T, K]: ``chosen`` and
-    ``weights`` [T, k] are the experts of each token and their weights."""
+    """What these experts, with adapters by the name of the weight that has one, make of x [T, K]. ``routing`` is
+    ``chosen`` and ``weights`` [T, k], the experts of each token and their weights, or nothing for `Layout.own_rows`."""
     wide = x.to(_dtype(experts, x))
     first, down = (_projection(experts, name, adapters.get(name), wide) for name in weight_names(experts))
-    E, (T, k) = experts.num_experts, chosen.shape
-    if not experts.has_post_expert_norm:
+    E, layout = experts.num_experts, layout_of(experts)
+    if layout.own_rows:
+        return _of_own_rows(wide, E, first, down, gate).to(x.dtype)
+    chosen, weights = routing
+    T, k = chosen.shape
+    if not layout.has_post_expert_norm:
         return fused_experts(wide, weights, Routing.of(chosen, E), first, down, gate).to(x.dtype)
     # What an expert makes of a token goes through a norm before it is weighted: each choice is a token here.
     one = weights.new_ones(T * k, 1)
     y = fused_experts(wide.repeat_interleave(k, 0), one, Routing.of(chosen.reshape(-1, 1), E), first, down, gate)
     y = experts.post_expert_norm(y) * weights.reshape(-1, 1)
     return y.view(T, k, -1).sum(1).to(x.dtype)
+
+
+def _of_own_rows(x: Tensor, experts: int, first: Projection, down: Projection, gate: Gate) -> Tensor:
+    """What experts make of x, of which the first share of the rows is the first expert's, and so on.
+
+    A row of zeros is one that its expert was not chosen for. With a known gate and no bias its y is zero, and it takes
+    no part in any gradient: z = 0, and both halves of dz have a factor 0.
+    """
+    expert = torch.arange(experts, device=x.device).repeat_interleave(len(x) // experts).unsqueeze(1)
+    chosen = x.detach().any(1)
+    if torch.compiler.is_compiling():  # a graph knows no number of rows that depends on values
+        routing = Routing.of(torch.where(chosen.unsqueeze(1), expert, experts), experts)
+        return fused_experts(x, x.new_ones(len(x), 1), routing, first, down, gate)
+    rows = chosen.nonzero().squeeze(1)
+    routing, one = Routing.of(expert.index_select(0, rows), experts), x.new_ones(len(rows), 1)
+    y = fused_experts(x.index_select(0, rows), one, routing, first, down, gate)
+    return torch.zeros_like(x).index_copy(0, rows, y)

@@ -11,6 +11,7 @@ from fastlora.base_experts import (
     KnownGate,
     experts_forward,
     gate_of,
+    layout_of,
     weight_names,
     why_not_computed,
     why_not_this_call,
@@ -66,9 +67,10 @@ class LoRAExperts(nn.Module):
         self.base_layer = experts
         self.lora_dropout = lora_dropout
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        is_transposed = layout_of(experts).is_transposed
         for name in [name for name in names if parameters is None or name in parameters]:
             weight = getattr(experts, name)
-            E, N, K = weight.transpose(1, 2).shape if experts.is_transposed else weight.shape
+            E, N, K = weight.transpose(1, 2).shape if is_transposed else weight.shape
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             new = {"device": weight.device, "dtype": adapter_dtype or wide}
             a = torch.empty(E * r, K, **new)
@@ -99,8 +101,7 @@ class LoRAExperts(nn.Module):
             raise RuntimeError(f"fastlora: these experts cannot be computed: {gate}")
         p = self.lora_dropout if self.training else 0.0
         adapters = {name: ExpertAdapter(a, self.lora_B[name], self.scaling, p) for name, a in self.lora_A.items()}
-        chosen, weights = args
-        return experts_forward(self.base_layer, gate, x, chosen, weights, adapters)
+        return experts_forward(self.base_layer, gate, x, adapters, *args)
 
     @property
     def r(self) -> int:
@@ -127,7 +128,7 @@ class LoRAExperts(nn.Module):
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise ValueError("the adapter has NaN or infinite values and is not merged")
             wide = torch.promote_types(weight.dtype, torch.float32)
-            transposed = self.base_layer.is_transposed
+            transposed = layout_of(self.base_layer).is_transposed
             stack = weight.detach().transpose(1, 2) if transposed else weight.detach()
             merged = torch.baddbmm(stack.to(wide), b.to(wide), a.detach().to(wide), alpha=self.scaling).to(weight.dtype)
             found[name] = merged.transpose(1, 2).contiguous() if transposed else merged

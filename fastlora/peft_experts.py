@@ -17,6 +17,7 @@ from fastlora.base_experts import (
     KnownGate,
     experts_forward,
     gate_of,
+    layout_of,
     weight_names,
     why_not_computed,
     why_not_this_call,
@@ -99,8 +100,9 @@ def _factors(wrapper: Any, name: str, experts: Any) -> tuple[Tensor, Tensor]:
     E = experts.num_experts
     a = a.view(E, -1, a.shape[1])
     b = b.view(b.shape[0], -1, E).permute(2, 0, 1)
-    if not experts.is_transposed and not getattr(wrapper, "_did_swap_in_out_features", False):
-        return b.transpose(1, 2), a.transpose(1, 2)  # PEFT before 0.19 takes every stack of weights as transposed
+    # PEFT before 0.19 takes every stack of weights as transposed
+    if layout_of(experts).is_transposed == getattr(wrapper, "_did_swap_in_out_features", False):
+        return b.transpose(1, 2), a.transpose(1, 2)
     return a, b
 
 
@@ -123,8 +125,7 @@ def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(gate, str):
         return type(layer).theirs.forward(layer, x, *args, **kwargs)
     adapters = {wrapper.parameter_name: _adapter(wrapper, experts) for wrapper in wrappers}
-    chosen, weights = args
-    return experts_forward(experts, gate, x, chosen, weights, adapters)
+    return experts_forward(experts, gate, x, adapters, *args)
 
 
 def _ours(theirs: type) -> type:
