@@ -113,6 +113,14 @@ def _is_wrapped_now(experts: Any) -> bool:
     return any(type(each[-1]).__name__.startswith("_Lora") for each in experts.parametrizations.values())
 
 
+def _remove_what_peft_left(experts: Any) -> None:
+    """PEFT 0.21 adds an adapter to a weight in 4 bits for one call, and does not find what it added afterwards: the next
+    call would add it once more."""
+    for steps in getattr(experts, "parametrizations", {}).values():
+        while len(steps) > 1 and type(steps[-1]).__name__.startswith("_Lora"):
+            del steps[-1]
+
+
 def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     wrappers, experts = wrappers_of(layer)
     reason = INSIDE if _is_wrapped_now(experts) else why_not_fused(layer)
@@ -123,7 +131,10 @@ def _forward(layer: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if reason is not INSIDE:
         count_call(layer, reason)
     if isinstance(gate, str):
-        return type(layer).theirs.forward(layer, x, *args, **kwargs)
+        y = type(layer).theirs.forward(layer, x, *args, **kwargs)
+        if reason is not INSIDE:
+            _remove_what_peft_left(experts)
+        return y
     adapters = {wrapper.parameter_name: _adapter(wrapper, experts) for wrapper in wrappers}
     return experts_forward(experts, gate, x, adapters, *args)
 

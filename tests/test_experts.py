@@ -218,6 +218,25 @@ def test_4bit_experts(family, nested, quant_type):
     assert same(ours["y"], results_of(model, an_input())["y"], longest=LONGEST)
 
 
+def test_4bit_experts_are_fused_again_after_a_call_of_peft_s_forward():
+    """PEFT 0.21 leaves its adapter on the weight."""
+    experts = experts_of("qwen3_moe", torch.float32)
+    for name in ("gate_up_proj", "down_proj"):
+        import_module("bitsandbytes.nn.parametrize").replace_parameter_4bit(experts, name)
+    model = adapted(experts)
+    patch(model)
+    expected = model(an_input())
+    hook = experts.register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(an_input())
+    hook.remove()
+    calls = calls_of(block_of(model))
+    assert (calls.fused, calls.own) == (1, 1)
+    assert torch.equal(model(an_input()), expected)
+    assert (calls.fused, calls.own) == (2, 1)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_same(use_reentrant):
     model = adapted(experts_of("qwen3_moe", torch.float32))
