@@ -57,8 +57,19 @@ class Rows(NamedTuple):
         by_adapter = self.one_hot.view(B, 1, A, 1).to(xa.dtype) * xa.view(B, M // max(B, 1), 1, r)
         return by_adapter.view(M, A * r)
 
+    def of_runs(self, stack: Tensor) -> Tensor:
+        """For each run the entry of its adapter in the stack."""
+        return stack if self.are_adapters else stack.index_select(0, self.adapter)
+
+    @property
+    def are_adapters(self) -> bool:
+        """Whether the runs are the adapters: each has one, in their order, which is that in which they occur."""
+        return len(self.adapter) == self.one_hot.shape[1]
+
     def sum_of_runs(self, grads: Tensor) -> Tensor:
         """The gradients of each adapter, from those of runs."""
+        if self.are_adapters:
+            return grads
         total = grads.new_zeros(self.one_hot.shape[1], *grads.shape[1:])
         return total.index_add_(0, self.adapter, grads)
 
@@ -71,8 +82,7 @@ def mixed_linear(
     b [A, N, r] -> [B, ..., N]."""
     with torch.no_grad():
         of_x = x.flatten(0, -2)
-        of_runs = a.index_select(0, rows.adapter)
-        xa = rows.scaled(shrink_experts(of_x, of_runs, rows.offs(len(of_x)), 1.0, p, seed))
+        xa = rows.scaled(shrink_experts(of_x, rows.of_runs(a), rows.offs(len(of_x)), 1.0, p, seed))
     if not torch.is_grad_enabled():
         return _product(x, weight, b, bias, rows, xa, p)
     eager, deferred = is_eager(), saved_tensor_hooks_active()
@@ -118,10 +128,10 @@ class MixedLinear(Function):
             if need_dbias:
                 dbias = dy.sum(0, dtype=ctx.bias_dtype)
             if need_db:
-                db = rows.sum_of_runs(lora_grad_experts(xa, dy, offs)).transpose(1, 2)
+                # Turned here in one copy: what autograd would give each adapter is copied one by one otherwise.
+                db = rows.sum_of_runs(lora_grad_experts(xa, dy, offs)).transpose(1, 2).contiguous()
             if need_dx or need_da:
-                of_runs = b.index_select(0, rows.adapter).transpose(1, 2)
-                dxa = rows.scaled(shrink_experts(dy, of_runs, offs, 1.0))
+                dxa = rows.scaled(shrink_experts(dy, rows.of_runs(b).transpose(1, 2), offs, 1.0))
                 if need_da:
                     da = rows.sum_of_runs(lora_grad_experts(dxa, x.flatten(0, -2), offs, p, seed))
                 if need_dx:
