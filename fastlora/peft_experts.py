@@ -114,8 +114,8 @@ def _is_wrapped_now(experts: Any) -> bool:
 
 
 def _remove_what_peft_left(experts: Any) -> None:
-    """PEFT 0.21 adds an adapter to a weight in 4 bits for one call, and does not find what it added afterwards: the next
-    call would add it once more."""
+    """PEFT 0.21 adds an adapter to a weight in 4 bits for one call, and does not find what it added afterwards: the
+    next call would add it once more."""
     for steps in getattr(experts, "parametrizations", {}).values():
         while len(steps) > 1 and type(steps[-1]).__name__.startswith("_Lora"):
             del steps[-1]
