@@ -13,6 +13,7 @@ from fastlora.functional import lora_linear
 from fastlora.model import add_lora, merge, unmerge
 from fastlora.nn import LoRALinear, LoRAMLP
 from fastlora.nn_experts import LoRAExperts
+from fastlora.parallel import ParallelAdapter
 from fastlora.trainer import AdapterCheckpoints
 from fastlora.version import __version__
 
@@ -27,6 +28,7 @@ __all__ = [
     "LoRAExperts",
     "LoRALinear",
     "LoRAMLP",
+    "ParallelAdapter",
     "PatchReport",
     "Report",
     "__version__",

@@ -94,7 +94,8 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         calls = module.__dict__.get(ATTRIBUTE)
         if calls is not None:
-            (found.layers if hasattr(module, "operands") else found.mlps)[name] = calls
+            is_layer = hasattr(module, "operands") or hasattr(module, "adapter_down")  # of a `ParallelAdapter`
+            (found.layers if is_layer else found.mlps)[name] = calls
     return found
 
 

@@ -1,8 +1,9 @@
 """Ways to fine-tune with few parameters, trained on the same text for the same steps: time, memory and loss.
 
-LoRA, rsLoRA and DoRA on every linear layer, by PEFT and by PEFT + fastlora; bottleneck adapters behind the attention
-and the MLP, prefix and prompt tuning, IA3, and norms alone (BitFit trains biases, of which a Llama has none). As many
-parameters as LoRA's where a method can have them. The loss is that of text that follows the text of training."""
+LoRA, rsLoRA and DoRA on every linear layer, by PEFT and by PEFT + fastlora; parallel adapters there, by PyTorch and by
+fastlora's ParallelAdapter; bottleneck adapters behind the attention and the MLP, prefix and prompt tuning, IA3, and
+norms alone (BitFit trains biases, of which a Llama has none). As many parameters as LoRA's where a method can have
+them. The loss is that of text that follows the text of training."""
 
 import sys
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from fastlora import ParallelAdapter
 from fastlora.benchmarks import training
 from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
@@ -22,9 +25,15 @@ from fastlora.benchmarks.tables import NAMES
 R = 4
 STEPS = 12
 LONGEST_PROMPT = 64  # tokens: as many parameters as LoRA's would be thousands of tokens
-RATES = {"LoRA": 1e-3, "rsLoRA": 1e-3, "DoRA": 1e-3, "adapters": 1e-3}  # of AdamW; what starts at random is slower
-RATE = 1e-2
-TORCH = "PEFT or PyTorch"  # the provider of what has nothing for fastlora to compute
+RATES = {
+    "LoRA": 1e-3,
+    "rsLoRA": 1e-3,
+    "DoRA": 1e-3,
+    "parallel": 1e-3,
+    "adapters": 1e-3,
+}  # of AdamW; what starts at random is slower
+RATE = 1e-2  # of the others, which start at random
+TORCH = "PEFT or PyTorch"  # the provider of what is not PEFT's LoRA
 
 
 class Bottleneck(nn.Module):
@@ -54,13 +63,14 @@ def measure(setup: Setup) -> list[Row]:
         "LoRA": lora,
         "rsLoRA": setup.trainers(R, lr=RATES["rsLoRA"], use_rslora=True),
         "DoRA": setup.trainers(rank_of_dora(setup.model, parameters), lr=RATES["DoRA"], use_dora=True),
+        "parallel": {name: other(setup, "parallel", parallel(name), parameters, name) for name in (TORCH, "fastlora")},
         **{name: {TORCH: other(setup, name, make, parameters)} for name, make in OTHERS.items()},
     }
     frozen = lora["frozen"]
     setup.train([frozen, *common.without_frozen(made)])
     rows = [{"method": "none", "provider": "frozen", "loss": loss(frozen, last), **common.measured(frozen, frozen)}]
     for method, trainers in made.items():
-        for name in ("peft", "fastlora", TORCH):
+        for name in ("peft", TORCH, "fastlora"):
             if name in trainers:
                 found = {"loss": loss(trainers[name], last), **common.measured(trainers[name], frozen)}
                 rows.append({"method": method, "provider": name, **found})
@@ -82,6 +92,30 @@ def bottlenecks(model: Any, parameters: int) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(name.rpartition(".")[0].endswith((".up", ".down")))
     return model
+
+
+class Parallel(nn.Module):
+    """``layer(x) + up(relu(down(x)))``, as `fastlora.ParallelAdapter` has it: with its parameters, unfused."""
+
+    def __init__(self, adapter: ParallelAdapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        adapter = self.adapter
+        h = torch.relu(F.linear(x.to(adapter.adapter_down.dtype), adapter.adapter_down))
+        y = adapter.base_layer(x)
+        return y + (adapter.scaling * F.linear(h, adapter.adapter_up)).to(y.dtype)
+
+
+def parallel(provider: str) -> Callable[[Any, int], nn.Module]:
+    def make(model: Any, parameters: int) -> nn.Module:
+        for name in [name for name, _ in model.named_modules() if name.split(".")[-1] in common.MODULES]:
+            adapter = ParallelAdapter(model.get_submodule(name), R, scaling=2.0)  # as LoRA here
+            model.set_submodule(name, adapter if provider == "fastlora" else Parallel(adapter))
+        return model
+
+    return make
 
 
 def prefix(model: Any, parameters: int) -> nn.Module:
@@ -123,12 +157,12 @@ OTHERS: dict[str, Callable[[Any, int], nn.Module]] = {
 }
 
 
-def other(setup: Setup, name: str, make: Callable, parameters: int) -> training.Trainer:
-    """A method that has nothing for fastlora to compute."""
+def other(setup: Setup, name: str, make: Callable, parameters: int, provider: str = TORCH) -> training.Trainer:
+    """A method that is not PEFT's LoRA."""
     torch.manual_seed(setup.seed)
     model = make(training.copy_sharing_frozen(setup.model), parameters).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    return training.Trainer(TORCH, model, training.adamw(trained, RATES.get(name, RATE)), setup.device)
+    return training.Trainer(provider, model, training.adamw(trained, RATES.get(name, RATE)), setup.device)
 
 
 def loss(trainer: training.Trainer, ids: Tensor) -> float:
