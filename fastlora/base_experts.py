@@ -18,7 +18,7 @@ from fastlora.compat import constant_while_tracing
 from fastlora.experts import Gate, Projection, Routing, fused_experts
 from fastlora.fourbit import packed_weight
 from fastlora.functional import autocast_dtype, new_seed
-from fastlora.fused_block import MODULE_ATTRIBUTES, are_same, dependencies
+from fastlora.fused_block import MODULE_ATTRIBUTES, are_same, class_attributes, dependencies
 from fastlora.products import Weight
 from fastlora.proof import activation_of
 from fastlora.require import FLOATS
@@ -177,15 +177,18 @@ class KnownGate:
         return self.gate
 
     @constant_while_tracing
-    def while_tracing(self) -> tuple[Gate | str, tuple[str, ...]]:
-        """The gate, and the attributes of the activation that a graph has to be guarded on."""
+    def while_tracing(self) -> tuple[Gate | str, tuple[str, ...], tuple]:
+        """The gate, and the attributes of the activation that a graph has to be guarded on; the values of numbers."""
         gate, act = self.now(), getattr(self.experts, "act_fn", None)
         if isinstance(gate, Gate) and gate.function is not None:
-            return "its gate is a function of its own, which a graph has no gradient of", ()
+            return "its gate is a function of its own, which a graph has no gradient of", (), ()
         own = {key: value for key, value in getattr(act, "__dict__", {}).items() if key not in MODULE_ATTRIBUTES}
+        if isinstance(act, nn.Module):
+            own |= {key: getattr(act, key) for key in class_attributes(act)}
         if getattr(act, "_buffers", None) or not all(map(_is_guarded, own.values())):
-            return "its activation depends on what a graph is not guarded on", ()
-        return gate, (*own, "forward")
+            return "its activation depends on what a graph is not guarded on", (), ()
+        numbers = tuple((key, value) for key, value in own.items() if type(value) is float)
+        return gate, (*own, "forward"), numbers
 
 
 def _is_guarded(value: Any) -> bool:
@@ -199,9 +202,10 @@ def gate_of(known: KnownGate | None, experts: Any) -> Gate | str:
         return known.now()
     if known is None or known.experts is not experts:
         return "the experts were replaced since they were last called: call them once before compiling"
-    gate, guarded = known.while_tracing()
+    gate, guarded, numbers = known.while_tracing()
     act = getattr(experts, "act_fn", None)
     values = [1 if getattr(act, name, None) else 0 for name in guarded]  # looked at here, so that the graph is guarded
+    values += [1 if getattr(act, name) == number else 0 for name, number in numbers]
     return gate if getattr(experts, "_apply_gate", values) is not None else ""
 
 

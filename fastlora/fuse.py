@@ -55,7 +55,8 @@ def _fuse(module: nn.Module, layers: dict[str, Any], strict: bool) -> str | None
     if isinstance(block, str):
         unfuse(module)
         return block
-    compute_as_one(module, fusion or Fusion(), block)
+    if (reason := compute_as_one(module, fusion or Fusion(), block)) is not None:
+        return reason
     calls_of(module).strict = strict
     return None
 

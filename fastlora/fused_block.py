@@ -7,6 +7,7 @@ as one (adapters merged or disabled, hooks on a layer), or something that the pr
 """
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from fastlora.base_layers import is_hooked
 from fastlora.calls import ATTRIBUTE, calls_of
 from fastlora.compat import constant_while_tracing, exchanged, functorch_is_active
 from fastlora.functional import autocast_dtype, mlp_forward, stands_alone
-from fastlora.proof import Block, own_class, prove
+from fastlora.proof import OWN_CLASS, Block, own_class, prove
 
 HOOKED = "one of its layers has hooks, which only run when it is called"
 ONE_BY_ONE = "one of its layers trains its weight, or is of DoRA with a bias or dropout: they are fused one by one"
@@ -33,7 +34,7 @@ class Fusion:
     def __init__(self) -> None:
         self.block: Block | str = ""  # or why it is no MLP any more
         self.seen: list[Any] = []  # the `dependencies` that the block was proven with
-        self.watched: list[tuple[nn.Module, list[str]]] = []  # `watched_modules` of the block
+        self.watched: list[tuple[nn.Module, list[str], list[str]]] = []  # `watched_modules` of the block
         self.last: list[Any] = []  # the `snapshot` of them when `dependencies` was last compared
         self.changes = 0  # in successive calls
 
@@ -80,10 +81,13 @@ class Fusion:
                 continue
             mentioned = _names_in(own_class(each).forward)
             own = {k: value for k, value in each.__dict__.items() if k not in MODULE_ATTRIBUTES and k not in OURS}
+            own |= {k: getattr(each, k) for k in class_attributes(each)}
             plain = [k for k, value in own.items() if isinstance(value, bool | int | float | str) or callable(value)]
             if each._buffers or any(k in mentioned and k not in plain for k in own):
                 return "it depends on what a graph is not guarded on", ()
-            guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training")))
+            # A number becomes one of a graph's inputs once it has changed: it is compared, not only looked at.
+            numbers = tuple((k, getattr(each, k)) for k in plain if type(getattr(each, k)) is float)
+            guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training"), numbers))
         return block, tuple(guarded)
 
 
@@ -121,6 +125,7 @@ def dependencies(module: nn.Module) -> list[Any]:
             found.append(value)
             if key in mentioned and key not in MODULE_ATTRIBUTES:
                 found.extend(_inside(value))
+        found += [getattr(own_class(each), key) for key in class_attributes(each)]
         for child in each._modules.values():
             found.append(child)
             if child is not None and not is_adapted(child):
@@ -130,23 +135,38 @@ def dependencies(module: nn.Module) -> list[Any]:
     return found
 
 
-def watched_modules(module: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """A block and its modules that are not adapted layers, each with the attributes whose contents it depends on."""
-    found: list[tuple[nn.Module, list[str]]] = []
+def class_attributes(module: nn.Module) -> list[str]:
+    """What its forward mentions that its class has and the module itself has not."""
+    cls, d = own_class(module), module.__dict__
+    own = (d, d["_modules"], d["_parameters"], d["_buffers"])
+    return [
+        name
+        for name in _names_in(cls.forward)
+        if hasattr(cls, name) and not hasattr(nn.Module, name) and not any(name in each for each in own)
+    ]
+
+
+def watched_modules(module: nn.Module) -> list[tuple[nn.Module, list[str], list[str]]]:
+    """A block and its modules that are not adapted layers, each with the attributes whose contents it depends on, and
+    those of its class."""
+    found: list[tuple[nn.Module, list[str], list[str]]] = []
     todo = [module]
     for each in todo:
         mentioned = _names_in(own_class(each).forward)
-        found.append((each, [key for key in each.__dict__ if key in mentioned and key not in MODULE_ATTRIBUTES]))
+        contents = [key for key in each.__dict__ if key in mentioned and key not in MODULE_ATTRIBUTES]
+        found.append((each, contents, class_attributes(each)))
         todo += [child for child in each._modules.values() if child is not None and not is_adapted(child)]
     return found
 
 
-def snapshot(watched: list[tuple[nn.Module, list[str]]]) -> list[Any]:
+def snapshot(watched: list[tuple[nn.Module, list[str], list[str]]]) -> list[Any]:
     """Objects, of which at least one differs if any of the `dependencies` has changed. Takes a third of the time."""
     found: list[Any] = []
-    for each, keys in watched:
-        d = each.__dict__
-        found.append(own_class(each).forward)
+    for each, keys, of_class in watched:
+        d, cls = each.__dict__, own_class(each)
+        found.append(cls.forward)
+        for key in of_class:
+            found.append(getattr(cls, key, None))
         found += d.values()
         found += d["_modules"].values()
         if each is not watched[0][0]:
@@ -178,6 +198,8 @@ def forward_as_one(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tens
     y = None
     if not args and not kwargs:
         fusion = module.__dict__.get(FUSION)  # none in a block that was unfused, but whose forward someone kept
+        if fusion is not None and fusion.watched[0][0] is not module:
+            fusion = _copied(module, fusion)
         if fusion is not None and torch.compiler.is_compiling():
             y = _as_one_compiled(module, fusion, x)
         elif fusion is not None and type(x) is Tensor:
@@ -185,17 +207,34 @@ def forward_as_one(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tens
     return own_class(module).forward(module, x, *args, **kwargs) if y is None else y
 
 
+forward_as_one.__name__ = "forward"  # by which a bound method is pickled
+
+
+def _copied(module: nn.Module, fusion: Fusion) -> Fusion | None:
+    """What is known of a shallow copy of a block."""
+    if torch.compiler.is_compiling():
+        return None
+    new = module.__dict__[FUSION] = Fusion()
+    new.accept(module, fusion.block)
+    new.seen = []  # to be proven at the first call
+    new.last = []
+    return new
+
+
 def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     """The block as one function inside a graph. What it computes is determined once, while tracing; the attributes that
     this depends on are read here, so that the graph is guarded on them."""
     block, guarded = fusion.block_while_tracing()
     attributes = 0
-    for path, names in guarded:
+    for path, names, numbers in guarded:
         child = module
         for step in path:
             child = getattr(child, step)
         for name in names:  # looked at: a graph is not guarded on what is only read
             attributes += 1 if getattr(child, name, None) else 0
+        for name, number in numbers:
+            attributes += 1 if getattr(child, name) == number else 0
+    attributes += 1 if own_class(module).forward else 0
     if isinstance(block, str):
         return None
     if dropout_inside(module, block) > 0.0:
@@ -262,11 +301,27 @@ def fusion_of(module: nn.Module) -> Fusion | None:
     return module.__dict__.get(FUSION)
 
 
-def compute_as_one(module: nn.Module, fusion: Fusion, block: Block) -> None:
-    """Compute this block as one from now on."""
-    module.__class__ = exchanged(type(module), _fused) or type(module)
+def compute_as_one(module: nn.Module, fusion: Fusion, block: Block) -> str | None:
+    """Compute this block as one from now on, or say why its class cannot be derived from."""
+    if (reason := _why_not_derived(own_class(module))) is not None:
+        return reason
+    try:
+        module.__class__ = exchanged(type(module), _fused) or type(module)
+    except TypeError as error:  # of a metaclass that is not ours
+        return f"no class can be derived from its own: {error}"
     module.__dict__[FUSION] = fusion
     fusion.accept(module, block)
+    return None
+
+
+def _why_not_derived(cls: Any) -> str | None:
+    """Why an instance of this class would not do with a derived one what it does now."""
+    if {"type", "__class__"} & set(_names_in(cls.forward)):
+        return "its forward asks for its class"
+    for name in ("__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__"):
+        if getattr(cls, name, None) is not getattr(nn.Module, name, None):
+            return f"its class is copied in a way of its own ({name})"
+    return None
 
 
 def unfuse(module: nn.Module) -> bool:
@@ -279,39 +334,48 @@ def unfuse(module: nn.Module) -> bool:
 
 
 def _own(cls: type) -> type | None:
-    return vars(cls).get("theirs")
+    return vars(cls).get(OWN_CLASS)
+
+
+class _Derived:
+    """Keeps a class that registers or refuses its subclasses from being told of one."""
+
+    def __init_subclass__(cls, **_: Any) -> None:
+        pass
 
 
 def _fused(theirs: type) -> type | None:
     """The subclass whose forward is `forward_as_one`, and which prints and is pickled as the class itself. None if this
     is one already."""
-    if "theirs" in vars(theirs):
+    if OWN_CLASS in vars(theirs):
         return None
-    if theirs not in _CLASSES:
-        methods = {
+    made = _CLASSES.get(theirs, lambda: None)()
+    if made is None:
+        members = {
             "__module__": theirs.__module__,
+            "__qualname__": theirs.__qualname__,
             "__doc__": theirs.__doc__,
-            "theirs": theirs,
+            OWN_CLASS: theirs,
             "forward": forward_as_one,
-            "_get_name": lambda self: theirs.__name__,
             "__reduce_ex__": _reduce,
         }
-        _CLASSES[theirs] = type(theirs.__name__, (theirs,), methods)
-    return _CLASSES[theirs]
+        made = type(theirs.__name__, (_Derived, theirs), members)
+        _CLASSES[theirs] = weakref.ref(made)
+    return made
 
 
-_CLASSES: dict[type, type] = {}
+_CLASSES: Any = weakref.WeakKeyDictionary()  # of each class the derived one, while there is an instance
 
 
 def _reduce(module: nn.Module, protocol: Any) -> tuple:
     """As any object is pickled, but for its class, which cannot be found by its name."""
-    _, (_, *arguments), *rest = cast(tuple, object.__reduce_ex__(module, protocol))
-    return _unpickled, (own_class(module), *arguments), *rest
+    _, _, *rest = cast(tuple, object.__reduce_ex__(module, max(2, protocol)))
+    return _unpickled, (own_class(module),), *rest
 
 
-def _unpickled(theirs: type, *arguments: Any) -> Any:
+def _unpickled(theirs: type) -> Any:
     cls: Any = _fused(theirs)
-    return cls.__new__(cls, *arguments)
+    return cls.__new__(cls)
 
 
 def is_adapted(module: Any) -> bool:

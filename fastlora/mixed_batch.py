@@ -36,7 +36,7 @@ lora_grad_experts = overload("lora_grad_experts")
 class Rows(NamedTuple):
     """Which of A adapters an entry of a batch of B has. Neighbours with the same adapter are a run."""
 
-    adapter: Tensor  # int64 [runs]
+    adapter: Tensor  # int64 [runs], A for none
     ends: Tensor  # int32 [runs], of its entries
     one_hot: Tensor  # [B, A], of an entry without an adapter zero
     s: Tensor  # [B], the scaling of its adapter
@@ -48,7 +48,9 @@ class Rows(NamedTuple):
     def scaled(self, xa: Tensor) -> Tensor:
         """``s ∘ xa``, in place."""
         if xa.numel() > 0:
-            xa.view(len(self.s), -1).mul_(self.s.unsqueeze(1))
+            by_entry = xa.view(len(self.s), -1).mul_(self.s.unsqueeze(1))
+            if not self.are_adapters:  # what an entry without an adapter has here need not be finite
+                by_entry.masked_fill_(~self.one_hot.any(1, keepdim=True), 0.0)
         return xa
 
     def wide(self, xa: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Rows(NamedTuple):
 
     def of_runs(self, stack: Tensor) -> Tensor:
         """For each run the entry of its adapter in the stack."""
-        return stack if self.are_adapters else stack.index_select(0, self.adapter)
+        return stack if self.are_adapters else stack.index_select(0, self.adapter.clamp_max(len(stack) - 1))
 
     @property
     def are_adapters(self) -> bool:
@@ -70,8 +72,8 @@ class Rows(NamedTuple):
         """The gradients of each adapter, from those of runs."""
         if self.are_adapters:
             return grads
-        total = grads.new_zeros(self.one_hot.shape[1], *grads.shape[1:])
-        return total.index_add_(0, self.adapter, grads)
+        A = self.one_hot.shape[1]
+        return grads.new_zeros(A + 1, *grads.shape[1:]).index_add_(0, self.adapter, grads)[:A]
 
 
 @without_autocast

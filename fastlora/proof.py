@@ -120,9 +120,12 @@ class _Scripted(nn.Module):
         return self.output.clone()
 
 
+OWN_CLASS = "_fastlora_own_class"
+
+
 def own_class(module: nn.Module) -> Any:
     """The class of a module whose forward is its own; that of a block which is computed as one has another."""
-    return getattr(type(module), "theirs", type(module))
+    return getattr(type(module), OWN_CLASS, type(module))
 
 
 def _matches(module: nn.Module, layers: dict[str, Any], trial: Trial) -> set[Block]:

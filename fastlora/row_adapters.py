@@ -28,7 +28,9 @@ class RowAdapters:
             one_hot = [[float(i == e) for i in range(len(numbers))] for e in of_entries]
             with torch.inference_mode(False):  # training may follow
                 self._rows[key] = Rows(
-                    torch.tensor([max(0, of_entries[end - 1]) for end in ends], dtype=torch.int64, device=device),
+                    torch.tensor(
+                        [of_entries[end - 1] % (len(numbers) + 1) for end in ends], dtype=torch.int64, device=device
+                    ),
                     torch.tensor(ends, dtype=torch.int32, device=device),
                     torch.tensor(one_hot, device=device).view(len(one_hot), len(numbers)),
                     torch.tensor([scalings.get(n, 0.0) for n in self.names], dtype=torch.float64, device=device),

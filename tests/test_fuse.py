@@ -364,3 +364,97 @@ def test_a_buffer_changed_often_before_is_no_change():
     for _ in range(8):
         model(torch.randn(2, 3, HIDDEN))
     assert fastlora.report(model).mlps["0"].fused == 8
+
+
+class Registered(SwiGLU):
+    known: list = []  # noqa: RUF012
+
+    def __init_subclass__(cls, *, key, **kwargs):
+        Registered.known.append(key)
+
+
+class OfARegistry(Registered, key="one"):
+    pass
+
+
+def test_a_class_that_registers_its_subclasses_is_told_of_none():
+    model = in_model(OfARegistry)
+    assert fastlora.patch(model).fused and Registered.known == ["one"]
+    block = model.base_model.model[1]
+    assert isinstance(block, OfARegistry) and (type(block).__name__, repr(block)[:11]) == ("OfARegistry", "OfARegistry")
+    fastlora.unpatch(model)
+    assert type(block) is OfARegistry
+
+
+class Meta(type):
+    def __new__(cls, name, bases, namespace, *, key=None):
+        if key is None:
+            raise TypeError("a key is needed")
+        return super().__new__(cls, name, bases, namespace)
+
+    def __init__(cls, *args, **_):
+        super().__init__(*args)
+
+
+class OfAMeta(SwiGLU, metaclass=Meta, key=1):
+    pass
+
+
+class AsksForItsClass(SwiGLU):
+    def forward(self, x):
+        if type(self) is not AsksForItsClass:
+            raise TypeError("another class")
+        return super().forward(x)
+
+
+class CopiedItsWay(SwiGLU):
+    def __reduce__(self):
+        return CopiedItsWay, ()
+
+
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (OfAMeta, "no class can be derived from its own: a key is needed"),
+        (AsksForItsClass, "its forward asks for its class"),
+        (CopiedItsWay, "its class is copied in a way of its own"),
+    ],
+)
+def test_a_class_that_cannot_be_derived_from_keeps_its_forward(make, reason):
+    model = in_model(make)
+    x = torch.randn(2, HIDDEN)
+    expected = model(x)
+    report = fastlora.patch(model)
+    assert reason in report.not_fused["base_model.model.1"] and len(report.patched) == 3
+    assert type(model.base_model.model[1]) is make and same(model(x), expected, longest=MLP)
+
+
+def test_a_wrapped_forward_that_was_unwrapped_is_pickled():
+    """As accelerate's hooks leave it."""
+    model = in_model(SwiGLU)
+    fastlora.patch(model)
+    block, x = model.base_model.model[1], torch.randn(2, HIDDEN)
+    block.forward = block.forward
+    expected = model(x)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+    fastlora.unpatch(model)
+    assert same(pickle.loads(pickle.dumps(model))(x), expected, longest=MLP)
+
+
+def test_a_shallow_copy_is_proven_for_itself():
+    class WithFunction(SwiGLU):
+        def __init__(self):
+            super().__init__()
+            self.function = F.silu
+
+        def forward(self, x):
+            return self.down_proj(self.function(self.gate_proj(x)) * self.up_proj(x))
+
+    model = in_model(WithFunction)
+    fastlora.patch(model)
+    block, x = model.base_model.model[1], torch.randn(2, HIDDEN)
+    first = block(x)
+    other = copy.copy(block)
+    other.function = F.relu
+    assert same(other(x), WithFunction.forward(other, x), longest=MLP)
+    assert fusion_of(other) is not fusion_of(block) and torch.equal(block(x), first)

@@ -344,3 +344,17 @@ def test_a_batch_of_another_size():
 def test_not_a_peft_model(model):
     with pytest.raises((TypeError, ValueError), match="model must be"), fastlora.adapters_of_rows(model, ["a"]):
         pass
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_an_entry_without_an_adapter_has_reaches_no_other(value):
+    model = adapted()
+    patch(model)
+    x = an_input()
+    expected = step(model, x, NAMES)
+    x[NAMES.index("__base__"), 0, 3] = value
+    found = step(model, x, NAMES)
+    others = [i for i, name in enumerate(NAMES) if name != "__base__"]
+    for name, t in expected.items():
+        rows = others if name in ("y", "dx") else slice(None)
+        assert same(found[name][rows], t[rows], longest=LONGEST), name

@@ -264,3 +264,64 @@ def test_a_block_whose_attributes_change_at_every_call_is_proven_only_so_often(m
             model(torch.randn(2, HIDDEN, dtype=torch.float64))
     assert len(proofs) == fused_block.PROOFS
     assert "change from call to call" in fastlora.report(model).mlps["base_model.model.0"].reason
+
+
+class Swish(nn.Module):
+    """silu for beta = 1, quick GELU for 1.702; ``by_class`` is an attribute of the class."""
+
+    by_class = 1.0
+
+    def __init__(self, beta=1.0):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.beta * self.by_class * x)
+
+
+class WithSwish(SwiGLU):
+    def __init__(self):
+        super().__init__()
+        self.act = Swish()
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+def agrees_with_its_own_forward(call, model, block):
+    x = torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert same(call(x), own_class(block).forward(block, x), longest=MLP)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_number_that_changes_back_and_forth(compiled, compiling):
+    model, block = patched(WithSwish())
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    for beta in (1.0, 1.702, 1.0, 1.702, 3.0, 1.0):
+        block.act.beta = beta
+        agrees_with_its_own_forward(call, model, block)
+
+
+@pytest.mark.parametrize("of", ["instance", "class"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_attribute_of_the_class(compiled, of, compiling, monkeypatch):
+    model, block = patched(WithSwish())
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    agrees_with_its_own_forward(call, model, block)
+    monkeypatch.setattr(block.act if of == "instance" else Swish, "by_class", 3.0)
+    agrees_with_its_own_forward(call, model, block)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_forward_of_the_class_that_changes(compiled, compiling, monkeypatch):
+    model, block = patched(WithSwish())
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    agrees_with_its_own_forward(call, model, block)
+    changed = lambda self, x: self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x))  # noqa: E731
+    monkeypatch.setattr(WithSwish, "forward", changed)
+    agrees_with_its_own_forward(call, model, block)
