@@ -53,7 +53,7 @@ LLAMA_4 = Layout(has_gate=True, has_bias=False, is_transposed=True, own_rows=Tru
 def _find_layout(experts: Any) -> Layout | None:
     """None of experts that fastlora does not compute."""
     cls = type(experts)
-    if _is_of_interface(cls):
+    if _is_of_interface(cls) and hasattr(experts, "has_gate"):  # transformers 5.0 says nothing of the layout
         return Layout(experts.has_gate, experts.has_bias, experts.is_transposed, experts.has_post_expert_norm)
     return LLAMA_4 if (cls.__module__, cls.__name__) == _LLAMA_4 else None
 
@@ -204,7 +204,9 @@ def gate_of(known: KnownGate | None, experts: Any) -> Gate | str:
         return "the experts were replaced since they were last called: call them once before compiling"
     gate, guarded, numbers = known.while_tracing()
     act = getattr(experts, "act_fn", None)
-    values = [1 if getattr(act, name, None) else 0 for name in guarded]  # looked at here, so that the graph is guarded
+    values = [
+        1 if getattr(act, name, None) is not None else 0 for name in guarded
+    ]  # looked at here, so that the graph is guarded
     values += [1 if getattr(act, name) == number else 0 for name, number in numbers]
     return gate if getattr(experts, "_apply_gate", values) is not None else ""
 

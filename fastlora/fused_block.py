@@ -87,7 +87,8 @@ class Fusion:
                 return "it depends on what a graph is not guarded on", ()
             # A number becomes one of a graph's inputs once it has changed: it is compared, not only looked at.
             numbers = tuple((k, getattr(each, k)) for k in plain if type(getattr(each, k)) is float)
-            guarded.append((tuple(name.split(".")) if name else (), (*plain, "forward", "training"), numbers))
+            path, forward = (tuple(name.split(".")), ("forward",)) if name else ((), ())
+            guarded.append((path, (*plain, *forward, "training"), numbers))
         return block, tuple(guarded)
 
 
@@ -231,10 +232,10 @@ def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | N
         for step in path:
             child = getattr(child, step)
         for name in names:  # looked at: a graph is not guarded on what is only read
-            attributes += 1 if getattr(child, name, None) else 0
+            attributes += 1 if getattr(child, name, None) is not None else 0
         for name, number in numbers:
             attributes += 1 if getattr(child, name) == number else 0
-    attributes += 1 if own_class(module).forward else 0
+    attributes += 1 if own_class(module).forward is not None else 0
     if isinstance(block, str):
         return None
     if dropout_inside(module, block) > 0.0:

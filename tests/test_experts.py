@@ -44,7 +44,7 @@ FAMILIES = {  # of transformers, by what is special of their experts
 
 
 def experts_of(family: str, dtype: torch.dtype, implementation: str = "grouped_mm") -> nn.Module:
-    module = import_module(f"transformers.models.{family}.modeling_{family}")
+    module = pytest.importorskip(f"transformers.models.{family}.modeling_{family}")
     cls = next(
         (each for name, each in vars(module).items() if name.endswith("Experts") and "_apply_gate" in dir(each)), None
     )
@@ -60,6 +60,8 @@ def experts_of(family: str, dtype: torch.dtype, implementation: str = "grouped_m
     for name, p in experts.named_parameters():
         if p.dim() > 1:
             nn.init.normal_(p, std=0.3 if name.endswith("bias") else 0.15)
+    if not hasattr(experts, "has_gate"):
+        pytest.skip("transformers 5.0 says nothing of the layout of experts")
     return experts.to(dtype).requires_grad_(False)
 
 

@@ -3,6 +3,7 @@ LoRAExperts."""
 
 import copy
 
+import peft
 import pytest
 import torch
 from accuracy import check_model
@@ -147,6 +148,7 @@ def test_merging_and_other_calls_are_peft_s():
     assert same(model(x), expected, longest=LONGEST)
 
 
+@pytest.mark.skipif(peft.__version__.startswith("0.18"), reason="PEFT 0.18 takes every stack of weights as transposed")
 def test_without_peft_and_files_both_ways(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path / "peft")

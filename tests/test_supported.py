@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import transformers
 from supported import COLUMNS, README, ROWS, cell_of, read, table
 from test_sharding import CELLS
 
@@ -16,6 +17,8 @@ pytestmark = [
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("row", ROWS)
 def test_a_cell(row, column):
+    if "experts" in row and transformers.__version__.startswith("5.0."):
+        pytest.skip("transformers 5.0 says nothing of the layout of experts")
     assert read(README.read_text())[row, column] == cell_of(row, column), "run python tests/supported.py"
 
 
