@@ -10,7 +10,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from fastlora.adapter_config import AdapterConfig, describe
-from fastlora.base_experts import is_turned_in_peft, why_not_computed
+from fastlora.base_experts import is_turned_in_peft
 from fastlora.files import is_still_at, replace_together
 from fastlora.model import lora_layers, put_layers, require_layers, require_no_adapters, unchanged_on_error
 from fastlora.nn import LoRALinear
@@ -169,9 +169,7 @@ def _take_experts(model: nn.Module, adapter: _Adapter, existing: dict[str, Any])
             stack = getattr(experts, weight)
             if saved is None or saved.magnitude is not None or stack.dim() != 3:
                 raise ValueError(f"the adapter has no weights for {name}.{weight}, or it is not a stack of weights")
-            E, N, K = (
-                stack.transpose(1, 2).shape if getattr(experts, "is_transposed", False) else stack.shape
-            )  # as PEFT
+            E, N, K = stack.transpose(1, 2).shape if getattr(experts, "is_transposed", False) else stack.shape
             if list(saved.a.shape) != [E * r, K] or list(saved.b.shape) != [N, r * E]:
                 raise ValueError(
                     f"the adapter for {name}.{weight} has shapes {list(saved.a.shape)}, {list(saved.b.shape)}; "
@@ -180,7 +178,7 @@ def _take_experts(model: nn.Module, adapter: _Adapter, existing: dict[str, Any])
             if name in existing and (existing[name].merged or existing[name].r != r):
                 raise ValueError(f"the adapter for {name!r} has rank {r}, the model's {existing[name].r} or is merged")
             a, b = saved.a.view(E, r, K), saved.b.view(N, r, E).permute(2, 0, 1)
-            if why_not_computed(experts) is None and is_turned_in_peft(experts):
+            if is_turned_in_peft(experts):
                 a, b = b.transpose(1, 2), a.transpose(1, 2)
             weights_of = _Weights(a, b, None)
             found.setdefault(name, {})[weight] = weights_of

@@ -18,7 +18,7 @@ from fastlora.compat import constant_while_tracing
 from fastlora.experts import Gate, Projection, Routing, fused_experts
 from fastlora.fourbit import packed_weight
 from fastlora.functional import autocast_dtype, new_seed
-from fastlora.fused_block import MODULE_ATTRIBUTES, are_same, class_attributes, dependencies
+from fastlora.fused_block import MODULE_ATTRIBUTES, are_same, class_attributes, dependencies, look_at, numbers_in
 from fastlora.products import Weight
 from fastlora.proof import activation_of
 from fastlora.require import FLOATS
@@ -71,7 +71,8 @@ def layout_of(experts: Any) -> Layout:
 def is_turned_in_peft(experts: Any) -> bool:
     """Whether PEFT takes the rows of these weights for outputs though they are inputs, so that its A is on the side of
     the outputs: it knows of transposed weights by an attribute of the interface."""
-    return layout_of(experts).is_transposed and not getattr(experts, "is_transposed", False)
+    layout = _find_layout(experts)
+    return layout is not None and layout.is_transposed and not getattr(experts, "is_transposed", False)
 
 
 def why_not_computed(experts: Any) -> str | None:
@@ -147,7 +148,7 @@ def _is_of_interface(cls: Any) -> bool:
         code is not None
         and code.co_qualname.startswith("use_experts_implementation.")
         and code.co_filename.endswith("moe.py")
-        and "_apply_gate" in dir(cls)
+        and hasattr(cls, "_apply_gate")
     )
 
 
@@ -187,8 +188,7 @@ class KnownGate:
             own |= {key: getattr(act, key) for key in class_attributes(act)}
         if getattr(act, "_buffers", None) or not all(map(_is_guarded, own.values())):
             return "its activation depends on what a graph is not guarded on", (), ()
-        numbers = tuple((key, value) for key, value in own.items() if type(value) is float)
-        return gate, (*own, "forward"), numbers
+        return gate, (*own, "forward"), numbers_in(own)
 
 
 def _is_guarded(value: Any) -> bool:
@@ -203,12 +203,8 @@ def gate_of(known: KnownGate | None, experts: Any) -> Gate | str:
     if known is None or known.experts is not experts:
         return "the experts were replaced since they were last called: call them once before compiling"
     gate, guarded, numbers = known.while_tracing()
-    act = getattr(experts, "act_fn", None)
-    values = [
-        1 if getattr(act, name, None) is not None else 0 for name in guarded
-    ]  # looked at here, so that the graph is guarded
-    values += [1 if getattr(act, name) == number else 0 for name, number in numbers]
-    return gate if getattr(experts, "_apply_gate", values) is not None else ""
+    looked_at = look_at(getattr(experts, "act_fn", None), guarded, numbers)
+    return gate if getattr(experts, "_apply_gate", looked_at) is not None else ""
 
 
 def _gate(experts: Any) -> Gate | str:

@@ -120,15 +120,19 @@ def mixed_forward(base_layer: Any, kind: str, x: Tensor, a: Tensor, b: Tensor, r
     computes."""
     if x.shape[-1] != a.shape[-1]:
         raise _wrong_width(x, a[0])
-    bias, result = base_layer._parameters["bias"], x.dtype
-    if kind == "4bit":
-        x = x.to(compute_dtype_4bit(base_layer, x))
-        weight: Any = weight_4bit_of(base_layer)
-    else:
-        result = autocast_dtype(x) or x.dtype
-        x, weight = x.to(result), base_layer._parameters["weight"].to(result)
-        weight = weight.t() if kind == "transposed" else weight
+    x, weight, result = product_operands(base_layer, kind, x)
+    bias = base_layer._parameters["bias"]
     return mixed_linear(x, weight, a, b, bias, rows, p, new_seed(x, p)).to(result)
+
+
+def product_operands(base_layer: Any, kind: str, x: Tensor) -> tuple[Tensor, Any, torch.dtype]:
+    """x and the weight of a base of this `base_kind`, not an opaque one, in the dtype in which that computes, and the
+    dtype of its output: of a 4-bit base that is x's, under autocast too."""
+    if kind == "4bit":
+        return x.to(compute_dtype_4bit(base_layer, x)), weight_4bit_of(base_layer), x.dtype
+    dtype = autocast_dtype(x) or x.dtype
+    weight = base_layer._parameters["weight"].to(dtype)
+    return x.to(dtype), weight.t() if kind == "transposed" else weight, dtype
 
 
 def _dora_with_dropout(base_layer: Any, kind: str, x: Tensor, adapter: Adapter, eager: bool) -> Tensor:

@@ -52,13 +52,12 @@ def _fuse(module: nn.Module, layers: dict[str, Any], strict: bool) -> str | None
         unfuse(module)
         return "one of its layers has a base that computes itself"
     block = prove(module, layers)
-    if isinstance(block, str):
+    reason = block if isinstance(block, str) else compute_as_one(module, fusion or Fusion(), block)
+    if reason is None:
+        calls_of(module).strict = strict
+    else:
         unfuse(module)
-        return block
-    if (reason := compute_as_one(module, fusion or Fusion(), block)) is not None:
-        return reason
-    calls_of(module).strict = strict
-    return None
+    return reason
 
 
 def _is_linear(module: Any) -> bool:

@@ -85,11 +85,24 @@ class Fusion:
             plain = [k for k, value in own.items() if isinstance(value, bool | int | float | str) or callable(value)]
             if each._buffers or any(k in mentioned and k not in plain for k in own):
                 return "it depends on what a graph is not guarded on", ()
-            # A number becomes one of a graph's inputs once it has changed: it is compared, not only looked at.
-            numbers = tuple((k, getattr(each, k)) for k in plain if type(getattr(each, k)) is float)
             path, forward = (tuple(name.split(".")), ("forward",)) if name else ((), ())
-            guarded.append((path, (*plain, *forward, "training"), numbers))
+            guarded.append((path, (*plain, *forward, "training"), numbers_in(own)))
         return block, tuple(guarded)
+
+
+def numbers_in(attributes: dict[str, Any]) -> tuple[tuple[str, float], ...]:
+    """Those that are floats. One becomes an input of a graph once it has changed, so that `look_at` compares it."""
+    return tuple((name, value) for name, value in attributes.items() if type(value) is float)
+
+
+def look_at(module: Any, names: tuple[str, ...], numbers: tuple[tuple[str, float], ...]) -> int:
+    """Use these attributes in a graph, which is guarded on them by that: on what is only read it is not."""
+    used = 0
+    for name in names:
+        used += 1 if getattr(module, name, None) is not None else 0
+    for name, number in numbers:
+        used += 1 if getattr(module, name) == number else 0
+    return used
 
 
 def are_same(now: list[Any], before: list[Any]) -> bool:
@@ -200,7 +213,7 @@ def forward_as_one(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tens
     if not args and not kwargs:
         fusion = module.__dict__.get(FUSION)  # none in a block that was unfused, but whose forward someone kept
         if fusion is not None and fusion.watched[0][0] is not module:
-            fusion = _copied(module, fusion)
+            fusion = _new_fusion(module)
         if fusion is not None and torch.compiler.is_compiling():
             y = _as_one_compiled(module, fusion, x)
         elif fusion is not None and type(x) is Tensor:
@@ -211,31 +224,25 @@ def forward_as_one(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Tens
 forward_as_one.__name__ = "forward"  # by which a bound method is pickled
 
 
-def _copied(module: nn.Module, fusion: Fusion) -> Fusion | None:
-    """What is known of a shallow copy of a block."""
+def _new_fusion(module: nn.Module) -> Fusion | None:
+    """That of a shallow copy of a block, which is proven when it is called; a graph cannot make one."""
     if torch.compiler.is_compiling():
         return None
-    new = module.__dict__[FUSION] = Fusion()
-    new.accept(module, fusion.block)
-    new.seen = []  # to be proven at the first call
-    new.last = []
-    return new
+    fusion = module.__dict__[FUSION] = Fusion()
+    fusion.watched = watched_modules(module)
+    return fusion
 
 
 def _as_one_compiled(module: nn.Module, fusion: Fusion, x: Tensor) -> Tensor | None:
     """The block as one function inside a graph. What it computes is determined once, while tracing; the attributes that
     this depends on are read here, so that the graph is guarded on them."""
     block, guarded = fusion.block_while_tracing()
-    attributes = 0
     for path, names, numbers in guarded:
         child = module
         for step in path:
             child = getattr(child, step)
-        for name in names:  # looked at: a graph is not guarded on what is only read
-            attributes += 1 if getattr(child, name, None) is not None else 0
-        for name, number in numbers:
-            attributes += 1 if getattr(child, name) == number else 0
-    attributes += 1 if own_class(module).forward is not None else 0
+        look_at(child, names, numbers)
+    look_at(own_class(module), ("forward",), ())
     if isinstance(block, str):
         return None
     if dropout_inside(module, block) > 0.0:

@@ -103,11 +103,7 @@ class LoRALinear(nn.Module):
     def _adapt(
         self, base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, use_dora
     ) -> None:
-        K, N = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
-        if not isinstance(base_layer, nn.Module) or not isinstance(K, int) or not isinstance(N, int):
-            raise TypeError(
-                f"expected a linear layer with in_features and out_features, got {type(base_layer).__name__}"
-            )
+        K, N = features_of(base_layer)
         check_rank_and_start(r, init_lora_weights)
         check_dropout(lora_dropout)
         if r > min(N, K):
@@ -120,12 +116,7 @@ class LoRALinear(nn.Module):
             weight.requires_grad_(False)
         self.base_layer = base_layer
         self.lora_dropout = lora_dropout
-        like = weight if isinstance(weight, Tensor) else next(base_layer.parameters(), torch.empty(0))
-        if adapter_dtype is None:
-            adapter_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.lora_A = nn.Parameter(torch.empty(r, K, device=like.device, dtype=adapter_dtype))
-        self.lora_B = nn.Parameter(torch.zeros(N, r, device=like.device, dtype=adapter_dtype))
-        start_lora_A(self.lora_A, r, init_lora_weights)
+        self.lora_A, self.lora_B = new_factors(base_layer, N, K, r, init_lora_weights, adapter_dtype)
         self.set_scaling(lora_alpha, use_rslora)
         self.lora_magnitude_vector: nn.Parameter | None = None
         if use_dora:
@@ -133,7 +124,7 @@ class LoRALinear(nn.Module):
                 raise TypeError(
                     f"DoRA needs the weight of its base layer; that of {type(base_layer).__name__} is unknown"
                 )
-            self.lora_magnitude_vector = nn.Parameter(self._row_norms().to(adapter_dtype))
+            self.lora_magnitude_vector = nn.Parameter(self._row_norms().to(self.lora_A.dtype))
         self._unmerged_weight: Tensor | None = None
         self._siblings: Siblings | None = None  # set by add_lora, which knows the tree
 
@@ -338,6 +329,29 @@ class LoRAMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
+
+
+def features_of(base_layer: Any) -> tuple[int, int]:
+    """in_features and out_features. Raises TypeError if this is not a linear layer."""
+    K, N = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
+    if not isinstance(base_layer, nn.Module) or not isinstance(K, int) or not isinstance(N, int):
+        raise TypeError(f"expected a linear layer with in_features and out_features, got {type(base_layer).__name__}")
+    return K, N
+
+
+def new_factors(
+    base_layer: nn.Module, N: int, K: int, r: int, init_lora_weights: bool | str, dtype: torch.dtype | None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """a [r, K], started, and b [N, r] of zeros, on the device of the base; fp32 unless said, or fp64 on one of fp64."""
+    weight = getattr(base_layer, "weight", None)
+    like = weight if isinstance(weight, Tensor) else next(base_layer.parameters(), torch.empty(0))
+    new: Any = {
+        "device": like.device,
+        "dtype": dtype or (torch.float64 if like.dtype == torch.float64 else torch.float32),
+    }
+    a, b = nn.Parameter(torch.empty(r, K, **new)), nn.Parameter(torch.zeros(N, r, **new))
+    start_lora_A(a, r, init_lora_weights)
+    return a, b
 
 
 def check_rank_and_start(r: Any, init_lora_weights: Any) -> None:

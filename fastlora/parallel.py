@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fastlora.autograd import adapter_grads, guarded, is_eager, needs_guard, shrink, without_autocast
-from fastlora.base_layers import base_kind, compute_dtype_4bit, weight_4bit_of
+from fastlora.base_layers import base_kind
 from fastlora.calls import calls_of
 from fastlora.compat import apply_of
-from fastlora.functional import autocast_dtype, is_finite_number, refuse_transforms
+from fastlora.functional import autocast_dtype, is_finite_number, product_operands, refuse_transforms
 from fastlora.kernels.limits import ACTIVATIONS
 from fastlora.mlp import lora_grad_a, swiglu, swiglu_backward_
-from fastlora.nn import check_rank_and_start, start_lora_A
+from fastlora.nn import check_rank_and_start, features_of, new_factors
 from fastlora.products import DxTerm, Weight, fields_of, input_gradient, like_rows_of, product, weight_of
 from fastlora.reference import activate
 
@@ -120,21 +120,17 @@ class ParallelAdapter(nn.Module):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        K, N = features_of(base_layer)
+        transposed = isinstance(base_layer, nn.Module) and base_kind(base_layer) == "transposed"
+        K, N = base_layer.weight.shape if transposed else features_of(base_layer)  # type: ignore[union-attr, misc]
         check_rank_and_start(r, True)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if not is_finite_number(scaling):
             raise ValueError(f"scaling must be a finite number, got {scaling!r}")
-        weight = getattr(base_layer, "weight", None)
-        like = weight if isinstance(weight, Tensor) else next(base_layer.parameters(), torch.empty(0))
-        if isinstance(weight, nn.Parameter):
+        if isinstance(weight := getattr(base_layer, "weight", None), nn.Parameter):
             weight.requires_grad_(False)
-        dtype = adapter_dtype or (torch.float64 if like.dtype == torch.float64 else torch.float32)
         self.base_layer, self.activation, self.scaling = base_layer, activation, float(scaling)
-        self.adapter_down = nn.Parameter(torch.empty(r, K, device=like.device, dtype=dtype))
-        self.adapter_up = nn.Parameter(torch.zeros(N, r, device=like.device, dtype=dtype))
-        start_lora_A(self.adapter_down, r, True)
+        self.adapter_down, self.adapter_up = new_factors(base_layer, N, K, r, True, adapter_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_transforms()
@@ -150,17 +146,11 @@ class ParallelAdapter(nn.Module):
             return y + (self.scaling * F.linear(h, self.adapter_up)).to(y.dtype)
         if x.dim() == 1:
             return self.forward(x.unsqueeze(0)).squeeze(0)
-        result = autocast_dtype(x) or x.dtype
-        bias = self.base_layer._parameters["bias"]
-        if kind == "4bit":
-            weight: Any = weight_4bit_of(self.base_layer)
-            x = x.to(compute_dtype_4bit(self.base_layer, x))
-        else:
-            weight = self.base_layer._parameters["weight"]
-            if weight.dtype != x.dtype and autocast_dtype(x) is None:
-                raise TypeError(f"x is {x.dtype}, the base weight {weight.dtype}, and autocast is off")
-            x, weight = x.to(result), weight.to(result)
-            weight = weight.t() if kind == "transposed" else weight
+        base = self.base_layer._parameters
+        if kind != "4bit" and base["weight"].dtype != x.dtype and autocast_dtype(x) is None:
+            raise TypeError(f"x is {x.dtype}, the base weight {base['weight'].dtype}, and autocast is off")
+        x, weight, result = product_operands(self.base_layer, kind, x)
+        bias = base["bias"]
         y = parallel_linear(x, weight, self.adapter_down, self.adapter_up, bias, self.scaling, self.activation)
         return y.to(result)
 
@@ -178,14 +168,3 @@ class ParallelAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, activation={self.activation}, scaling={self.scaling}"
-
-
-def features_of(base_layer: Any) -> tuple[int, int]:
-    """in_features and out_features. Raises TypeError if this is not a linear layer."""
-    if isinstance(base_layer, nn.Module) and base_kind(base_layer) == "transposed":
-        K, N = base_layer.weight.shape  # type: ignore[union-attr, misc]
-        return K, N
-    K, N = (getattr(base_layer, name, None) for name in ("in_features", "out_features"))
-    if not isinstance(base_layer, nn.Module) or not isinstance(K, int) or not isinstance(N, int):
-        raise TypeError(f"expected a linear layer with in_features and out_features, got {type(base_layer).__name__}")
-    return K, N

@@ -102,8 +102,8 @@ def by_deepspeed(model: nn.Module, stage: int) -> tuple[nn.Module, Callable[[tor
     return engine, step
 
 
-def by_torch(model: nn.Module) -> Callable[[torch.Tensor], None]:
-    """A training step of the model."""
+def by_torch(model: nn.Module) -> tuple[nn.Module, Callable[[torch.Tensor], None]]:
+    """The model, and a training step of it."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
 
     def step(loss: torch.Tensor) -> None:
@@ -111,7 +111,7 @@ def by_torch(model: nn.Module) -> Callable[[torch.Tensor], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return model, step
 
 
 def run(case: Case) -> dict:
@@ -119,10 +119,9 @@ def run(case: Case) -> dict:
     if case.patch == "before":
         said = fastlora.patch(model)
     stage = {"ZeRO-2": 2, "ZeRO-3": 3}.get(case.stack)
-    whole, step = by_deepspeed(model, stage) if stage else (wrapped(model, case), None)
+    whole, step = by_deepspeed(model, stage) if stage else by_torch(wrapped(model, case))
     if case.patch == "after":
         said = fastlora.patch(whole, strict=case.unit != "layer" and not stage)  # shards are no reason to refuse
-    step = step or by_torch(whole)
     generator = torch.Generator().manual_seed(1)
     x, target = torch.randn(2, ROWS, 5, HIDDEN, dtype=torch.float64, generator=generator)
     rank, share = dist.get_rank(), ROWS // WORLD
@@ -145,9 +144,8 @@ def run(case: Case) -> dict:
 
 
 def process(rank: int, folder: str, cases: str) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), DS_ACCELERATOR="cpu"
-    )  # for DeepSpeed
+    for_deepspeed = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "DS_ACCELERATOR": "cpu"}
+    os.environ.update({name: str(value) for name, value in for_deepspeed.items()})
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     results = []
     for case in [Case(**each) for each in json.loads(cases)]:

@@ -9,6 +9,7 @@ import torch
 from accuracy import check_model
 from blocks import CountOps
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_experts import results_of
 from torch import nn
 from transformers.models.llama4.modeling_llama4 import Llama4TextConfig, Llama4TextMoe
 
@@ -56,17 +57,6 @@ def adapted(dtype=torch.float32, top=1, parameters=NAMES, **config) -> PeftModel
         if "lora_B" in name:
             p.data = torch.randn(p.shape, generator=generator).to(p.dtype) * 0.1
     return model
-
-
-def results_of(model, x, run=None) -> dict[str, torch.Tensor]:
-    x = x.detach().to(next(model.parameters()).dtype).clone().requires_grad_()
-    y = (model if run is None else run)(x)
-    y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype))
-    found = {"y": y.detach(), "dx": x.grad}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            found[name], p.grad = p.grad, None
-    return found
 
 
 def an_input(dtype=torch.float32, tokens=T):

@@ -13,10 +13,8 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from fastlora.benchmarks.cases import models
-from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
-from fastlora.benchmarks.studies.common import Row, Setup, Study, pick
-from fastlora.benchmarks.tables import NAMES
+from fastlora.benchmarks.studies.common import Row, Setup, Study, column, pick
 
 K, H, HEADS, VOCABULARY, R = 768, 3072, 12, 512, 16
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -87,14 +85,9 @@ def draw(rows: list[Row], figure: Figure) -> None:
     speeds = [of_peft(rows, family)[0] for family in names]
     figure.suptitle(f"Blocks of {len(names)} architectures: {min(speeds):.2f} to {max(speeds):.2f} times PEFT's speed")
     time, memory = figure.subplots(1, 2)
-    for offset, name in ((-0.2, "peft"), (0.2, "fastlora")):
-        places = [i + offset for i in range(len(names))]
-        style = {"width": 0.38, "color": COLOURS[name], "label": NAMES[name]}
-        inside = {"label_type": "center", "fontsize": 9, "color": "white" if name == "fastlora" else "black"}
-        found = [pick(rows, family=family, provider=name)[0] for family in names]
-        time.bar_label(time.bar(places, [row["over_frozen"] for row in found], **style), fmt="%.2f", **inside)
-        saved = memory.bar(places, [row["saved_bytes"] / 1e6 for row in found], **style)
-        memory.bar_label(saved, fmt="%.0f", **inside)
+    saved = {name: [size / 1e6 for size in column(rows, "saved_bytes", provider=name)] for name in PROVIDERS[1:]}
+    common.paired_bars(time, {name: column(rows, "over_frozen", provider=name) for name in PROVIDERS[1:]}, "%.2f")
+    common.paired_bars(memory, saved, "%.0f")
     time.axhline(1, color="black", linestyle="--", label="frozen model: the limit")
     time.set_ylabel("time of a step / the frozen model's")
     memory.set_ylabel("saved for backward, MB")

@@ -9,10 +9,8 @@ import torch
 from matplotlib.figure import Figure
 
 from fastlora.benchmarks.cases.shapes import SHAPES
-from fastlora.benchmarks.pictures import COLOURS
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.studies.common import MODULES, Row, Setup, Study, column, megabytes, pick
-from fastlora.benchmarks.tables import NAMES
 
 R = 16
 TARGETS = {
@@ -82,14 +80,10 @@ def draw(rows: list[Row], figure: Figure) -> None:
     time, memory = figure.subplots(1, 2)
     targets = list(dict.fromkeys(column(rows, "targets", provider="peft")))
     counts = [count / 1e6 for count in column(rows, "trainable_parameters", provider="peft")]
-    for offset, name in ((-0.2, "peft"), (0.2, "fastlora")):
-        places = [i + offset for i in range(len(targets))]
-        style = {"width": 0.38, "color": COLOURS[name], "label": NAMES[name]}
-        bars = time.bar(places, column(rows, "over_frozen", provider=name), **style)
-        inside = {"label_type": "center", "fontsize": 9, "color": "white" if name == "fastlora" else "black"}
-        time.bar_label(bars, fmt="%.2f", **inside)
-        bars = memory.bar(places, [size / 1e6 for size in column(rows, "saved_bytes", provider=name)], **style)
-        memory.bar_label(bars, fmt="%.0f", **inside)
+    names = ("peft", "fastlora")
+    saved = {name: [size / 1e6 for size in column(rows, "saved_bytes", provider=name)] for name in names}
+    common.paired_bars(time, {name: column(rows, "over_frozen", provider=name) for name in names}, "%.2f")
+    common.paired_bars(memory, saved, "%.0f")
     limit = column(rows, "saved_bytes", provider="frozen")[0] / 1e6
     for axes, level, label in (
         (time, 1, "time of a step / the frozen model's"),
