@@ -358,3 +358,7 @@ def test_what_an_entry_without_an_adapter_has_reaches_no_other(value):
     for name, t in expected.items():
         rows = others if name in ("y", "dx") else slice(None)
         assert same(found[name][rows], t[rows], longest=LONGEST), name
+    base = NAMES.index("__base__")
+    with torch.no_grad(), model.disable_adapter():
+        alone = model(x[base : base + 1])
+    assert torch.equal(found["y"][base].isfinite(), alone[0].isfinite()), "nothing but the base layers' own"
