@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # runs without being installed, from anywhere
 
 # The seconds of a step's first turn, the most decisive first: time on a GPU is short.
 SECONDS = {
-    "environment": 30, "smoke": 90, "rates": 30, "tune": 120, "sweep": 180, "decode": 50, "experts": 60, "compare": 90,
+    "environment": 30, "smoke": 90, "rates": 30, "tune": 120, "sweep": 180, "decode": 50, "compare": 100, "experts": 50,
     "graph": 30, "profile": 30, "correctness": 300,
 }  # fmt: skip
 STEPS = tuple(SECONDS)
@@ -338,7 +338,8 @@ def goals(results: dict[str, Rows]) -> list[Goal]:
     outcomes = [row.get("outcome") for row in tests if row.get("outcome") != "skipped"]
     passed = sum(o == "passed" for o in outcomes) / len(outcomes) if outcomes else None
     checks = [row["outcome"] for row in results.get("graph", []) if row.get("outcome") is not None]
-    decode = results.get("decode", [])
+    decode, compare = results.get("decode", []), results.get("compare", [])
+    whole = {base: model_seconds(compare, base, "fastlora") for base in ("bf16", "nf4")}
     return [
         Goal("tests on the device that pass", 1.0, passed),
         Goal("checks of CUDA graphs that hold", 1.0, sum(checks) / len(checks) if checks else None),
@@ -347,6 +348,18 @@ def goals(results: dict[str, Rows]) -> list[Goal]:
         Goal("bf16: time over the frozen layers", 1.10, ratio(ours, bf16["frozen"]), at_least=False),
         Goal("NF4: faster than PEFT + bitsandbytes", 1.40, ratio(nf4["peft"], ours_nf4)),
         Goal("NF4: time over PEFT's bf16 LoRA", 1.00, ratio(ours_nf4, bf16["peft"]), at_least=False),
+        Goal(
+            "Llama-2-7B, bf16: time over the frozen model",
+            1.10,
+            ratio(whole["bf16"], model_seconds(compare, "bf16", "frozen")),
+            at_least=False,
+        ),
+        Goal(
+            "Llama-2-7B, NF4: time over PEFT's bf16 LoRA",
+            1.00,
+            ratio(whole["nf4"], model_seconds(compare, "bf16", "peft")),
+            at_least=False,
+        ),
         Goal("decode: share of copy bandwidth", 0.85, bandwidth(decode, "decode")),
         Goal("NF4, 1 token: share of copy bandwidth", 0.70, bandwidth(decode, "nf4_matmul M=1")),
         Goal("NF4, 16 tokens: share of copy bandwidth", 0.70, bandwidth(decode, "nf4_matmul M=16")),
@@ -363,6 +376,13 @@ def block_seconds(rows: Rows, base: str, provider: str, M: int = 8192, r: int = 
     if sum(count for count, _ in found) != 7 or any(p50 is None for _, p50 in found):
         return None
     return sum(count * p50 for count, p50 in found)
+
+
+def model_seconds(rows: Rows, base: str, provider: str) -> float | None:
+    """A training step of a whole Llama-2-7B on 2048 tokens."""
+    case = ("llama-2-7b", base, provider, 2048)
+    found = [row for row in rows if tuple(map(row.get, ("model", "base", "provider", "tokens"))) == case]
+    return next((row["p50"] for row in found if not row.get("how") and not row.get("dropout")), None)
 
 
 def bandwidth(rows: Rows, mode: str) -> float | None:

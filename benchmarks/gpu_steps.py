@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -316,34 +316,60 @@ def kernel_rows(events: Any, on_gpu: bool, most: int = 25) -> Rows:
     ]
 
 
+class Compared(NamedTuple):
+    """Training steps to compare: of which model with random weights, on how many texts of how many tokens."""
+
+    model: str
+    base: str
+    batch: int = 4
+    tokens: int = 2048
+    dropout: float = 0.0
+    how: str = ""  # or "compiled": beside the others; or "checkpointed"
+
+    def __str__(self) -> str:
+        case = f"{self.model} {self.base}, {self.batch} x {self.tokens} tokens"
+        return case + f", dropout {self.dropout}" * (self.dropout > 0) + f", {self.how}" * bool(self.how)
+
+
 def step_compare(run: Any) -> Cases:
-    """Training steps of whole models with random weights: frozen, PEFT, PEFT + fastlora, in turn."""
-    quantise = ("nf4",) if importlib.util.find_spec("bitsandbytes") else ()
-    names = ("tiny",) if run.tiny else ("smollm2", "two blocks of llama-3-8b")
-    for base in ("bf16", *quantise):
-        for dropout in (0.0, 0.05):
-            for name in names:
-                yield f"{name} {base} dropout={dropout}", partial(_compare, run, name, base, dropout)
+    """Training steps of whole models: frozen, PEFT, PEFT + fastlora, in turn. Blocks have q, k, v and gate, up that
+    share their x; the peak memory of a whole model is that of its training."""
+    bases = ("bf16", "nf4") if importlib.util.find_spec("bitsandbytes") else ("bf16",)
+    blocks, whole = "two blocks of llama-3-8b", "llama-2-7b"
+    cases = [Compared(blocks, base) for base in bases]
+    cases += [Compared(whole, base, batch=1) for base in bases]
+    cases += [Compared(blocks, base, how=how) for how in ("compiled", "checkpointed") for base in bases]
+    cases += [Compared(blocks, base, batch=1, tokens=512) for base in bases]
+    cases += [Compared(blocks, base, dropout=0.05) for base in bases]
+    cases += [Compared(whole, base, batch=1, how="checkpointed") for base in bases]
+    cases += [Compared("smollm2", base) for base in bases]
+    if run.tiny:
+        tiny = [case._replace(model="tiny", batch=1, tokens=8) for case in cases]
+        cases = list(dict.fromkeys(tiny))
+    for case in cases:
+        yield str(case), partial(_compare, run, case)
 
 
-def _compare(run: Any, name: str, base: str, dropout: float) -> Rows:
+def _compare(run: Any, case: Compared) -> Rows:
     from fastlora.benchmarks import training
     from fastlora.benchmarks.cases import models
 
-    batch, tokens, steps, r = (1, 8, 1, 4) if run.tiny else (4, 2048, 20, 16)
-    if name == "smollm2":
+    steps, r = (1, 4) if run.tiny else (5 if case.model.startswith("llama") else 20, 16)
+    if case.model == "smollm2":
         loaded = models.load_model("smollm2-random")
+    elif case.model.startswith("llama"):
+        loaded = models.load_model(case.model, device=run.device)
     else:  # hardly a vocabulary: the time is that of the blocks
         small = {"num_hidden_layers": 2, "vocab_size": 256}
-        model = models.random_model(name.rpartition(" ")[2], torch.bfloat16, run.device, **small)
-        loaded = models.LoadedModel(model, name, None)
-    data = models.batches(loaded, None, batch, tokens, 1 + steps)
-    trainers = training.make_trainers(
-        models.to_base(loaded.model.to(run.device), base), r, dropout, False, False, 2e-4, 0
-    )
+        model = models.random_model(case.model.rpartition(" ")[2], torch.bfloat16, run.device, **small)
+        loaded = models.LoadedModel(model, case.model, None)
+    data = models.batches(loaded, None, case.batch, case.tokens, 1 + steps)
+    base, compiled = models.to_base(loaded.model.to(run.device), case.base), case.how == "compiled"
+    checkpointed, backend = case.how == "checkpointed", "eager" if run.tiny else "inductor"
+    trainers = training.make_trainers(base, r, case.dropout, checkpointed, compiled, 2e-4, 0, backend=backend)
     for _ in training.train(trainers, data, 0):
         pass
-    known = {"model": name, "base": base, "dropout": dropout, "tokens": tokens * batch}
+    known = {**case._asdict(), "tokens": case.tokens * case.batch}
     return [known | _training_row(trainer) for trainer in trainers]
 
 

@@ -191,7 +191,28 @@ def gpu_section(folder: Path, results: Path) -> Iterator[str]:
     yield "Forward and backward of the seven linear layers of a block of Llama-3-8B, one after the other, milliseconds:"
     heads = ["base", "tokens", "r", "frozen", "PEFT", "addmm style", "fastlora", "PEFT / ours", "ours / frozen"]
     yield markdown(heads, rows)
+    yield "Training steps of models with random weights, milliseconds, and the peak of a step beyond the weights, GB:"
+    yield markdown(["case", "", *heads[3:5], *heads[6:]], list(_model_rows(found["compare"])))
     yield where(next(iter(state.values()))["environment"])
+
+
+def _model_rows(compare: list[dict]) -> Iterator[list[str]]:
+    """Two rows for every case, of its times and of its peaks, and again where it was compiled too."""
+    cases: dict[str, dict[str, dict]] = {}
+    for row in compare:
+        if row.get("p50"):
+            cases.setdefault(row["case"], {})[row["provider"]] = row
+    for case, found in cases.items():
+        for peft, ours in (("peft", "fastlora"), ("peft+compile", "fastlora+compile")):
+            if peft not in found or ours not in found:
+                continue
+            ways = [found.get("frozen"), found[peft], found[ours]]
+            for text, name, unit in (("time", "p50", 1e3), ("peak", "peak_bytes", 1e-9)):
+                values = [None if way is None else way[name] for way in ways]
+                cells = ["–" if value is None else f"{value * unit:,.2f}" for value in values]
+                ratios = gpu.ratio(values[1], values[2]), gpu.ratio(values[2], values[0])
+                both = ", both compiled" * ours.endswith("+compile")
+                yield [case + both, text, *cells, *map(_ratio, ratios)]
 
 
 def _ratio(found: float | None) -> str:

@@ -1,6 +1,7 @@
 """Train the same adapted model with several providers, step by step in turn, and measure each."""
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ def make_trainers(
     seed: int,
     *,
     adapters: int = 1,
+    backend: str = "inductor",
     optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] = adamw,
     **lora: Any,
 ) -> list[Trainer]:
@@ -96,6 +98,7 @@ def make_trainers(
 
     Args:
         adapters: how many of rank r every adapted layer has, all of them active.
+        backend: of torch.compile.
         lora: further arguments of `peft.LoraConfig`, e.g. target_modules (every linear layer unless given).
     """
     import peft
@@ -134,7 +137,7 @@ def make_trainers(
         trainers.append(
             Trainer(
                 name,
-                torch.compile(model) if name.endswith("+compile") else model,  # type: ignore[arg-type]
+                torch.compile(model, backend=backend) if name.endswith("+compile") else model,  # type: ignore[arg-type]
                 optimizer(trainable, lr) if trainable else None,
                 device,
             )
@@ -181,6 +184,8 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
             seen[storage.data_ptr()] = storage.nbytes()
         return t.detach()  # a node that holds its own output would never be freed
 
+    if "torch._dynamo" in sys.modules:  # a compiled model would trace it, into graphs that are not those of its steps
+        pack = torch.compiler.disable(pack)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = forward()
     del loss

@@ -13,6 +13,7 @@ Not here, because they have no replacement and have been stable since PyTorch 1.
 import contextlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -222,11 +223,55 @@ def attribute(owner: type, private: str, public: str) -> str:
     return private if hasattr(owner, private) else public
 
 
-# Triton. ``compiled[grid](*arguments)`` looks up the stream, makes metadata for hooks and calls empty hooks.
+# Triton. ``compiled[grid](*arguments)`` looks up the stream, makes metadata for hooks and calls empty hooks; below, the
+# arguments are searched for tensor descriptors, and the driver is asked of every tensor whether it is on the device.
 
 
-def launch_of(compiled: Any) -> tuple[Callable, Any, Any] | None:
-    """What launches a compiled kernel, its function and its metadata; None where a name is gone: launch by `[grid]`."""
+def launcher_of(compiled: Any) -> tuple[Callable, tuple[Any, ...]] | None:
+    """``call`` and ``before`` of ``call(*grid, stream, *before, *arguments)``, which launches a compiled kernel without
+    hooks; None where a name is gone: launch by ``[grid]``."""
     run = find(compiled, "run", None)
     function, metadata = (getattr(compiled, name, None) for name in ("function", "packed_metadata"))
-    return None if run is None or function is None or metadata is None else (run, function, metadata)
+    known = run is not None and function is not None and metadata is not None
+    return (run, (function, metadata, None, None, None)) if known else None
+
+
+class DirectLaunch(NamedTuple):
+    """The C function below: ``call(*grid, stream, *before, arguments)`` with the arguments in one flat list."""
+
+    call: Callable
+    before: tuple[Any, ...]
+    signature: dict[str, Any]  # the kernel's arguments: their types, of a tuple a tuple, "constexpr" if not passed on
+    length: int  # of the list
+    encoders: tuple[Callable[[Any], list[Any]], ...]  # of each tensor descriptor: what is passed on of it
+
+
+def _encoded(nvidia: Any, how: Any, descriptor: Any) -> list[Any]:
+    """The tensor map, then shape and strides."""
+    return nvidia.make_tensordesc_arg(descriptor, how, None)
+
+
+def direct_launch(compiled: Any) -> DirectLaunch | None:
+    """How to launch a compiled kernel by it; None before Triton 3.7, on other GPUs than NVIDIA's, where a name is gone
+    and where the kernel needs more."""
+    try:
+        from triton.backends.nvidia import driver as nvidia
+
+        run = compiled.run
+        if type(run) is not nvidia.CudaLauncher or run.gsan_enabled:
+            return None
+        if run.global_scratch_size or run.profile_scratch_size:
+            return None
+        length = len(run.kernel_signature)
+        plain = [nvidia.PyKernelArg(nested_tuple=None, type=nvidia.ARG_KERNEL)] * length
+        flags = (run.launch_cooperative_grid, run.launch_pdl, compiled.packed_metadata)
+        nothing = (None,) * 5  # metadata for hooks, two hooks, two scratch memories
+        return DirectLaunch(
+            nvidia.triton.runtime.driver.active.utils.launch,
+            (compiled.function, *flags, *nothing, plain, run.kernel_signature),
+            compiled.src.signature,
+            length,
+            tuple(partial(_encoded, nvidia, how) for how in compiled.metadata.tensordesc_meta or ()),
+        )
+    except (ImportError, AttributeError):
+        return None

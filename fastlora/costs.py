@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from fastlora.kernels.limits import cdiv, cut, next_power_of_2, padded_rank, parts_for
+from fastlora.kernels.limits import PROGRAMS_4BIT, adds_slabs, cdiv, cut, next_power_of_2, padded_rank, parts_for
 from fastlora.kernels.waves import Product
 
 
@@ -137,19 +137,15 @@ def padded(r: int) -> int:
     return padded_rank(r) if r else 0
 
 
-def _splits(length: int, step: int, blocks: int, waves: int, rates: Rates) -> int:
-    """Into how many parts the kernels cut a reduction, with ``waves`` programs a multiprocessor."""
-    return cut(length, step, parts_for(waves * rates.multiprocessors, blocks, length, step))[1]
+def _cut(length: int, step: int, blocks: int, programs: int, rates: Rates) -> tuple[int, int]:
+    """How long the parts are into which the kernels cut a reduction, for so many programs a multiprocessor, and how
+    many there are."""
+    return cut(length, step, parts_for(programs * rates.multiprocessors, blocks, length, step))
 
 
-def _sums(itemsize: int, *sums: tuple[int, int]) -> list[LaunchCost]:
-    """Adding up (splits, elements) of partial sums, of those that have several, in one launch."""
-    moved = sum(numel * (4 * splits + itemsize) for splits, numel in sums if splits > 1)
-    return [LaunchCost("sum_splits", moved)] if moved else []
-
-
-def _partial_bytes(splits: int, numel: int, itemsize: int) -> int:
-    return numel * (itemsize if splits == 1 else 4 * splits)
+def _sum_bytes(splits: int, numel: int, itemsize: int) -> int:
+    """Writing a sum, and where a reduction is split its fp32 parts, which the last programs of the launch read back."""
+    return numel * (itemsize if splits == 1 else itemsize + 8 * splits)
 
 
 def packed_bytes(c: Problem) -> int:
@@ -170,10 +166,10 @@ def _shrink(c: Problem, rates: Rates) -> list[LaunchCost]:
     t = _tile("shrink", c, R * c.parts)
     block_r = max(16, min(R, 128, 256 // next_power_of_2(c.parts)))
     blocks = cdiv(c.M, t.BLOCK_M) * cdiv(r, block_r)
-    splits = _splits(c.K, t.BLOCK_K, blocks, 2, rates)
-    moved = c.M * c.K * c.itemsize + c.r * c.K * e + _partial_bytes(splits, c.M * c.r, e)
+    _, splits = _cut(c.K, t.BLOCK_K, blocks, 2, rates)
+    moved = c.M * c.K * c.itemsize + c.r * c.K * e + _sum_bytes(splits, c.M * c.r, e)
     flops = 2 * c.M * c.K * R * c.parts * _dots(c, 1)
-    return [LaunchCost("shrink", moved, flops), *_sums(e, (splits, c.M * c.r))]
+    return [LaunchCost("shrink", moved, flops)]
 
 
 def _adapter_bytes(c: Problem) -> int:
@@ -221,20 +217,23 @@ def _walk(c: Problem, rates: Rates, with_b: bool) -> list[LaunchCost]:
     R, e = padded(c.r), c.adapter_itemsize
     t = _tile("lora_grad", c, min(R, 128))
     slabs, blocks = cdiv(c.K, t.BLOCK_N), cdiv(c.r, min(R, 128))
-    splits = _splits(c.M, t.BLOCK_M, slabs * blocks, 2, rates)
-    moved = c.M * c.K * c.itemsize + c.M * c.r * e + _partial_bytes(splits, c.K * c.r, e)
-    if with_b:
-        moved += c.K * c.r * e + _partial_bytes(slabs, c.M * c.r, e)
-    walk = LaunchCost("lora_grad", moved, (4 if with_b else 2) * c.M * c.K * R * _dots(c, 1))
-    return [walk, *_sums(e, (splits, c.K * c.r), (slabs if with_b else 1, c.M * c.r))]
+    rows, splits = _cut(c.M, t.BLOCK_M, slabs * blocks, 2, rates)
+    moved = c.M * c.K * c.itemsize + c.M * c.r * e + _sum_bytes(splits, c.K * c.r, e)
+    flops = (4 if with_b else 2) * c.M * c.K * R * _dots(c, 1)
+    if not with_b:
+        return [LaunchCost("lora_grad", moved, flops)]
+    moved += c.K * c.r * e
+    if slabs == 1 or adds_slabs(slabs, rows, min(R, 128)):
+        return [LaunchCost("lora_grad", moved + _sum_bytes(slabs, c.M * c.r, e), flops)]
+    parts = 4 * slabs * c.M * c.r
+    return [LaunchCost("lora_grad", moved + parts, flops), LaunchCost("sum_splits", parts + c.M * c.r * e)]
 
 
 def _dora_grad(c: Problem, rates: Rates) -> list[LaunchCost]:
     """A pass over dy[M, K] and y that writes dz, with sums over rows in fp32."""
     t = _tiles().tile("dora_grad", c.K)
-    splits = _splits(c.M, t.BLOCK_M, cdiv(c.K, t.BLOCK_N), 4, rates)
-    moved = 3 * c.M * c.K * c.itemsize + 4 * c.K * (1 + splits)
-    return [LaunchCost("dora_grad", moved), *_sums(4, (splits, c.K))]
+    _, splits = _cut(c.M, t.BLOCK_M, cdiv(c.K, t.BLOCK_N), 4, rates)
+    return [LaunchCost("dora_grad", 3 * c.M * c.K * c.itemsize + 4 * c.K + _sum_bytes(splits, c.K, 4))]
 
 
 # Instructions that the compiler spends on one weight at r=16 with fp32 adapters (``fastlora inspect --arch sm_90``).
@@ -265,12 +264,11 @@ def _decoded(c: Problem, rates: Rates) -> list[LaunchCost]:
 def _fused(c: Problem, rates: Rates) -> list[LaunchCost]:
     R = padded(c.r)
     t = _tile("nf4_matmul", c, max(16, c.M, R))
-    splits = _splits(c.K, t.BLOCK_K, cdiv(c.N, t.BLOCK_N), 4, rates)
+    _, splits = _cut(c.K, t.BLOCK_K, cdiv(c.N, t.BLOCK_N), PROGRAMS_4BIT, rates)
     moved = packed_bytes(c) + c.M * c.K * c.itemsize + c.r * (c.K + c.N) * c.adapter_itemsize
-    moved += _partial_bytes(splits, c.M * c.N, c.itemsize)
+    moved += _sum_bytes(splits, c.M * c.N, c.itemsize)
     flops = 2 * max(16, c.M) * (c.N * c.K + R * (c.K * cdiv(c.N, t.BLOCK_N) + c.N * splits))
-    fused = LaunchCost("nf4_matmul", moved, flops, instructions=DECODE_FUSED * c.N * c.K)
-    return [fused, *_sums(c.itemsize, (splits, c.M * c.N))]
+    return [LaunchCost("nf4_matmul", moved, flops, instructions=DECODE_FUSED * c.N * c.K)]
 
 
 COSTS: dict[tuple[str, str], Callable[[Problem, Rates], list[LaunchCost]]] = {

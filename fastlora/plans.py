@@ -209,7 +209,7 @@ _KEY = {"op": str, "M": int, "N": int, "K": int, "r": int, "parts": int, "itemsi
 _BLOCKS, _STAGES = {1 << i for i in range(12)}, set(range(1, 17))
 _WARPS = {1 << i for i in range(6)}  # of 1024 threads, or 2048 of an AMD's
 _TILE = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M"), _BLOCKS)
-_TILE |= {"num_warps": _WARPS, "num_stages": _STAGES}
+_TILE |= {"num_warps": _WARPS, "num_stages": _STAGES, "maxnreg": set(range(0, 256, 8))}
 
 
 def _table_to_json(measured: Table) -> dict:

@@ -1,7 +1,7 @@
 """The backward of a DoRA layer's scaling of its columns: ``dz = scale * dy`` and ``dscale = (dy * y).sum(0) / scale``.
 
 One pass over dy and y: a program owns a slab of columns and a range of rows. Parts of sums are added up in a fixed
-order.
+order (reduce.py).
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, cut, parts_for
 from fastlora.kernels.operands import check_operands
-from fastlora.kernels.reduce import sum_splits
+from fastlora.kernels.reduce import counters, last_to_arrive, sum_of_parts
 from fastlora.kernels.tiles import Tile, multiprocessors, tile
 
 
@@ -22,9 +22,9 @@ def _dora_grad_kernel(
     dy_ptr, stride_dm, stride_dn,
     y_ptr, stride_ym, stride_yn,
     scale_ptr, dz_ptr,  # [N], [M, N]
-    dscale_ptr,         # [splits of M, N]
-    M, N, SPLIT_M,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dscale_ptr, partial_ptr, counter_ptr,  # [N], and of splits of M [splits, N]
+    M, N, splits, SPLIT_M,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     split = tl.program_id(1)
@@ -41,7 +41,12 @@ def _dora_grad_kernel(
         y = tl.load(y_ptr + rows * stride_ym + columns * stride_yn, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(dy * y, axis=0)
         tl.store(dz_ptr + rows * N + columns, (dy * scale[None, :]).to(dz_ptr.dtype.element_ty), mask=mask)
-    tl.store(dscale_ptr + split.to(tl.int64) * N + offs_n, total / scale, mask=mask_n)
+    if SPLIT:
+        tl.store(partial_ptr + split.to(tl.int64) * N + offs_n, total / scale, mask=mask_n)
+        if last_to_arrive(counter_ptr + tl.program_id(0), splits):
+            tl.store(dscale_ptr + offs_n, sum_of_parts(partial_ptr + offs_n, N, splits, mask_n), mask=mask_n)
+    else:
+        tl.store(dscale_ptr + offs_n, total / scale, mask=mask_n)
 
 
 def dora_grad(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,10 +57,14 @@ def dora_grad(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     dz = dy.new_empty(M, N)
     if M == 0 or N == 0:
         return dz, dy.new_zeros(N, dtype=torch.float32)
-    splits, launch = _launch(of_dy, of_y, of_scale, tile("dora_grad", N))
-    dscale = dy.new_empty(splits, N, dtype=torch.float32)
-    launch(dy_ptr=dy, y_ptr=y, scale_ptr=scale.contiguous(), dz_ptr=dz, dscale_ptr=dscale)
-    return dz, sum_splits([dscale], [torch.float32])[0]
+    t = tile("dora_grad", N)
+    splits, launch = _launch(of_dy, of_y, of_scale, t)
+    dscale = dy.new_empty(N, dtype=torch.float32)
+    partial = None if splits == 1 else dscale.new_empty(splits, N)
+    arrivals = None if splits == 1 else counters(dy, cdiv(N, t.BLOCK_N))
+    sums = {"dscale_ptr": dscale, "partial_ptr": partial, "counter_ptr": arrivals}
+    launch(dy_ptr=dy, y_ptr=y, scale_ptr=scale.contiguous(), dz_ptr=dz, **sums)
+    return dz, dscale
 
 
 @cached_by_layout
@@ -66,5 +75,5 @@ def _launch(dy: Layout, y: Layout, scale: Layout, t: Tile) -> tuple[int, Launch]
     return splits, Launch(
         _dora_grad_kernel, (slabs, splits),
         stride_dm=dy.stride[0], stride_dn=dy.stride[1], stride_ym=y.stride[0], stride_yn=y.stride[1],
-        M=M, N=N, SPLIT_M=SPLIT_M, **t.kwargs(),
+        M=M, N=N, splits=splits, SPLIT_M=SPLIT_M, SPLIT=splits > 1, **t.kwargs(),
     )  # fmt: skip

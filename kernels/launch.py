@@ -5,6 +5,7 @@ every launch (its dtype, whether it is 1 or a multiple of 16). Derived anew, the
 take the GPU.
 """
 
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.compat import launch_of
+from fastlora.compat import direct_launch, launcher_of
 
 
 class Layout(NamedTuple):
@@ -39,28 +41,105 @@ cached_by_layout = lru_cache(maxsize=4096)  # for functions of layouts: those th
 
 
 class Launch:
-    """A kernel, its grid and its arguments except the tensors, which have the same layouts in every call."""
+    """A kernel, its grid and its arguments except the tensors, which have the same layouts in every call.
+
+    ``descriptors`` are the fields, but for the tensor, of arguments that the kernel takes as tensor descriptors.
+    """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **fixed: Any) -> None:
         self.kernel, self.grid, self.fixed = kernel, (*grid, 1, 1)[:3], fixed
+        self.descriptors: dict[str, dict[str, Any]] = {}
         self.compiled: Any = None
 
     def __call__(self, **tensors: Any) -> None:
+        """Launch with these tensors, given in the same order in every call."""
         if self.compiled is None:
-            compiled = self.kernel[self.grid](**tensors, **self.fixed)
+            compiled = self.kernel[self.grid](**self._described(tensors), **self.fixed)
             if compiled is not None:  # None: interpreted, or compiled for a device that is not there
-                self.arguments = [self.fixed.get(name) for name in self.kernel.arg_names]
-                self.positions = [self.kernel.arg_names.index(name) for name in tensors]
-                self.device, self.launch = driver.active.get_current_device(), launch_of(compiled)
-                self.compiled = compiled  # last: other threads may be here
+                self._prepare(compiled, tensors)
+            return
+        hook = knobs.runtime.launch_enter_hook
+        profiled = getattr(hook, "calls", hook)
+        if self.direct is None or profiled:
+            found = self.fixed | self._described(tensors)
+            values = [found.get(name) for name in self.kernel.arg_names]
+            if self.launcher is None or profiled:
+                self.compiled[self.grid](*values)
+            else:
+                call, before = self.launcher
+                call(*self.grid, self.stream(self.device), *before, *values)
             return
         arguments = self.arguments.copy()
-        for position, tensor in zip(self.positions, tensors.values(), strict=True):
-            arguments[position] = tensor
-        hook = knobs.runtime.launch_enter_hook  # a profiler's
-        if self.launch is None or getattr(hook, "calls", hook):
-            self.compiled[self.grid](*arguments)
-        else:
-            run, function, metadata = self.launch
-            stream = driver.active.get_current_stream(self.device)
-            run(*self.grid, stream, function, metadata, None, None, None, *arguments)
+        for name, place in self.addresses:
+            arguments[place] = tensors[name].data_ptr()
+        for name, places in self.tuples:
+            for tensor, place in zip(tensors[name], places, strict=True):
+                if place is not None:
+                    arguments[place] = tensor.data_ptr()
+        for name, tensor_map in self.maps:
+            arguments[tensor_map.place] = tensor_map.of(tensors[name])
+        try:
+            self.direct.call(*self.grid, self.stream(self.device), *self.direct.before, arguments)
+        except TypeError:  # it takes something else than in the versions of Triton that were read
+            self.direct = None
+            self(**tensors)
+
+    def _described(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The tensors, but descriptors of those that the kernel takes as such."""
+        if not self.descriptors:
+            return tensors
+        found = tensors.copy()
+        for name, fields in self.descriptors.items():
+            found[name] = descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__ = {**fields, "base": tensors[name]}
+        return found
+
+    def _prepare(self, compiled: Any, tensors: dict[str, Any]) -> None:
+        """Keep what the next launch needs: the arguments that Triton passes on, and where tensors stand among them."""
+        self.device, self.stream = driver.active.get_current_device(), driver.active.get_current_stream
+        self.launcher, self.direct = launcher_of(compiled), direct_launch(compiled)
+        if self.direct is not None:
+            self.arguments: list[Any] = []
+            values, how = self.fixed | self._described(tensors), iter(self.direct.encoders)
+            places = {name: self._place(kind, values.get(name), how) for name, kind in self.direct.signature.items()}
+            found = [(name, places[name]) for name in tensors]
+            self.addresses = [(name, place) for name, place in found if isinstance(place, int)]
+            self.tuples = [(name, place) for name, place in found if isinstance(place, tuple) and {*place} != {None}]
+            self.maps = [(name, place) for name, place in found if isinstance(place, _TensorMap)]
+            if len(self.arguments) != self.direct.length:  # not as Triton packs them
+                self.direct = None
+        self.compiled = compiled  # last: other threads may be here
+
+    def _place(self, kind: Any, value: Any, how: Iterator[Any]) -> Any:
+        """Append an argument of this type; returns where the address of a tensor goes, of a tuple's where each goes."""
+        if isinstance(kind, tuple):
+            return tuple(self._place(*each, how) for each in zip(kind, value, strict=True))
+        if kind == "constexpr":
+            return None
+        place = len(self.arguments)
+        if kind.startswith("tensordesc"):
+            encode = next(how)
+            self.arguments += encode(value)
+            return _TensorMap(place, encode, value)
+        address = kind.startswith("*")
+        self.arguments.append(None if address else value)  # no tensor of the first call is kept
+        return place if address else None
+
+
+class _TensorMap:
+    """A tensor descriptor among the arguments, which the driver encodes for each address once."""
+
+    def __init__(self, place: int, encode: Callable[[Any], list[Any]], descriptor: TensorDescriptor) -> None:
+        self.place, self.encode, self.fields = place, encode, vars(descriptor) | {"base": None}
+        self.maps: dict[int, Any] = {}
+
+    def of(self, tensor: Tensor) -> Any:
+        address = tensor.data_ptr()
+        found = self.maps.get(address)
+        if found is None:
+            if len(self.maps) >= 4096:  # weights have an address each, and activations come back to few
+                self.maps.clear()
+            descriptor = object.__new__(TensorDescriptor)
+            descriptor.__dict__ = {**self.fields, "base": tensor}
+            found = self.maps[address] = self.encode(descriptor)[0]
+        return found

@@ -5,6 +5,8 @@ from functools import cache
 MAX_GROUP = 3  # layers whose dx `lora_matmul_group` sums in one launch: each is unrolled into the kernel
 FUSED_TOKENS, FUSED_XA = 64, 2048  # at most, of nf4_matmul: tokens, and elements of xa in one program's registers
 FUSED_STEP = 64  # weights of a row that nf4_matmul multiplies at once: of one block, in eight words
+ADDED_BYTES = 1 << 18  # of partial sums that one program reads back: more are sooner added up by a launch of many
+PROGRAMS_4BIT = 2  # of nf4_matmul, on a multiprocessor: more of them split K into parts of few steps
 # Of `swiglu`: F.silu, F.gelu, F.gelu(approximate="tanh"), x sigmoid(1.702 x), F.relu and its square.
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2")
 
@@ -42,3 +44,9 @@ def takes_fused(M: int, K: int, r: int, blocksize: int) -> bool:
     """Whether `nf4_matmul` takes this: whole steps of rows and blocks, few tokens, the fewer the larger the rank."""
     aligned = K > 0 and K % FUSED_STEP == 0 and blocksize % FUSED_STEP == 0
     return aligned and 0 < M <= FUSED_TOKENS and (r == 0 or padded_rank(M) * padded_rank(r) <= FUSED_XA)
+
+
+def adds_slabs(slabs: int, rows: int, r: int) -> bool:
+    """Whether `lora_grad`, of which each slab of dy's columns has a part of dxa, adds them up within its launch; for
+    so many rows a program and a padded rank."""
+    return 4 * slabs * rows * r <= ADDED_BYTES

@@ -9,6 +9,7 @@ operands, a reduction over all their columns: dx is written once instead of bein
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +24,9 @@ from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import MAX_GROUP, cdiv, padded_rank
 from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.tiles import TMA, Tile, multiprocessors, name_of_matmul, tile
+from fastlora.kernels.tiles import TMA, ByTile, Tile, multiprocessors, name_of_matmul
 
 Layouts = tuple[Layout, ...]
-# of every x, w, xa and b; of bias and column_scale; of the seeds; and every p
-Operands = tuple[
-    Layouts, Layouts, Layouts, Layouts, tuple[Layout | None, ...], tuple[Layout | None, ...], tuple[float, ...]
-]
 
 
 @triton.jit
@@ -234,10 +231,11 @@ def _lora_matmul(
     """Without the base products nothing is scaled either. Raises ValueError unless the operands fit together."""
     x, M, N = xs[0], xs[0].shape[0], ws[0].shape[0]
     found = layouts(*xs, *ws, *xas, *bs, bias, column_scale, *seeds)
-    call = _call(tiles.has_tma(), len(xs), found, ps, with_base)
+    call = _call(tiles.has_tma(), len(xs), found, ps, with_base, dot_precision(x))
     y = x.new_empty(M, N)
     if M == 0 or N == 0:
         return y
+    launch = call()
     adapters = {
         "xa_ptrs": xas,
         "b_ptrs": bs,
@@ -245,32 +243,17 @@ def _lora_matmul(
         "bias_ptr": None if bias is None else bias.contiguous(),
         "column_scale_ptr": None if column_scale is None else column_scale.contiguous(),
     }
-    launch, templates = call.by(tile(call.rows, M, N, call.K), dot_precision(x))
-    if templates is not None:
-        launch(**_descriptors(templates, xs, ws, y), **adapters)
+    if launch.descriptors:
+        launch(**dict(zip(launch.descriptors, (*xs, *ws, y), strict=True)), **adapters)
     else:
         launch(x_ptrs=xs, w_ptrs=ws, y_ptr=y, **adapters)
     return y
 
 
-class _Call:
-    """What calls with operands of one layout have in common: the name of their rows of tiles, and by tile the launch
-    and, where the hardware copies tiles, the fields of descriptors."""
-
-    def __init__(self, rows: str, operands: Operands) -> None:
-        self.rows, self.operands, self.K = rows, operands, sum(x.shape[1] for x in operands[0])
-        self.launches: dict[tuple[Tile, str], tuple[Launch, dict[str, dict] | None]] = {}
-
-    def by(self, t: Tile, precision: str) -> tuple[Launch, dict[str, dict] | None]:
-        found = self.launches.get((t, precision))
-        if found is None:
-            templates = _templates(t, *self.operands) if self.rows.startswith(TMA) else None
-            found = self.launches[t, precision] = _launch(self.rows, t, precision, *self.operands), templates
-        return found
-
-
 @cached_by_layout
-def _call(has_tma: bool, n: int, found: Layouts, ps: tuple[float, ...], with_base: bool) -> _Call:
+def _call(
+    has_tma: bool, n: int, found: Layouts, ps: tuple[float, ...], with_base: bool, PRECISION: str
+) -> ByTile[Launch]:
     xs, ws, xas, bs = (found[i * n : (i + 1) * n] for i in range(4))
     (bias, column_scale), seeds = found[4 * n : 4 * n + 2], found[4 * n + 2 :]
     M, N = xs[0].shape[0], ws[0].shape[0]
@@ -281,35 +264,26 @@ def _call(has_tma: bool, n: int, found: Layouts, ps: tuple[float, ...], with_bas
     if not with_base:
         xs, ws = (tuple(t._replace(shape=torch.Size((t.shape[0], 0))) for t in each) for each in (xs, ws))
     rows = name_of_matmul(has_tma and _fits_tma(xs, ws), xs[0].dtype.itemsize, n > 1, any(ps))
-    return _Call(rows, (xs, ws, xas, bs, (bias, column_scale if with_base else None), seeds, ps))
+    scaled = with_base and column_scale is not None
+    make = partial(_launch, rows, PRECISION, xs, ws, xas, bs, ps, bias is not None, scaled)
+    return ByTile(make, rows, M, N, sum(x.shape[1] for x in xs))
 
 
-_NO_DESCRIPTORS = dict.fromkeys(f"{name}{i}" for name in "xw" for i in range(MAX_GROUP))
-
-
-def _descriptors(templates: dict[str, dict], xs: tuple[Tensor, ...], ws: tuple[Tensor, ...], y: Tensor) -> dict:
-    """The kernel's descriptors: those that were checked once for this layout, with the tensors of this call."""
-    found: dict[str, Any] = _NO_DESCRIPTORS.copy()
-    for (name, fields), tensor in zip(templates.items(), (*xs, *ws, y), strict=True):  # of w.T too the address is w's
-        found[name] = descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__ = {**fields, "base": tensor}
-    return found
-
-
-def _templates(t: Tile, *operands: *Operands) -> dict[str, dict]:
+def _descriptors(t: Tile, xs: Layouts, ws: Layouts) -> dict[str, dict]:
     """The fields of a descriptor of every x, every w (or w.T) and y, in this order."""
-    xs, ws, *_ = operands
     M, N, dtype = xs[0].shape[0], ws[0].shape[0], xs[0].dtype
-    found = {f"x{i}": _template(x.shape, x.stride[0], [t.BLOCK_M, t.BLOCK_K], dtype) for i, x in enumerate(xs)}
+    found = {}
+    for i, x in enumerate(xs):
+        found[f"x{i}"] = _descriptor(x.shape, x.stride[0], [t.BLOCK_M, t.BLOCK_K], dtype)
     for i, w in enumerate(ws):
         if w.stride[1] != 1:
-            found[f"w{i}"] = _template(w.shape[::-1], w.stride[1], [t.BLOCK_K, t.BLOCK_N], dtype)
+            found[f"w{i}"] = _descriptor(w.shape[::-1], w.stride[1], [t.BLOCK_K, t.BLOCK_N], dtype)
         else:
-            found[f"w{i}"] = _template(w.shape, w.stride[0], [t.BLOCK_N, t.BLOCK_K], dtype)
-    return found | {"y_desc": _template((M, N), N, [t.BLOCK_M, t.BLOCK_N], dtype)}
+            found[f"w{i}"] = _descriptor(w.shape, w.stride[0], [t.BLOCK_N, t.BLOCK_K], dtype)
+    return found | {"y_desc": _descriptor((M, N), N, [t.BLOCK_M, t.BLOCK_N], dtype)}
 
 
-def _template(shape: Any, stride: int, block: list[int], dtype: torch.dtype) -> dict[str, Any]:
+def _descriptor(shape: Any, stride: int, block: list[int], dtype: torch.dtype) -> dict[str, Any]:
     anything = torch.empty(8, dtype=dtype)  # aligned to 16 bytes, as `_fits_tma` found the operand to be
     return vars(TensorDescriptor(anything, torch.Size(shape), [stride, 1], block)) | {"base": None}
 
@@ -330,11 +304,21 @@ def _transposed(t: Layout) -> Layout:
     return t._replace(stride=t.stride[::-1])
 
 
-def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
-    xs, ws, xas, bs, (bias, column_scale), _, ps = operands
+def _launch(
+    name: str,
+    PRECISION: str,
+    xs: Layouts,
+    ws: Layouts,
+    xas: Layouts,
+    bs: Layouts,
+    ps: tuple[float, ...],
+    HAS_BIAS: bool,
+    HAS_COLUMN_SCALE: bool,
+    t: Tile,
+) -> Launch:
     M, N, ranks = xs[0].shape[0], ws[0].shape[0], tuple(b.shape[1] for b in bs)
     wide = any(t.dtype != xs[0].dtype for t in (*xas, *bs))  # two tiles of each wait in registers
-    arguments = {
+    arguments: dict[str, Any] = {
         "xa_strides": tuple(xa.stride for xa in xas),
         "b_strides": tuple(b.stride for b in bs),
         "ranks": ranks,
@@ -344,8 +328,8 @@ def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
         "N": N,
         "lengths": tuple(x.shape[1] for x in xs),
         "PARTS": len(xs),
-        "HAS_BIAS": bias is not None,
-        "HAS_COLUMN_SCALE": column_scale is not None,
+        "HAS_BIAS": HAS_BIAS,
+        "HAS_COLUMN_SCALE": HAS_COLUMN_SCALE,
         "HAS_DROPOUT": tuple(p != 0.0 for p in ps),
         "BLOCK_R": min(padded_rank(max(ranks)), 16 if wide else 32),
         **t.kwargs(),
@@ -354,6 +338,11 @@ def _launch(name: str, t: Tile, PRECISION: str, *operands: *Operands) -> Launch:
     if name.startswith(TMA):
         programs = min(multiprocessors(xs[0].device), blocks)
         turned = tuple(w.stride[1] != 1 for w in ws)
-        return Launch(_lora_matmul_tma_kernel, (programs,), programs=programs, TRANSPOSED=turned, **arguments)
+        descriptors = _descriptors(t, xs, ws)
+        unused = dict.fromkeys({f"{each}{i}" for each in "xw" for i in range(MAX_GROUP)} - descriptors.keys())
+        arguments |= {"programs": programs, "TRANSPOSED": turned, **unused}
+        launch = Launch(_lora_matmul_tma_kernel, (programs,), **arguments)
+        launch.descriptors = descriptors
+        return launch
     strides = {"x_strides": tuple(x.stride for x in xs), "w_strides": tuple(w.stride for w in ws), "stride_ym": N}
     return Launch(_lora_matmul_kernel, (blocks,), PRECISION=PRECISION, **strides, **arguments)

@@ -9,6 +9,7 @@ Source of the format: bitsandbytes' ``quantize_4bit``; of NF4: QLoRA, arXiv:2305
 """
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, padded_rank
 from fastlora.kernels.operands import Packed, check_4bit, check_operands
 from fastlora.kernels.precision import round_to_tf32, wide_dot
-from fastlora.kernels.tiles import Tile, tile
+from fastlora.kernels.tiles import ByTile, Tile
 
 _NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -165,39 +166,44 @@ def decode_4bit(
     s: float,
 ) -> Tensor:
     """Decode to ``dtype[N, K]``; with an adapter a [r, K], b [N, r] ``decode + s * b @ a``, rounded once."""
+    absmax = absmax if code2 is not None else absmax.float()
+    found, s = layouts(packed, absmax, code2, absmax2, offset, a, b), float(s)
+    call = _call(found, (blocksize, blocksize2, quant_type, N, K), dtype, s, tiles.has_tf32())
     w = packed.new_empty(N, K, dtype=dtype)
-    numel, r = N * K, 0 if a is None or b is None else a.shape[0]
-    row = K if r else numel  # alone, the flat tensor can be cut anywhere
-    WORDS = 4 if row % 32 == 0 and blocksize % 32 == 0 else 1 if row % 8 == 0 else 0
-    if packed.data_ptr() % 4:
-        WORDS = 0
-    t = tile("decode_4bit narrow" if WORDS < 4 else "decode_4bit merged" if r else "decode_4bit", 0)
-    weight, pointers = packed_weight(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
-    PRECISION = "tf32" if dtype == torch.bfloat16 and tiles.has_tf32() else "ieee"
-    launch = _launch(weight, *layouts(a, b), r, float(s), WORDS, PRECISION, t)
-    if numel:
-        launch(**pointers, pairs_ptr=code_pairs(quant_type, packed.device), a_ptr=a, b_ptr=b, w_ptr=w)
+    if call is not None:
+        call()(
+            packed_ptr=packed, absmax_ptr=absmax, code2_ptr=code2, absmax2_ptr=absmax2, offset_ptr=offset,
+            pairs_ptr=code_pairs(quant_type, packed.device), a_ptr=a, b_ptr=b, w_ptr=w,
+        )  # fmt: skip
     return w
 
 
-def packed_weight(
-    packed: Tensor, absmax: Tensor, code2: Tensor | None, absmax2: Tensor | None, offset: Tensor | None, *how: Any
-) -> tuple[Packed, dict[str, Tensor | None]]:
-    """The layout of a 4-bit weight, given as `decode_4bit` takes it, and the pointers that kernels take of it."""
-    absmax = absmax if code2 is not None else absmax.float()
-    weight = Packed(*layouts(packed, absmax, code2, absmax2, offset), *how)
-    statistics = {"absmax_ptr": absmax, "code2_ptr": code2, "absmax2_ptr": absmax2, "offset_ptr": offset}
-    return weight, {"packed_ptr": packed, **statistics}
-
-
 @cached_by_layout
+def _call(
+    found: tuple[Any, ...], how: tuple[Any, ...], dtype: torch.dtype, s: float, tf32: bool
+) -> ByTile[Launch] | None:
+    """None where there is nothing to decode."""
+    *of_weight, a, b = found
+    weight = Packed(*of_weight, *how)
+    check_4bit(weight)
+    N, K, r = weight.N, weight.K, 0 if a is None or b is None else a.shape[0]
+    if r:
+        check_operands(weight.packed, a=(a, (r, K)), b=(b, (N, r)))
+    if N * K == 0:
+        return None
+    row = K if r else N * K  # alone, the flat tensor can be cut anywhere
+    WORDS = 4 if row % 32 == 0 and weight.blocksize % 32 == 0 else 1 if row % 8 == 0 else 0
+    if weight.packed.offset % 4:
+        WORDS = 0
+    rows = "decode_4bit narrow" if WORDS < 4 else "decode_4bit merged" if r else "decode_4bit"
+    PRECISION = "tf32" if dtype == torch.bfloat16 and tf32 else "ieee"
+    return ByTile(partial(_launch, weight, a, b, r, s, WORDS, PRECISION), rows, 0)
+
+
 def _launch(
     weight: Packed, a: Layout | None, b: Layout | None, r: int, s: float, WORDS: int, PRECISION: str, t: Tile
 ) -> Launch:
-    check_4bit(weight)
     N, K, numel = weight.N, weight.K, weight.N * weight.K
-    if r:
-        check_operands(weight.packed, a=(a, (r, K)), b=(b, (N, r)))
     if not r and WORDS:
         K = t.BLOCK_K * cdiv(numel, t.BLOCK_K * t.BLOCK_N << 15)  # at most 2^15 tiles of rows
         N = cdiv(numel, K)

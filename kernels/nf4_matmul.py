@@ -6,8 +6,11 @@ operand from registers, and the weight has the rows that the instruction wants. 
 once to x's dtype; a block's scale multiplies the product of the block, in fp32.
 
 K is split so that every multiprocessor has work; each split adds the adapter's part of its own range of K,
-(sum of xa_k) b = sum of (xa_k b), so that no split waits for another. Splits are added up in a fixed order.
+(sum of xa_k) b = sum of (xa_k b), so that no split waits for another. Splits are added up in a fixed order (reduce.py).
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -16,13 +19,13 @@ from torch import Tensor
 
 from fastlora.kernels import tiles
 from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
-from fastlora.kernels.limits import cdiv, cut, padded_rank, parts_for, takes_fused
-from fastlora.kernels.nf4 import CODES, code_book, load_scales, packed_weight
+from fastlora.kernels.limits import PROGRAMS_4BIT, cdiv, cut, padded_rank, parts_for, takes_fused
+from fastlora.kernels.nf4 import CODES, code_book, load_scales
 from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
 from fastlora.kernels.operands import Packed, check_4bit, check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import Tile, multiprocessors, tile
+from fastlora.kernels.reduce import counters, last_to_arrive, sum_of_parts
+from fastlora.kernels.tiles import ByTile, Tile, multiprocessors
 
 
 @triton.jit
@@ -52,11 +55,11 @@ def _nf4_matmul_kernel(
     a_ptr, stride_ar, stride_ak,
     b_ptr, stride_bn, stride_br,
     bias_ptr, s,
-    out_ptr, stride_os, stride_om,  # one [M, N] for each split of K
-    M, N, K, r, SPLIT_K,
+    out_ptr, partial_ptr, counter_ptr,  # [M, N], and of splits of K fp32 [splits, M, N]
+    M, N, K, r, splits, SPLIT_K,
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, NESTED: tl.constexpr,
     ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
-    HAS_ADAPTER: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_ADAPTER: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):
     # fmt: on
@@ -97,13 +100,16 @@ def _nf4_matmul_kernel(
         acc = wide_dot(b, (xa * s).to(a_ptr.dtype.element_ty), acc, dtype, PRECISION)
     if HAS_BIAS and split == 0:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    out_ptrs = out_ptr + split.to(tl.int64) * stride_os + offs_m[None, :].to(tl.int64) * stride_om + offs_n[:, None]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
-
-
-def has_kernel(M: int, packed: Tensor, K: int, blocksize: int, r: int = 0) -> bool:
-    """Whether `nf4_matmul` takes this: what `takes_fused` says, and bytes that can be read as whole words."""
-    return takes_fused(M, K, r, blocksize) and packed.data_ptr() % 4 == 0
+    offs = offs_m[None, :] * N + offs_n[:, None]  # 32 bits hold it, of few tokens: in half the registers
+    mask = mask_n[:, None] & mask_m[None, :]
+    if SPLIT:
+        step = tl.cast(M, tl.int64) * N
+        tl.store(partial_ptr + split * step + offs, acc, mask=mask)
+        if last_to_arrive(counter_ptr + pid_n, splits):
+            total = sum_of_parts(partial_ptr + offs, step, splits, mask)
+            tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def nf4_matmul(
@@ -124,23 +130,40 @@ def nf4_matmul(
     bias: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """``x @ (decode + s * b @ a).T + bias``: [M, K] -> [M, N] in x's dtype, for sizes that `has_kernel` takes."""
-    M, r = x.shape[0], 0 if a is None else a.shape[0]
-    assert has_kernel(M, packed, K, blocksize, r)
-    t = tile("nf4_matmul" if x.element_size() == 2 else "nf4_matmul fp32", max(M, padded_rank(r)))
-    weight, pointers = packed_weight(packed, absmax, code2, absmax2, offset, blocksize, blocksize2, quant_type, N, K)
-    asm = tiles.has_ptx() and x.element_size() == 2
-    splits, launch = _launch(weight, *layouts(x, a, b, bias), float(s), splits, asm, dot_precision(x), t)
+    """``x @ (decode + s * b @ a).T + bias``: [M, K] -> [M, N] in x's dtype, for sizes that `takes_fused` takes and
+    bytes that can be read as whole words."""
+    absmax = absmax if code2 is not None else absmax.float()
+    asm, M = tiles.has_ptx() and x.element_size() == 2, x.shape[0]
+    found = layouts(packed, absmax, code2, absmax2, offset, x, a, b, bias)
+    call = _call(found, (blocksize, blocksize2, quant_type, N, K), float(s), splits, asm, dot_precision(x))
+    out = x.new_empty(M, N)
     if N == 0:
-        return x.new_empty(M, 0)
-    out = x.new_empty(splits, M, N, dtype=x.dtype if splits == 1 else torch.float32)
-    code = None if asm else code_book(quant_type, x.device)
-    bias = None if bias is None else bias.contiguous()
-    launch(x_ptr=x, **pointers, code_ptr=code, a_ptr=a, b_ptr=b, bias_ptr=bias, out_ptr=out)
-    return sum_splits([out], [x.dtype])[0]
+        return out
+    launch, parts, blocks = call()
+    partial_sums = None if parts == 1 else x.new_empty(parts, M, N, dtype=torch.float32)
+    launch(
+        packed_ptr=packed, absmax_ptr=absmax, code2_ptr=code2, absmax2_ptr=absmax2, offset_ptr=offset,
+        code_ptr=None if asm else code_book(quant_type, x.device), x_ptr=x, a_ptr=a, b_ptr=b,
+        bias_ptr=None if bias is None else bias.contiguous(), out_ptr=out, partial_ptr=partial_sums,
+        counter_ptr=None if parts == 1 else counters(x, blocks),
+    )  # fmt: skip
+    return out
 
 
 @cached_by_layout
+def _call(
+    found: tuple[Any, ...], how: tuple[Any, ...], s: float, splits: int | None, asm: bool, PRECISION: str
+) -> ByTile[tuple[Launch, int, int]]:
+    *of_weight, x, a, b, bias = found
+    weight = Packed(*of_weight, *how)
+    check_4bit(weight)
+    N, K, M, r = weight.N, weight.K, x.shape[0], 0 if a is None else a.shape[0]
+    check_operands(weight.packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
+    assert takes_fused(M, K, r, weight.blocksize) and weight.packed.offset % 4 == 0
+    rows = "nf4_matmul" if x.dtype.itemsize == 2 else "nf4_matmul fp32"
+    return ByTile(partial(_launch, weight, x, a, b, bias, s, splits, asm, PRECISION), rows, max(M, padded_rank(r)))
+
+
 def _launch(
     weight: Packed,
     x: Layout,
@@ -152,22 +175,21 @@ def _launch(
     asm: bool,
     PRECISION: str,
     t: Tile,
-) -> tuple[int, Launch]:
-    """Into how many parts K is split, and the launch."""
+) -> tuple[Launch, int, int]:
+    """The launch, into how many parts K is split, and how many tiles there are."""
     N, K, M, r = weight.N, weight.K, x.shape[0], 0 if a is None else a.shape[0]
-    check_4bit(weight)
-    check_operands(weight.packed, x=(x, (M, K)), a=(a, (r, K)), b=(b, (N, r)), bias=(bias, (N,)))
     blocks = cdiv(N, t.BLOCK_N)
     if splits is None:
-        splits = parts_for(4 * multiprocessors(x.device), max(1, blocks), K, t.BLOCK_K)
+        splits = parts_for(PROGRAMS_4BIT * multiprocessors(x.device), max(1, blocks), K, t.BLOCK_K)
     SPLIT_K, splits = cut(K, t.BLOCK_K, splits)
     (stride_ar, stride_ak), (stride_bn, stride_br) = ((0, 0) if each is None else each.stride for each in (a, b))
-    return splits, Launch(
+    launch = Launch(
         _nf4_matmul_kernel, (blocks, splits), stride_xm=x.stride[0], stride_xk=x.stride[1],
         stride_ar=stride_ar, stride_ak=stride_ak, stride_bn=stride_bn, stride_br=stride_br, s=s,
-        stride_os=M * N, stride_om=N, M=M, N=N, K=K, r=r, SPLIT_K=SPLIT_K,
+        M=M, N=N, K=K, r=r, splits=splits, SPLIT_K=SPLIT_K, SPLIT=splits > 1,
         BLOCKSIZE=weight.blocksize, BLOCKSIZE2=weight.blocksize2, NESTED=weight.code2 is not None,
         ASM=lookup_asm(CODES[weight.quant_type], x.dtype) if asm else None, CONSTRAINTS=LOOKUP_CONSTRAINTS,
         HAS_ADAPTER=a is not None, HAS_BIAS=bias is not None, PRECISION=PRECISION,
         BLOCK_M=padded_rank(M), BLOCK_R=padded_rank(r), **t.kwargs(),
     )  # fmt: skip
+    return launch, splits, blocks

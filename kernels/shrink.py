@@ -1,6 +1,7 @@
 """``xa = s * dropout(x, p) @ a.T``: x goes down to the rank, for one or several adapters in one read of x."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -12,19 +13,19 @@ from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, cut, next_power_of_2, padded_rank, parts_for
 from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.reduce import sum_splits
-from fastlora.kernels.tiles import Tile, multiprocessors, tile
+from fastlora.kernels.reduce import counters, last_to_arrive, sum_of_parts
+from fastlora.kernels.tiles import ByTile, Tile, multiprocessors
 
 
 # fmt: off
 @triton.jit
 def _shrink_kernel(
     x_ptr, stride_xm, stride_xk,
-    a_ptrs, a_strides, ranks,  # one of each for every adapter
-    out_ptrs, out_strides,     # [splits of K, M, r]
+    a_ptrs, a_strides, ranks, out_ptrs,      # one of each for every adapter, out [M, r]
+    partial_ptr, partial_starts, counter_ptr,  # [splits of K, M, r] of every adapter, and where it begins
     seed_ptrs, dropped, s,
-    M, K, SPLIT_K,
-    PARTS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    M, K, splits, SPLIT_K,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_BLOCKS: tl.constexpr,
 ):
     # fmt: on
@@ -57,10 +58,21 @@ def _shrink_kernel(
         sums = added
 
     for i in tl.static_range(PARTS):
-        out_tile = out_ptrs[i] + split.to(tl.int64) * out_strides[i][0]
-        out_tile += offs_m[:, None].to(tl.int64) * out_strides[i][1] + offs_r[None, :] * out_strides[i][2]
+        offs = offs_m[:, None].to(tl.int64) * ranks[i] + offs_r[None, :]
         mask = mask_m[:, None] & (offs_r < ranks[i])[None, :]
-        tl.store(out_tile, (sums[i] * s[i]).to(out_ptrs[i].dtype.element_ty), mask=mask)
+        if SPLIT:
+            part = partial_ptr + partial_starts[i] + split.to(tl.int64) * M * ranks[i]
+            tl.store(part + offs, sums[i] * s[i], mask=mask)
+        else:
+            tl.store(out_ptrs[i] + offs, (sums[i] * s[i]).to(out_ptrs[i].dtype.element_ty), mask=mask)
+    if SPLIT:  # noqa: SIM102 (of `and` Triton compiles both sides)
+        if last_to_arrive(counter_ptr + tl.program_id(0), splits):
+            for i in tl.static_range(PARTS):
+                offs = offs_m[:, None].to(tl.int64) * ranks[i] + offs_r[None, :]
+                mask = mask_m[:, None] & (offs_r < ranks[i])[None, :]
+                step = tl.cast(M, tl.int64) * ranks[i]
+                total = sum_of_parts(partial_ptr + partial_starts[i] + offs, step, splits, mask)
+                tl.store(out_ptrs[i] + offs, total.to(out_ptrs[i].dtype.element_ty), mask=mask)
 
 
 def shrink(x: Tensor, a: Tensor, s: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
@@ -72,52 +84,58 @@ def shrink_group(
     x: Tensor, a: Sequence[Tensor], s: Sequence[float], p: Sequence[float], seed: Sequence[Tensor | None]
 ) -> list[Tensor]:
     """``[shrink(x, a_i, s_i, p_i, seed_i) for ...]`` in one read of x; ranks, dtypes and masks may differ."""
-    rank = 0
-    for each in a:  # no comprehensions: before Python 3.12 each is a function call
-        rank = max(rank, each.shape[0])
-    BLOCK_R = max(16, min(padded_rank(rank), 128, 256 // next_power_of_2(len(a))))  # all sums stay in registers
-    t = tile("shrink" if x.element_size() == 2 else "shrink fp32", BLOCK_R * len(a))
     a, seed = tuple(a), tuple(seed)
-    scales = tuple(map(float, s)), tuple(p)
-    of_x, of_a, of_seed = layouts(x), layouts(*a), layouts(*seed)
-    splits, launch = _launch(of_x[0], of_a, of_seed, *scales, BLOCK_R, dot_precision(x), t)
-    if launch is None:
-        return [each.new_zeros(x.shape[0], each.shape[0]) for each in a]
-    out, dtypes = [], []
-    for each in a:
-        dtypes.append(each.dtype)
-        dtype = each.dtype if splits == 1 else torch.float32
-        out.append(x.new_empty(splits, x.shape[0], each.shape[0], dtype=dtype))
-    launch(x_ptr=x, a_ptrs=a, out_ptrs=tuple(out), seed_ptrs=seed)
-    return sum_splits(out, dtypes)
+    call = _call(len(a), layouts(x, *a, *seed), tuple(s), tuple(p), dot_precision(x))
+    launch, partial_sums, blocks = call()
+    M, out = x.shape[0], []
+    for each in a:  # no comprehensions: before Python 3.12 each is a function call
+        out.append(each.new_empty(M, each.shape[0]) if launch is not None else each.new_zeros(M, each.shape[0]))
+    if launch is not None:
+        parts = x.new_empty(partial_sums, dtype=torch.float32) if partial_sums else None
+        arrivals = counters(x, blocks) if partial_sums else None
+        sums = {"out_ptrs": tuple(out), "partial_ptr": parts, "counter_ptr": arrivals}
+        launch(x_ptr=x, a_ptrs=a, seed_ptrs=seed, **sums)
+    return out
 
 
 @cached_by_layout
+def _call(
+    n: int, found: tuple[Layout, ...], s: tuple[float, ...], p: tuple[float, ...], PRECISION: str
+) -> ByTile[tuple[Launch | None, int, int]]:
+    x, a, seed, rank = found[0], found[1 : n + 1], found[n + 1 :], 0
+    for a_i, p_i, seed_i in zip(a, p, seed, strict=True):
+        check_operands(x, p_i, seed_i, a=(a_i, (a_i.shape[0], x.shape[1])))
+        rank = max(rank, a_i.shape[0])
+    BLOCK_R = max(16, min(padded_rank(rank), 128, 256 // next_power_of_2(n)))  # all sums stay in registers
+    rows = "shrink" if x.dtype.itemsize == 2 else "shrink fp32"
+    return ByTile(partial(_launch, x, a, tuple(map(float, s)), p, PRECISION, BLOCK_R), rows, BLOCK_R * n)
+
+
 def _launch(
     x: Layout,
     a: tuple[Layout, ...],
-    seed: tuple[Layout | None, ...],
     s: tuple[float, ...],
     p: tuple[float, ...],
-    BLOCK_R: int,
     PRECISION: str,
+    BLOCK_R: int,
     t: Tile,
-) -> tuple[int, Launch | None]:
-    """Into how many parts K is split, and the launch; None where there is nothing to sum up."""
+) -> tuple[Launch | None, int, int]:
+    """The launch, None where there is nothing to sum up; how many partial sums it keeps; how many tiles there are."""
     M, K = x.shape
-    for a_i, p_i, seed_i in zip(a, p, seed, strict=True):
-        check_operands(x, p_i, seed_i, a=(a_i, (a_i.shape[0], K)))
     ranks = tuple(each.shape[0] for each in a)
     if K == 0 or M == 0 or not any(ranks):
-        return 1, None
+        return None, 0, 0
     rank_blocks = cdiv(max(ranks), BLOCK_R)
     blocks = cdiv(M, t.BLOCK_M) * rank_blocks  # on one axis: the others end at 65535
     # Two programs a multiprocessor hide the latency of each other's loads.
     SPLIT_K, splits = cut(K, t.BLOCK_K, parts_for(2 * multiprocessors(x.device), blocks, K, t.BLOCK_K))
-    return splits, Launch(
+    partial_starts = tuple(splits * M * sum(ranks[:i]) for i in range(len(ranks)))
+    launch = Launch(
         _shrink_kernel, (blocks, splits), stride_xm=x.stride[0], stride_xk=x.stride[1],
-        a_strides=tuple(each.stride for each in a), ranks=ranks, out_strides=tuple((M * r, r, 1) for r in ranks),
-        dropped=tuple(map(dropped_levels, p)), s=tuple(s_i * dropout_scale(p_i) for s_i, p_i in zip(s, p, strict=True)),
-        M=M, K=K, SPLIT_K=SPLIT_K, PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p),
+        a_strides=tuple(each.stride for each in a), ranks=ranks, partial_starts=partial_starts, splits=splits,
+        SPLIT=splits > 1, dropped=tuple(map(dropped_levels, p)),
+        s=tuple(s_i * dropout_scale(p_i) for s_i, p_i in zip(s, p, strict=True)), M=M, K=K, SPLIT_K=SPLIT_K,
+        PARTS=len(a), HAS_DROPOUT=tuple(each != 0.0 for each in p),
         PRECISION=PRECISION, BLOCK_R=BLOCK_R, RANK_BLOCKS=rank_blocks, **t.kwargs(),
     )  # fmt: skip
+    return launch, splits * M * sum(ranks) if splits > 1 else 0, blocks

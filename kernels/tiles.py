@@ -8,7 +8,7 @@ here decides whether a GPU may run, only how well.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import triton
@@ -29,6 +29,7 @@ class Tile(NamedTuple):
     GROUP_M: int = 0
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int = 0  # registers a thread, where the compiler would take some more than let two programs run (NVIDIA)
 
     def kwargs(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
@@ -62,6 +63,24 @@ def tile(kernel: str, *sizes: int) -> Tile:
     if _watched is not None:
         _watched[bucket(kernel, sizes)] = found
     return found
+
+
+T = TypeVar("T")
+
+
+class ByTile(Generic[T]):
+    """What is worked out once for operands of one layout and each tile: called, that of the tile that is due now."""
+
+    def __init__(self, make: Callable[[Tile], T], kernel: str, *sizes: int) -> None:
+        self.make, self.kernel, self.sizes = make, kernel, sizes
+        self.made: dict[Tile, T] = {}
+
+    def __call__(self) -> T:
+        t = tile(self.kernel, *self.sizes)
+        found = self.made.get(t)
+        if found is None:
+            found = self.made[t] = self.make(t)
+        return found
 
 
 def rows_of(kernel: str, name: str) -> "Rows":
@@ -295,7 +314,7 @@ TILES: dict[str, dict[str, Rows]] = {
     "lora_grad": {  # by padded rank; BLOCK_N columns of dy stay with a program
         "sm_90": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
-            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3, maxnreg=128),
             ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
         },
         "sm_100": {

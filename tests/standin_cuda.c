@@ -121,6 +121,9 @@ CUresult cuTensorMapEncodeTiled(
     if (box[0] * size % 16) return refuse("bytes of a box's row", box[0] * size);
     if (width && (int)box[0] * size > width) return refuse("bytes of a swizzled box's row", box[0] * size);
     memset(map, 0, sizeof *map);
+    memcpy(map, &address, sizeof address); /* opaque to all but the hardware: here what tells two apart */
+    memcpy((char *)map + 8, sizes, 8 * (rank > 2 ? 2 : rank));
+    memcpy((char *)map + 24, box, 4 * (rank > 2 ? 2 : rank));
     tensor_maps++;
     return CUDA_SUCCESS;
 }

@@ -6,8 +6,10 @@ compiling ahead of time does: arguments that Triton's launcher cannot pass on, a
 """
 
 import ctypes
+import gc
 import json
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.benchmarks.commands import inspect
 from fastlora.benchmarks.environment import keep_freed_memory
+from fastlora.kernels.launch import Launch
 
+MAP_OFFSET = 128  # of a tensor map in Triton's Python object
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia"
 
 
@@ -63,27 +67,76 @@ def refuse_nested_descriptors() -> None:
 
 
 def watch_launches() -> list[Any]:
-    """What Triton's launcher is given from now on: grid and arguments, tensors as their layouts."""
+    """What is launched from now on: grid and arguments, addresses as the layouts of their tensors."""
+    from triton.backends.nvidia import driver as nvidia
 
-    def call(self: Any, gridX: int, gridY: int, gridZ: int, stream: Any, function: Any, *args: Any) -> None:
+    given: list[Any] = []
+    annotated: dict[int, Any] = {}  # a PyKernelArg shows nothing of itself
+    layouts: dict[int, Any] = {}  # of the tensors of the launch, by their addresses
+    launch_by_name = Launch.__call__
+
+    def call(self: Launch, **tensors: Any) -> None:
+        layouts.update({t.data_ptr(): _described(t) for t in _flat(tensors.values()) if isinstance(t, Tensor)})
+        launch_by_name(self, **tensors)
+
+    def of_c(gridX: int, gridY: int, gridZ: int, *args: Any) -> None:
+        annotations, _, arguments = args[-3:]
+        given.append([gridX, gridY, gridZ, *(_described(each, layouts) for each in passed(annotations, arguments))])
+        launch(gridX, gridY, gridZ, *args)
+
+    def annotate(nested_tuple: Any, type: Any) -> Any:
+        made = kernel_arg(nested_tuple=nested_tuple, type=type)
+        annotated[id(made)] = made, nested_tuple, type
+        return made
+
+    def passed(annotations: Any, arguments: Any) -> list[Any]:
+        found: list[Any] = []
+        for annotation, value in zip(annotations, arguments, strict=True):
+            _, nested, kind = annotated[id(annotation)]
+            if nested is not None:
+                found += passed(nested, value)
+            elif kind != nvidia.ARG_CONSTEXPR:
+                found.append(value)
+        return found
+
+    def of_python(self: Any, gridX: int, gridY: int, gridZ: int, stream: Any, function: Any, *args: Any) -> None:
         given.append([gridX, gridY, gridZ, *map(_described, args[4:])])  # after metadata and hooks
         launch(self, gridX, gridY, gridZ, stream, function, *args)
 
-    from triton.backends.nvidia.driver import CudaLauncher
-
-    given: list[Any] = []
-    launch = CudaLauncher.__call__
-    CudaLauncher.__call__ = call
+    utils = driver.active.utils
+    if hasattr(utils, "launch"):
+        Launch.__call__, launch, utils.launch = call, utils.launch, of_c
+        kernel_arg, nvidia.PyKernelArg = nvidia.PyKernelArg, annotate
+    else:  # before Triton 3.7 each signature has a C function of its own
+        launch, nvidia.CudaLauncher.__call__ = nvidia.CudaLauncher.__call__, of_python
     return given
 
 
-def _described(arg: Any) -> Any:
+def launch_as_on_older_triton() -> None:
+    """What has been launched before, from now on."""
+    for each in gc.get_objects():
+        if isinstance(each, Launch) and each.compiled is not None:
+            each.direct = None
+
+
+def _flat(values: Any) -> list[Any]:
+    return [each for value in values for each in (_flat(value) if isinstance(value, tuple | list) else [value])]
+
+
+def _described(arg: Any, layouts: dict[int, Any] | None = None) -> Any:
     if isinstance(arg, tuple | list):
         return [_described(each) for each in arg]
+    if isinstance(arg, Tensor) and layouts is not None:
+        return layouts[arg.data_ptr()]
     if isinstance(arg, Tensor):
         return ["tensor", list(arg.shape), list(arg.stride()), str(arg.dtype)]
     if isinstance(arg, TensorDescriptor):
         return ["descriptor", _described(arg.base), list(arg.shape), list(arg.strides), list(arg.block_shape)]
+    if type(arg).__name__ == "PyCUtensorMap":
+        address, *sizes = struct.unpack("QQQII", ctypes.string_at(id(arg) + MAP_OFFSET, 32))
+        return ["map", layouts[address], sizes]
+    if layouts is not None and type(arg) is int:
+        return layouts.get(arg, arg)
     return arg if isinstance(arg, int | float | str | None) else str(arg)
 
 
@@ -107,14 +160,17 @@ def main(wanted: list[str], timed: bool) -> None:
         refuse_nested_descriptors()
         given = [] if timed else watch_launches()
         rows = {}
-        if timed:  # a meta tensor's methods are Python; of these no page is touched, and none is given back
-            keep_freed_memory()
-            inspect._meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype)
+        # A meta tensor's methods are Python, and it has no address. Of these no page is touched, and none given back.
+        keep_freed_memory()
+        inspect._meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype)
         for op, case, launch in inspect.cases():
             name = f"{op}, {case}"
             if wanted and name not in wanted:
                 continue
             rows[name] = [launched(cuda, given, launch) for _ in range(2)]  # by Triton, and by a Launch
+            if not timed:
+                launch_as_on_older_triton()
+                rows[name].append(launched(cuda, given, launch))
             if timed:
                 microseconds = 1e6 * median(timeit.repeat(launch, number=1, repeat=300))
                 print(f"{microseconds:6.1f} us  {rows[name][0]['launches']} launches  {name}", file=sys.stderr)

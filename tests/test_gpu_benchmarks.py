@@ -459,9 +459,22 @@ class TestGoals:
         text = "\n".join(goal_lines(goals(self.results(sweep=sweep))))
         assert "<= 1.10   1.05  met" in text and ">= 1.12   1.05  MISSED" in text and "not measured" in text
 
+    def test_a_whole_model(self):
+        known = {"model": "llama-2-7b", "tokens": 2048, "dropout": 0, "how": None}
+        seconds = {("bf16", "frozen"): 2.0, ("bf16", "peft"): 3.0, ("bf16", "fastlora"): 2.1, ("nf4", "fastlora"): 3.3}
+        compare = [known | {"base": base, "provider": name, "p50": p50} for (base, name), p50 in seconds.items()]
+        compare += [row | {"how": "checkpointed", "p50": 9.0} for row in compare] + [{"case": "a", "error": "b"}]
+        found = self.of(sweep={}, compare=compare)
+        assert found["Llama-2-7B, bf16: time over the frozen model"] == (pytest.approx(1.05), True)
+        assert found["Llama-2-7B, NF4: time over PEFT's bf16 LoRA"] == (pytest.approx(1.1), False)
+
     def test_they_are_in_the_report(self, tmp_path):
         sweep = {("bf16", "frozen"): 1.0, ("bf16", "peft"): 1.456, ("bf16", "addmm"): 1.2, ("bf16", "fastlora"): 1.12}
         records.write_rows(tmp_path / "sweep.csv", self.results(sweep=sweep)["sweep"])
+        names = {"frozen": 1.0, "peft": 1.5, "fastlora": 1.2, "peft+compile": 1.3, "fastlora+compile": 1.0}
+        peaks = {name: {"p50": p50, "peak_bytes": int(4e9 * p50)} for name, p50 in names.items()}
+        compare = [{"case": "blocks", "provider": name, **found} for name, found in peaks.items()]
+        records.write_rows(tmp_path / "compare.csv", compare)
         environment = gpu._environment(torch.device("cpu"), ARGS) | {"tiny": False}
         gpu.write_state(
             tmp_path, {"sweep": {"complete": True, "error": None, "seconds": 1.0, "environment": environment}}
@@ -470,6 +483,9 @@ class TestGoals:
         assert "| bf16: faster than eager PEFT | ≥ 1.25 | 1.30 | met |" in text
         assert "| bf16: time over the frozen layers | ≤ 1.10 | 1.12 | missed |" in text
         assert "| bf16 | 8192 | 16 | 7,000.00 | 10,192.00 | 8,400.00 | 7,840.00 | 1.30 | 1.12 |" in text
+        assert "| blocks | time | 1,000.00 | 1,500.00 | 1,200.00 | 1.25 | 1.20 |" in text
+        assert "| blocks | peak | 4.00 | 6.00 | 4.80 | 1.25 | 1.20 |" in text
+        assert "| blocks, both compiled | time | 1,000.00 | 1,300.00 | 1,000.00 | 1.30 | 1.00 |" in text
         gpu.write_state(
             tmp_path, {"sweep": {"complete": True, "error": None, "environment": environment | {"tiny": True}}}
         )

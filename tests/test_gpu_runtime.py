@@ -194,6 +194,23 @@ def test_launches_go_to_the_stream_that_is_current(weight, p):
     assert busy, "the default stream was idle too early for this test to mean anything"
 
 
+def test_streams_that_run_at_once_count_their_arrivals_apart():
+    """The last program of a tile adds up the parts of the others: those on another stream must not count."""
+    from fastlora.kernels.shrink import shrink
+
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    x, a = torch.randn(16, 8192, device="cuda"), torch.randn(16, 8192, device="cuda")
+    expected = shrink(x, a, 1.0)
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(200):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(shrink(x, a, 1.0))
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, expected) for each in found)
+
+
 def capture(call):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

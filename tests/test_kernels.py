@@ -12,7 +12,8 @@ import torch
 
 from fastlora import reference
 from fastlora.benchmarks.accuracy import FACTOR, inexact, relative_error, same
-from fastlora.kernels import dropout, tiles
+from fastlora.kernels import dropout, limits, reduce, tiles
+from fastlora.kernels import lora_grad as lora_grad_module
 from fastlora.kernels.dora import dora_grad
 from fastlora.kernels.experts import combine_experts, lora_grad_experts, lora_matmul_experts, shrink_experts
 from fastlora.kernels.limits import ACTIVATIONS
@@ -220,6 +221,14 @@ def test_shrink_split_along_k_adds_in_a_fixed_order():
     assert torch.equal(shrink(x, a, 1.0), shrink(x, a, 1.0))
 
 
+def test_counters_of_arrivals_are_left_at_zero():
+    x, a = normal(8, 1024), normal(4, 1024)
+    assert reduce.counters(x, 5000).shape[0] >= 5000
+    shrink(x, a, 1.0)
+    lora_grad(x, x, a.t(), normal(8, 4), 1.0)
+    assert not any(counted.any() for counted in reduce._counters.values())
+
+
 def check_lora_matmul(x, w, xa, b, bias=None, p=0.0, scale=None):
     D = mask(x.shape[0], w.shape[0], p) if p else x.new_ones(x.shape[0], w.shape[0], dtype=torch.float64)
     y = lora_matmul(x, w, xa, b, bias, p, SEED if p else None, scale)
@@ -359,6 +368,13 @@ class TestLoRAGrad:
     @pytest.mark.parametrize("r", RANKS)
     def test_any_rank(self, r, one_pass):
         check_lora_grad(normal(40, 72), normal(40, 48), normal(72, r), normal(40, r), 2.0, 0.2, one_pass)
+
+    @pytest.mark.parametrize("added", [0, 1 << 30], ids=["in a launch of their own", "in the launch"])
+    def test_parts_of_slabs_are_added_up(self, added, monkeypatch):
+        monkeypatch.setattr(limits, "ADDED_BYTES", added)
+        lora_grad_module._calls.cache_clear()
+        check_lora_grad(normal(300, 200), normal(300, 48), normal(200, 40), normal(300, 40), 2.0)
+        lora_grad_module._calls.cache_clear()
 
     @pytest.mark.parametrize("how", ["transposed", "strided"])
     def test_any_strides(self, how):

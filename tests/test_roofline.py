@@ -22,6 +22,7 @@ pytestmark = [
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
 INTERPRETED = replace(H100, multiprocessors=4)  # as kernels believe of the interpreter
+COUNTERS = 4 * 64  # of arrivals, at most: a few bytes of a split reduction that the model leaves out
 CODE_BOOKS = 8 * 256 + 4 * 256 + 4  # of bytes, of nested statistics and their offset: not counted by the model
 
 
@@ -166,7 +167,7 @@ def test_bytes_are_those_that_the_kernels_touch(op, plan, c, monkeypatch):
     expected = COSTS[op, plan](c, rates)
     assert [name for name, _ in traffic.launches] == [launched.name for launched in expected]
     for (name, moved), launched in zip(traffic.launches, expected, strict=True):
-        slack = CODE_BOOKS if name in ("decode_4bit", "nf4_matmul") else 0
+        slack = COUNTERS + (CODE_BOOKS if name in ("decode_4bit", "nf4_matmul") else 0)
         assert launched.bytes <= moved <= launched.bytes + slack, name
     assert predict(op, plan, c, rates).bytes == sum(launched.bytes for launched in expected)
 
@@ -187,12 +188,15 @@ def test_bytes_without_an_adapter(plan, monkeypatch):
     expected = COSTS["linear_4bit", plan](c, INTERPRETED)
     assert [name for name, _ in traffic.launches] == [launched.name for launched in expected]
     moved, modelled = (sum(each[1] for each in found) for found in (traffic.launches, expected))
-    assert modelled <= moved <= modelled + CODE_BOOKS
+    assert modelled <= moved <= modelled + CODE_BOOKS + COUNTERS
 
 
-def test_problems_above_split_reductions_and_do_not():
-    found = {len(COSTS[op, ""](c, INTERPRETED)) for op in ("shrink", "lora_grad_a") for c in PROBLEMS}
-    assert found == {1, 2}
+def test_problems_above_split_reductions_and_do_not(monkeypatch):
+    cut, splits = costs._cut, []
+    monkeypatch.setattr(costs, "_cut", lambda *args: splits.append(cut(*args)[1]) or cut(*args))
+    for c in PROBLEMS:
+        COSTS["shrink", ""](c, INTERPRETED)
+    assert {each > 1 for each in splits} == {True, False}
 
 
 def test_every_plan_has_a_cost():
