@@ -42,7 +42,9 @@ CHIPS = {
     "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 * KB, 100 * KB, warps=48),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * KB, 228 * KB, warps=64),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * KB, 228 * KB, warps=64),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 * KB, 100 * KB, warps=48),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * KB, 64 * KB, warps=32, registers=4 * 512 * 64),
+    "gfx1100": Chip(GPUTarget("hip", "gfx1100", 32), 64 * KB, 64 * KB, warps=32, registers=2 * 1536 * 32),
 }
 
 
@@ -147,7 +149,9 @@ def _read(chip: Chip, kernel: str, tile: dict[str, int], compiled: Any, seconds:
 
 
 def _occupancy(chip: Chip, c: Compiled) -> int:
-    if chip.target.backend == "hip":
+    if chip.target.arch == "gfx1100":  # two SIMDs, registers in steps of 24
+        by_registers = 2 * min(16, 1536 // max(24, -(-c.registers // 24) * 24)) // c.warps
+    elif chip.target.backend == "hip":
         by_registers = 4 * min(8, 512 // max(8, -(-c.registers // 8) * 8)) // c.warps
     else:
         by_registers = chip.registers // (-(-c.registers * 32 // 256) * 256 * c.warps)
@@ -248,14 +252,14 @@ def _read_amd(asm: dict[str, Any]) -> dict[str, Any]:
         if len(line) > 1 and re.match(r"s_c?branch", line[0]) and labels.get(line[1], i) < i
     ]
     names = [name for name in program if re.match(r"(s|v|ds|buffer|global)_\w+$", name)]
-    main = _main_loop(loops, r"v_mfma")
+    main = _main_loop(loops, r"v_mfma|v_wmma")
     return {
         "registers": number("vgpr_count"),
         "spills": number("vgpr_spill_count"),
         "instructions": len(names),
         "loop": None if main is None else len(main),
         "clocks": None,
-        "tensor_core": _count(names, r"(v_mfma)"),
+        "tensor_core": _count(names, r"(v_mfma|v_wmma)"),
         "loads": _count(names, r"(?:buffer|global)_load_(\w+)"),
         "stores": _count(names, r"(?:buffer|global)_store_(\w+)"),
     }

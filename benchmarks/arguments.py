@@ -76,7 +76,8 @@ example:
 VERBS = ("linear", "block", "experts", "model", "generate", "decode")
 MODES = ("forward", "backward", "step")
 TUNABLE = ("bf16", "fp16", "fp32", "nf4")
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+OTHERS = ("gfx1100",)  # where some products of few tokens with a 4-bit weight spill
 
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -123,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--arch",
         type=_architectures,
         default=list(ARCHITECTURES),
-        help=f"of {', '.join(ARCHITECTURES)}, or all (default: all)",
+        help=f"of {', '.join(ARCHITECTURES)}, or all (default: all); or {', '.join(OTHERS)}",
     )
     inspect.add_argument("--kernel", metavar="OP", help="only the kernels of this op (default: all)")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -310,8 +311,8 @@ def _architectures(text: str) -> list[str]:
 
 
 def _architecture(text: str) -> str:
-    if text not in ARCHITECTURES:
-        raise argparse.ArgumentTypeError(f"must be of {', '.join(ARCHITECTURES)} or all, got {text!r}")
+    if text not in ARCHITECTURES + OTHERS:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(ARCHITECTURES + OTHERS)} or all, got {text!r}")
     return text
 
 

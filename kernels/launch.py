@@ -15,7 +15,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora.compat import direct_launch, launcher_of
+from fastlora.compat import DirectLaunch, direct_launch, launcher_of
 
 
 class Layout(NamedTuple):
@@ -50,6 +50,7 @@ class Launch:
         self.kernel, self.grid, self.fixed = kernel, (*grid, 1, 1)[:3], fixed
         self.descriptors: dict[str, dict[str, Any]] = {}
         self.compiled: Any = None
+        self.direct: DirectLaunch | None = None
 
     def __call__(self, **tensors: Any) -> None:
         """Launch with these tensors, given in the same order in every call."""
@@ -95,35 +96,39 @@ class Launch:
         return found
 
     def _prepare(self, compiled: Any, tensors: dict[str, Any]) -> None:
-        """Keep what the next launch needs: the arguments that Triton passes on, and where tensors stand among them."""
+        """Keep what the next launch needs: the arguments that Triton passes on, and where tensors stand among them.
+
+        Threads may do so at once. What they keep is the same, and ``compiled`` is set when all of it is there.
+        """
         self.device, self.stream = driver.active.get_current_device(), driver.active.get_current_stream
-        self.launcher, self.direct = launcher_of(compiled), direct_launch(compiled)
-        if self.direct is not None:
-            self.arguments: list[Any] = []
-            values, how = self.fixed | self._described(tensors), iter(self.direct.encoders)
-            places = {name: self._place(kind, values.get(name), how) for name, kind in self.direct.signature.items()}
+        self.launcher, direct = launcher_of(compiled), direct_launch(compiled)
+        if direct is not None:
+            arguments: list[Any] = []
+            values, how = self.fixed | self._described(tensors), iter(direct.encoders)
+            places = {name: _place(kind, values.get(name), how, arguments) for name, kind in direct.signature.items()}
             found = [(name, places[name]) for name in tensors]
             self.addresses = [(name, place) for name, place in found if isinstance(place, int)]
             self.tuples = [(name, place) for name, place in found if isinstance(place, tuple) and {*place} != {None}]
             self.maps = [(name, place) for name, place in found if isinstance(place, _TensorMap)]
-            if len(self.arguments) != self.direct.length:  # not as Triton packs them
-                self.direct = None
-        self.compiled = compiled  # last: other threads may be here
+            self.arguments = arguments
+            self.direct = direct if len(arguments) == direct.length else None  # else not as Triton packs them
+        self.compiled = compiled
 
-    def _place(self, kind: Any, value: Any, how: Iterator[Any]) -> Any:
-        """Append an argument of this type; returns where the address of a tensor goes, of a tuple's where each goes."""
-        if isinstance(kind, tuple):
-            return tuple(self._place(*each, how) for each in zip(kind, value, strict=True))
-        if kind == "constexpr":
-            return None
-        place = len(self.arguments)
-        if kind.startswith("tensordesc"):
-            encode = next(how)
-            self.arguments += encode(value)
-            return _TensorMap(place, encode, value)
-        address = kind.startswith("*")
-        self.arguments.append(None if address else value)  # no tensor of the first call is kept
-        return place if address else None
+
+def _place(kind: Any, value: Any, how: Iterator[Any], arguments: list[Any]) -> Any:
+    """Append an argument of this type; returns where the address of a tensor goes, of a tuple's where each goes."""
+    if isinstance(kind, tuple):
+        return tuple(_place(*each, how, arguments) for each in zip(kind, value, strict=True))
+    if kind == "constexpr":
+        return None
+    place = len(arguments)
+    if kind.startswith("tensordesc"):
+        encode = next(how)
+        arguments += encode(value)
+        return _TensorMap(place, encode, value)
+    address = kind.startswith("*")
+    arguments.append(None if address else value)  # no tensor of the first call is kept
+    return place if address else None
 
 
 class _TensorMap:

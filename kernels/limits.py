@@ -48,5 +48,5 @@ def takes_fused(M: int, K: int, r: int, blocksize: int) -> bool:
 
 def adds_slabs(slabs: int, rows: int, r: int) -> bool:
     """Whether `lora_grad`, of which each slab of dy's columns has a part of dxa, adds them up within its launch; for
-    so many rows a program and a padded rank."""
-    return 4 * slabs * rows * r <= ADDED_BYTES
+    so many rows a program and a padded rank. Large ranks, which hardly gain by one pass, have no registers for it."""
+    return r <= 32 and 4 * slabs * rows * r <= ADDED_BYTES

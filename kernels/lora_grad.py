@@ -85,9 +85,9 @@ def _lora_grad_kernel(
         counter_ptr += slabs * tl.num_programs(0)
         if last_to_arrive(counter_ptr + split * tl.num_programs(0) + pid_r, slabs):
             for m in range(start, stop, BLOCK_M):
-                mask = (m + tl.arange(0, BLOCK_M) < stop)[:, None] & mask_r[None, :]
-                total = sum_of_parts(gb_parts + gb_start + gb_offs, tl.cast(M, tl.int64) * r, slabs, mask)
-                tl.store(gb_ptr + gb_start + gb_offs, total.to(gb_ptr.dtype.element_ty), mask=mask)
+                mask_gb = (m + tl.arange(0, BLOCK_M) < stop)[:, None] & mask_r[None, :]
+                total = sum_of_parts(gb_parts + gb_start + gb_offs, tl.cast(M, tl.int64) * r, slabs, mask_gb)
+                tl.store(gb_ptr + gb_start + gb_offs, total.to(gb_ptr.dtype.element_ty), mask=mask_gb)
                 gb_start += tl.cast(BLOCK_M, tl.int64) * r
 
 
@@ -225,6 +225,8 @@ def _launch(
     add_slabs = b is not None and slabs > 1 and adds_slabs(slabs, SPLIT_M, R)
     stride_dn, stride_dr = (1, N) if transposed else (r, 1)
     stride_bn, stride_br = (0, 0) if b is None else b.stride
+    if b is not None:
+        t = t._replace(maxnreg=0)  # which is for the walk that does not hold b too
     launch = Launch(
         _lora_grad_kernel, (r_blocks, slabs, splits),
         stride_gm=g.stride[0], stride_gn=g.stride[1], stride_zm=z.stride[0], stride_zr=z.stride[1],

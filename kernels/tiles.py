@@ -86,7 +86,7 @@ class ByTile(Generic[T]):
 def rows_of(kernel: str, name: str) -> "Rows":
     """The tiles of this kernel on this architecture, or what sizes they are for."""
     rows = TILES[kernel]
-    return rows.get("gfx942" if name == "gfx" else name) or rows["default"]
+    return rows.get(name) or (rows.get("gfx942") if name.startswith("gfx") else None) or rows["default"]
 
 
 TMA = "lora_matmul tma"  # how the rows of products begin whose tiles the hardware copies
@@ -198,11 +198,11 @@ def _family_of_device(index: int | None) -> str:
 
 def family_of(backend: str, arch: int | str) -> str:
     if backend == "hip":
-        return "gfx942" if arch == "gfx942" else "gfx"
+        return "gfx942" if arch == "gfx942" else "gfx11" if str(arch).startswith("gfx11") else "gfx"
     if backend != "cuda" or not isinstance(arch, int):
         return backend
-    if 100 <= arch < 110:
-        return "sm_100"
+    if 100 <= arch < 110 or 120 <= arch < 130:
+        return f"sm_{arch // 10}0"
     return {80: "sm_80", 90: "sm_90"}.get(arch, "default")  # consumer parts have 99 KB of shared memory
 
 
@@ -213,12 +213,12 @@ def has_tma() -> bool:
 
 def has_tf32() -> bool:
     """Whether products on the current device can be of TF32. Of AMD's, those of gfx942 alone."""
-    return family() != "gfx"
+    return family() not in ("gfx", "gfx11")
 
 
 def has_ptx() -> bool:
     """Whether kernels for the current device may contain PTX."""
-    return family() in ("sm_80", "sm_90", "sm_100", "default")
+    return family() in ("sm_80", "sm_90", "sm_100", "sm_120", "default")
 
 
 @functools.cache
@@ -256,7 +256,7 @@ TILES: dict[str, dict[str, Rows]] = {
         "sm_100": {
             32: Tile(BLOCK_M=64, BLOCK_K=64, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
-            128: Tile(BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=3),
+            128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
         "gfx942": {
@@ -271,6 +271,7 @@ TILES: dict[str, dict[str, Rows]] = {
             128: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_K=32, num_warps=8, num_stages=3),
         },
+        "gfx11": {ANY: Tile(BLOCK_M=64, BLOCK_K=32, num_warps=8, num_stages=2)},
         "interpreter": {ANY: Tile(BLOCK_M=32, BLOCK_K=32)},
     },
     "shrink fp32": {
@@ -284,10 +285,21 @@ TILES: dict[str, dict[str, Rows]] = {
             Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4),
             Tile(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),
         ),
+        "sm_120": (
+            Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3),
+            Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=4),
+            Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=3),
+        ),
+        "gfx11": (
+            Tile(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, GROUP_M=1, num_warps=4, num_stages=2),
+            Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=2),
+            Tile(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=2),
+        ),
         "interpreter": _INTERPRETED_MATMUL,
     },
     "lora_matmul group dropout": {  # the mask and an accumulator of its own for every part
         "default": (Tile(BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=4),),
+        "gfx11": (Tile(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=8, num_stages=2),),
         "interpreter": (Tile(BLOCK_M=32, BLOCK_N=64, BLOCK_K=32, GROUP_M=2),),
     },
     "lora_matmul fp32": {
@@ -318,14 +330,23 @@ TILES: dict[str, dict[str, Rows]] = {
             ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
         },
         "sm_100": {
-            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=8, num_stages=3),
             64: Tile(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
         },
-        "default": {
+        "gfx942": {
             32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3),
             64: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
             ANY: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=3),
+        },
+        "default": {
+            32: Tile(BLOCK_M=32, BLOCK_N=256, num_warps=4, num_stages=3, maxnreg=168),
+            64: Tile(BLOCK_M=32, BLOCK_N=128, num_warps=8, num_stages=3),
+            ANY: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=3),
+        },
+        "gfx11": {
+            64: Tile(BLOCK_M=32, BLOCK_N=64, num_warps=4, num_stages=2),
+            ANY: Tile(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=2),
         },
         "interpreter": {ANY: Tile(BLOCK_M=16, BLOCK_N=64)},
     },
@@ -343,6 +364,7 @@ TILES: dict[str, dict[str, Rows]] = {
     },
     "decode_4bit merged": {
         "default": {ANY: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=4)},
+        "gfx11": {ANY: Tile(BLOCK_N=64, BLOCK_K=128, num_warps=8)},
         "interpreter": {ANY: Tile(BLOCK_N=16, BLOCK_K=64)},
     },
     "dora_grad": {  # rows of 256 bytes, so that a program has few columns to sum up and many programs are there
@@ -356,10 +378,15 @@ TILES: dict[str, dict[str, Rows]] = {
     "nf4_matmul": {  # by the larger of M and the padded rank
         "sm_90": {ANY: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4)},
         "gfx942": {ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=2)},
+        "sm_120": {
+            16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
+            ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=2),
+        },
         "default": {
             16: Tile(BLOCK_N=128, BLOCK_K=64, num_warps=4, num_stages=4),
             ANY: Tile(BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3),
         },
+        "gfx11": {ANY: Tile(BLOCK_N=32, BLOCK_K=64, num_warps=8, num_stages=2)},
         "interpreter": {ANY: Tile(BLOCK_N=32, BLOCK_K=64)},
     },
     "nf4_matmul fp32": {

@@ -34,7 +34,9 @@ SPEEDS = {
     "sm_80": Speed(108, 2048, 16, 40),
     "sm_90": Speed(132, 4096, 64, 32),
     "sm_100": Speed(148, 8192, 128, 48, 128),
+    "sm_120": Speed(170, 512, 16, 20),
     "gfx942": Speed(304, 2048, 16, 54),
+    "gfx11": Speed(96, 512, 16, 24),
     "default": Speed(128, 1024, 16, 20),  # consumer parts
 }
 FP32 = 256  # FLOPs a clock in fp32, outside the tensor core

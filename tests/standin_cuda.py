@@ -112,11 +112,15 @@ def watch_launches() -> list[Any]:
     return given
 
 
-def launch_as_on_older_triton() -> None:
-    """What has been launched before, from now on."""
+def refuse_direct_launches() -> None:
+    """Of what has been launched: as if Triton's C function took something else."""
+
+    def refuse(*args: Any) -> None:
+        raise TypeError("another signature")
+
     for each in gc.get_objects():
-        if isinstance(each, Launch) and each.compiled is not None:
-            each.direct = None
+        if isinstance(each, Launch) and each.compiled is not None and each.direct is not None:
+            each.direct = each.direct._replace(call=refuse)
 
 
 def _flat(values: Any) -> list[Any]:
@@ -169,7 +173,7 @@ def main(wanted: list[str], timed: bool) -> None:
                 continue
             rows[name] = [launched(cuda, given, launch) for _ in range(2)]  # by Triton, and by a Launch
             if not timed:
-                launch_as_on_older_triton()
+                refuse_direct_launches()
                 rows[name].append(launched(cuda, given, launch))
             if timed:
                 microseconds = 1e6 * median(timeit.repeat(launch, number=1, repeat=300))

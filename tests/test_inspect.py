@@ -31,7 +31,7 @@ def compiled(*args):
 @pytest.mark.slow
 def test_an_elementwise_kernel_on_every_architecture():
     rows = compiled("--kernel", "swiglu")
-    assert {row["arch"] for row in rows} == {"sm_80", "sm_86", "sm_90", "sm_100", "gfx942"}
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"}
     for row in rows:
         assert row["registers"] > 0 and row["instructions"] > 50 and row["occupancy"] > 0
         assert not row["tensor_core"]
@@ -135,4 +135,5 @@ def test_interpreted_kernels_cannot_be_inspected(capsys):
 def test_unknown_architecture(capsys):
     with pytest.raises(SystemExit):
         main(["inspect", "--arch", "sm_42"])
-    assert "must be of sm_80, sm_86, sm_90, sm_100, gfx942 or all, got 'sm_42'" in capsys.readouterr().err
+    known = "sm_80, sm_86, sm_90, sm_100, sm_120, gfx942, gfx1100 or all"
+    assert f"must be of {known}, got 'sm_42'" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from fastlora.benchmarks import roofline
 from fastlora.benchmarks.accuracy import same
 from fastlora.benchmarks.cases.shapes import SHAPES
 from fastlora.costs import H100, Problem
+from fastlora.kernels.limits import takes_fused
 from fastlora.plans import Table, choose
 
 pytest.importorskip("triton")

@@ -261,6 +261,7 @@ class TestSeconds:
 
 def test_modelled_rates_by_name():
     assert costs.modelled("NVIDIA H100 80GB HBM3") is costs.modelled("NVIDIA H200") is H100
+    assert costs.modelled("NVIDIA H20").gemm < H100.gemm < costs.modelled("NVIDIA B200").gemm
     assert costs.modelled("NVIDIA A100-SXM4-80GB") is costs.modelled("some GPU") is A100
     assert not H100.measured
 

@@ -75,6 +75,11 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "lora_matmul", f"{adapter}, dx, dropout", _call(lora_matmul, dy, w.t(), xa, a.t(), None, p, seed)
         yield "lora_grad", f"{adapter}, dropout", _call(lora_grad, dy, x, b, xa, 2.0, p, seed, r <= 32)
         yield "decode_4bit", f"merged, {adapter}", _call(decode_4bit, *_weight_4bit(N, K), BF16, a, b, 2.0)
+    for m in (64, 65536):  # few rows of which parts are added up at the end, and reductions that need no parts
+        x, dy, a, b, xa = _meta(m, K), _meta(m, N), _meta(16, K), _meta(N, 16), _meta(m, 16)
+        yield "shrink", f"M={m}", _call(shrink, x, a, 2.0)
+        yield "lora_grad", f"M={m}", _call(lora_grad, dy, x, b, xa, 2.0)
+        yield "dora_grad", f"M={m}", _call(dora_grad, dy, dy, _meta(N, dtype=FP32))
     for q, name in ((0.0, ""), (p, ", dropout")):
         x, seeds, qs = _meta(M, K), (seed if q else None,) * 3, (q,) * 3
         for r in (16, 64):
@@ -108,6 +113,8 @@ def cases() -> Iterator[tuple[str, str, Callable[[], Any]]]:
         x, a, b = _meta(m, K), _meta(rank, K, dtype=dtype), _meta(N, rank, dtype=dtype)
         case = f"M={m}, r={rank}, {_name(dtype)} adapters"
         yield "nf4_matmul", case, _call(nf4_matmul, x, *_weight_4bit(N, K), a, b, 2.0)
+    large = 65536
+    yield "nf4_matmul", "as many outputs as a head has", _call(nf4_matmul, x, *_weight_4bit(large, K), None, None, 1.0)
     yield "nf4_matmul", "M=1", _call(nf4_matmul, x[:1], *_weight_4bit(N, K), None, None, 1.0)
     for nested in (True, False):
         name = "nested" if nested else "flat"
