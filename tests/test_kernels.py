@@ -415,14 +415,19 @@ class TestLoRAGrad:
         assert all(torch.equal(t, u) for t, u in zip(once, again, strict=True))
 
 
-def test_other_amd_gpus_take_the_tiles_of_gfx942_but_no_tf32(monkeypatch):
+def test_amd_gpus_without_tiles_of_their_own_take_those_of_gfx942_but_no_tf32(monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     x = torch.empty(1)
     try:
-        for arch, precision in (("gfx942", "tf32"), ("gfx90a", "ieee"), ("gfx1100", "ieee")):
+        for arch, precision, rows in (
+            ("gfx942", "tf32", "gfx942"),
+            ("gfx90a", "ieee", "gfx942"),
+            ("gfx1100", "ieee", "gfx11"),
+        ):
             tiles.force_family(tiles.family_of("hip", arch))
             assert dot_precision(x) == precision
-            assert tiles.tile("nf4_matmul", 16) == tiles.TILES["nf4_matmul"]["gfx942"][tiles.ANY]
+            assert tiles.tile("nf4_matmul", 16) == tiles.TILES["nf4_matmul"][rows][tiles.ANY]
+            assert not any(row.maxnreg for row in tiles.rows_of("lora_grad", tiles.family()).values()), "NVIDIA's"
             assert tiles.tile("swiglu", 16) == tiles.TILES["swiglu"]["default"][tiles.ANY]
             assert not tiles.has_ptx() and not tiles.has_tma()
     finally:
