@@ -126,6 +126,8 @@ bench: setup
 	$(BIN)/fastlora profile --base $(DENSE) --sequence 128,256,512 --budget 2GB --out $(RESULTS)/profile
 	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench
+	$(BIN)/fastlora bench block --model-shape smollm2-135m,llama-3.2-1b --m 512 --base $(DENSE),nf4 --modes step \
+		--providers frozen,peft,peft+compile,fastlora,fastlora+compile --out $(RESULTS)/compiled
 	$(BIN)/fastlora bench experts --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench generate --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench decode --quick --out $(RESULTS)/bench

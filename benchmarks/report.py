@@ -120,7 +120,8 @@ def overhead_section(folder: Path, results: Path) -> Iterator[str]:
 def bench_section(folder: Path, results: Path) -> Iterator[str]:
     for data in bench_rows(folder):
         report = read_json(data.with_suffix(".json"))
-        yield f"### `fastlora bench {report['verb']}`"
+        of = "" if data.parent.name == "bench" else f", {data.parent.name}"
+        yield f"### `fastlora bench {report['verb']}`{of}"
         yield _image(f"bench {report['verb']}", data.with_suffix(".png"), results)
         yield f"Speed-up over {'bitsandbytes' if report['verb'] == 'decode' else 'PEFT'}, the median over layers:"
         yield speedups(read_rows(data))
