@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from fastlora.kernels.limits import PROGRAMS_4BIT, adds_slabs, cdiv, cut, next_power_of_2, padded_rank, parts_for
+from fastlora.kernels.limits import PROGRAMS_4BIT, adds_slabs, cdiv, cut, padded_rank, parts_for, ranks_at_once
 from fastlora.kernels.waves import Product
 
 
@@ -169,8 +169,7 @@ def _shrink(c: Problem, rates: Rates) -> list[LaunchCost]:
     r, e = c.r // c.parts, c.adapter_itemsize
     R = padded(r)
     t = _tile("shrink", c, R * c.parts)
-    block_r = max(16, min(R, 128, 256 // next_power_of_2(c.parts)))
-    blocks = cdiv(c.M, t.BLOCK_M) * cdiv(r, block_r)
+    blocks = cdiv(c.M, t.BLOCK_M) * cdiv(r, ranks_at_once(r, c.parts))
     _, splits = _cut(c.K, t.BLOCK_K, blocks, 2, rates)
     moved = c.M * c.K * c.itemsize + c.r * c.K * e + _sum_bytes(splits, c.M * c.r, e)
     flops = 2 * c.M * c.K * R * c.parts * _dots(c, 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import cdiv, cut, parts_for
 from fastlora.kernels.operands import check_operands
-from fastlora.kernels.reduce import counters, last_to_arrive, sum_of_parts
+from fastlora.kernels.reduce import counters, store_sum
 from fastlora.kernels.tiles import Tile, multiprocessors, tile
 
 
@@ -41,12 +41,10 @@ def _dora_grad_kernel(
         y = tl.load(y_ptr + rows * stride_ym + columns * stride_yn, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(dy * y, axis=0)
         tl.store(dz_ptr + rows * N + columns, (dy * scale[None, :]).to(dz_ptr.dtype.element_ty), mask=mask)
-    if SPLIT:
-        tl.store(partial_ptr + split.to(tl.int64) * N + offs_n, total / scale, mask=mask_n)
-        if last_to_arrive(counter_ptr + tl.program_id(0), splits):
-            tl.store(dscale_ptr + offs_n, sum_of_parts(partial_ptr + offs_n, N, splits, mask_n), mask=mask_n)
-    else:
-        tl.store(dscale_ptr + offs_n, total / scale, mask=mask_n)
+    store_sum(
+        total / scale, dscale_ptr, partial_ptr, 0, offs_n, mask_n,
+        split, splits, N, counter_ptr, tl.program_id(0), SPLIT,
+    )  # fmt: skip
 
 
 def dora_grad(dy: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,8 +91,7 @@ class Launch:
             return tensors
         found = tensors.copy()
         for name, fields in self.descriptors.items():
-            found[name] = descriptor = object.__new__(TensorDescriptor)
-            descriptor.__dict__ = {**fields, "base": tensors[name]}
+            found[name] = _descriptor(fields, tensors[name])
         return found
 
     def _prepare(self, compiled: Any, tensors: dict[str, Any]) -> None:
@@ -131,6 +130,13 @@ def _place(kind: Any, value: Any, how: Iterator[Any], arguments: list[Any]) -> A
     return place if address else None
 
 
+def _descriptor(fields: dict[str, Any], tensor: Tensor) -> TensorDescriptor:
+    """Of fields that were checked once, for another tensor of the layout."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__ = {**fields, "base": tensor}
+    return descriptor
+
+
 class _TensorMap:
     """A tensor descriptor among the arguments, which the driver encodes for each address once."""
 
@@ -144,7 +150,5 @@ class _TensorMap:
         if found is None:
             if len(self.maps) >= 4096:  # weights have an address each, and activations come back to few
                 self.maps.clear()
-            descriptor = object.__new__(TensorDescriptor)
-            descriptor.__dict__ = {**self.fields, "base": tensor}
-            found = self.maps[address] = self.encode(descriptor)[0]
+            found = self.maps[address] = self.encode(_descriptor(self.fields, tensor))[0]
         return found

@@ -28,6 +28,11 @@ def padded_rank(r: int) -> int:
     return max(16, next_power_of_2(r))
 
 
+def ranks_at_once(r: int, adapters: int) -> int:
+    """How many ranks of each of so many adapters a program of `shrink_group` sums up: all sums stay in registers."""
+    return max(16, min(padded_rank(r), 128, 256 // next_power_of_2(adapters)))
+
+
 def parts_for(programs: int, blocks: int, length: int, step: int) -> int:
     """Into how many parts a reduction is to be cut, so that there are about so many programs for the ``blocks`` of the
     output. A part has at least four steps of the kernel's loop."""

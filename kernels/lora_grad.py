@@ -17,7 +17,7 @@ from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
 from fastlora.kernels.limits import adds_slabs, cdiv, cut, padded_rank, parts_for
 from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.reduce import counters, last_to_arrive, sum_of_parts, sum_splits
+from fastlora.kernels.reduce import counters, last_to_arrive, store_sum, sum_of_parts, sum_splits
 from fastlora.kernels.shrink import shrink
 from fastlora.kernels.tiles import ByTile, Tile, multiprocessors
 
@@ -73,14 +73,8 @@ def _lora_grad_kernel(
     first = slab.to(tl.int64) * BLOCK_N * stride_dn + pid_r.to(tl.int64) * BLOCK_R * stride_dr
     offs = tl.arange(0, BLOCK_N)[:, None] * stride_dn + tl.arange(0, BLOCK_R)[None, :] * stride_dr  # in few registers
     mask = mask_n[:, None] & mask_r[None, :]
-    if SPLIT:
-        step = tl.cast(N, tl.int64) * r
-        tl.store(dz_parts + (split * step + first) + offs, acc * scale, mask=mask)
-        if last_to_arrive(counter_ptr + slab * tl.num_programs(0) + pid_r, splits):
-            total = sum_of_parts(dz_parts + first + offs, step, splits, mask)
-            tl.store(dz_ptr + first + offs, total.to(dz_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(dz_ptr + first + offs, (acc * scale).to(dz_ptr.dtype.element_ty), mask=mask)
+    step, number = tl.cast(N, tl.int64) * r, slab * tl.num_programs(0) + pid_r
+    store_sum(acc * scale, dz_ptr, dz_parts, first, offs, mask, split, splits, step, counter_ptr, number, SPLIT)
     if ADD_SLABS:  # of the rows that this program walked down
         counter_ptr += slabs * tl.num_programs(0)
         if last_to_arrive(counter_ptr + split * tl.num_programs(0) + pid_r, slabs):

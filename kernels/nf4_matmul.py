@@ -24,7 +24,7 @@ from fastlora.kernels.nf4 import CODES, code_book, load_scales
 from fastlora.kernels.nf4_lookup import LOOKUP_CONSTRAINTS, lookup_asm
 from fastlora.kernels.operands import Packed, check_4bit, check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
-from fastlora.kernels.reduce import counters, last_to_arrive, sum_of_parts
+from fastlora.kernels.reduce import counters, store_sum
 from fastlora.kernels.tiles import ByTile, Tile, multiprocessors
 
 
@@ -101,15 +101,8 @@ def _nf4_matmul_kernel(
     if HAS_BIAS and split == 0:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     offs = offs_m[None, :] * N + offs_n[:, None]  # 32 bits hold it, of few tokens: in half the registers
-    mask = mask_n[:, None] & mask_m[None, :]
-    if SPLIT:
-        step = tl.cast(M, tl.int64) * N
-        tl.store(partial_ptr + split * step + offs, acc, mask=mask)
-        if last_to_arrive(counter_ptr + pid_n, splits):
-            total = sum_of_parts(partial_ptr + offs, step, splits, mask)
-            tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    mask, step = mask_n[:, None] & mask_m[None, :], tl.cast(M, tl.int64) * N
+    store_sum(acc, out_ptr, partial_ptr, 0, offs, mask, split, splits, step, counter_ptr, pid_n, SPLIT)
 
 
 def nf4_matmul(

@@ -55,6 +55,26 @@ def sum_of_parts(ptrs, stride, parts, mask):
     return total
 
 
+# fmt: off
+@triton.jit
+def store_sum(
+    part, out_ptr, parts_ptr, start, offs, mask,
+    split, splits, step, counter_ptr, tile, SPLIT: tl.constexpr,
+):
+    """Store a tile, from element ``start`` on: the sum, or one of its ``splits`` parts, ``step`` elements apart, which
+    the last of them to arrive adds up. The counters are one for each tile."""
+    # fmt: on
+    out_ptrs = out_ptr + start + offs
+    if SPLIT:
+        part_ptrs = parts_ptr + start + offs
+        tl.store(part_ptrs + split.to(tl.int64) * step, part, mask=mask)
+        if last_to_arrive(counter_ptr + tile, splits):
+            part = sum_of_parts(part_ptrs, step, splits, mask)
+            tl.store(out_ptrs, part.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(out_ptrs, part.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 _counters: dict[tuple[int, Any], Tensor] = {}  # by device and stream
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora.kernels.dropout import dropout_scale, dropped_levels, keep_mask
 from fastlora.kernels.launch import Launch, Layout, cached_by_layout, layouts
-from fastlora.kernels.limits import cdiv, cut, next_power_of_2, padded_rank, parts_for
+from fastlora.kernels.limits import cdiv, cut, parts_for, ranks_at_once
 from fastlora.kernels.operands import check_operands
 from fastlora.kernels.precision import dot_precision, wide_dot
 from fastlora.kernels.reduce import counters, last_to_arrive, sum_of_parts
@@ -106,7 +106,7 @@ def _call(
     for a_i, p_i, seed_i in zip(a, p, seed, strict=True):
         check_operands(x, p_i, seed_i, a=(a_i, (a_i.shape[0], x.shape[1])))
         rank = max(rank, a_i.shape[0])
-    BLOCK_R = max(16, min(padded_rank(rank), 128, 256 // next_power_of_2(n)))  # all sums stay in registers
+    BLOCK_R = ranks_at_once(rank, n)
     rows = "shrink" if x.dtype.itemsize == 2 else "shrink fp32"
     return ByTile(partial(_launch, x, a, tuple(map(float, s)), p, PRECISION, BLOCK_R), rows, BLOCK_R * n)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -72,11 +73,15 @@ def watch_launches() -> list[Any]:
 
     given: list[Any] = []
     annotated: dict[int, Any] = {}  # a PyKernelArg shows nothing of itself
-    layouts: dict[int, Any] = {}  # of the tensors of the launch, by their addresses
+    layouts: dict[int, Any] = {}  # of the tensors of the launch and what they are for, by their addresses
     launch_by_name = Launch.__call__
 
     def call(self: Launch, **tensors: Any) -> None:
-        layouts.update({t.data_ptr(): _described(t) for t in _flat(tensors.values()) if isinstance(t, Tensor)})
+        layouts.clear()  # an address of an earlier launch is not known any more
+        for name, value in tensors.items():
+            for i, t in enumerate(_flat([value])):
+                if isinstance(t, Tensor):
+                    layouts[t.data_ptr()] = [*_described(t), name, i]
         launch_by_name(self, **tensors)
 
     def of_c(gridX: int, gridY: int, gridZ: int, *args: Any) -> None:
@@ -123,6 +128,19 @@ def refuse_direct_launches() -> None:
             each.direct = each.direct._replace(call=refuse)
 
 
+def with_other_tensors(function: Callable) -> Callable:
+    """The function on tensors of the same layouts, at other addresses in every call than in the call before."""
+    kept: list[Any] = []
+
+    def call(*args: Any) -> Any:
+        new = tree_map_only(Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), args)
+        result = function(*new)
+        kept[:] = [new]
+        return result
+
+    return call
+
+
 def _flat(values: Any) -> list[Any]:
     return [each for value in values for each in (_flat(value) if isinstance(value, tuple | list) else [value])]
 
@@ -167,11 +185,17 @@ def main(wanted: list[str], timed: bool) -> None:
         # A meta tensor's methods are Python, and it has no address. Of these no page is touched, and none given back.
         keep_freed_memory()
         inspect._meta = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype)
+        if not timed:
+            call, by_every_tile = inspect._call, inspect._by_every_tile
+            inspect._call = lambda function, *args: call(with_other_tensors(function), *args)
+            inspect._by_every_tile = lambda group, dropout, function, *args: by_every_tile(
+                group, dropout, with_other_tensors(function), *args
+            )
         for op, case, launch in inspect.cases():
             name = f"{op}, {case}"
             if wanted and name not in wanted:
                 continue
-            rows[name] = [launched(cuda, given, launch) for _ in range(2)]  # by Triton, and by a Launch
+            rows[name] = [launched(cuda, given, launch) for _ in range(3)]  # by Triton, then twice by a Launch
             if not timed:
                 refuse_direct_launches()
                 rows[name].append(launched(cuda, given, launch))
