@@ -190,7 +190,8 @@ def fused_linear(
         again = recipe_of(x)
     tensors, numbers = ((weight,), ()) if dense else fields_of(weight)
     apply = _apply_fused_linear if eager else FusedLinear.apply
-    y = apply(x, a, b, bias, m, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, norms, *tensors)
+    how = s, p, shared, xa_index, deferred, again, numbers  # one argument: autograd looks at each
+    y = apply(x, a, b, bias, m, xa, token, seed, norms, how, *tensors)
     if chained:
         y, shared.token = y  # type: ignore[union-attr]
     return deferred_product(y, partial(product, x, weight, a, b, bias, xa, s, p), eager) if deferred else y
@@ -204,7 +205,8 @@ class FusedLinear(Function):
     """
 
     @staticmethod
-    def forward(x, a, b, bias, m, xa, token, seed, s, p, shared, xa_index, deferred, again, numbers, norms, *weight):
+    def forward(x, a, b, bias, m, xa, token, seed, norms, how, *weight):
+        s, p, shared, _, deferred, _, numbers = how
         if deferred:
             y = zero_storage_output(x, b.shape[0])
         elif numbers or norms is not None:
@@ -220,8 +222,8 @@ class FusedLinear(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, a, b, bias, m, xa, token, seed, ctx.s, ctx.p, shared, ctx.xa_index, *inputs_left = inputs
-        _, again, ctx.numbers, norms, *weight = inputs_left
+        x, a, b, bias, m, xa, token, seed, norms, how, *weight = inputs
+        ctx.s, ctx.p, shared, ctx.xa_index, _, again, ctx.numbers = how
         need_dx, need_da, need_db, _, need_dm, *_ = ctx.needs_input_grad
         ctx.need_dw = ctx.needs_input_grad[len(inputs) - len(weight)]
         ctx.chained = shared is not None and shared.joins_dx
@@ -294,13 +296,12 @@ class FusedLinear(Function):
             if term is not None:
                 shared.defer_dx(term)
         elif need_dx:
-            terms = [] if term is None else [term]
-            if chained:
-                terms += shared.collect_dx()
-            if terms:
+            if not chained:
+                dx = None if term is None else term.input_grad()
+            elif terms := ([] if term is None else [term]) + shared.collect_dx():
                 dx = input_gradient(terms)
-                if len(ctx.x_shape) != 2:
-                    dx = unsafe_view(dx, ctx.x_shape)
+            if dx is not None and len(ctx.x_shape) != 2:
+                dx = unsafe_view(dx, ctx.x_shape)
         if dw is not None:
             return (dx, da, db, dbias, dm, *(None,) * (ctx.inputs - 6), dw)
         return (dx, da, db, dbias, dm, *(None,) * (ctx.inputs - 5))

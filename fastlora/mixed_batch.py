@@ -27,7 +27,7 @@ from fastlora.autograd import (
 from fastlora.compat import apply_of
 from fastlora.ops import overload
 from fastlora.ops_experts import rows_of_experts  # noqa: F401  # defines the ops
-from fastlora.products import DxTerm, Weight, fields_of, input_gradient, like_rows_of, product, weight_of
+from fastlora.products import DxTerm, Weight, fields_of, like_rows_of, product, weight_of
 
 shrink_experts = overload("shrink_experts")
 lora_grad_experts = overload("lora_grad_experts")
@@ -139,7 +139,7 @@ class MixedLinear(Function):
                 if need_dx:
                     weight = weight_of(tensors[len(Rows._fields) :], ctx.numbers)
                     term = DxTerm(dy, weight, a.flatten(0, 1), b, rows.wide(dxa), 1.0, p, seed)
-                    dx = like_rows_of(ctx.x_shape, input_gradient([term]))
+                    dx = like_rows_of(ctx.x_shape, term.input_grad())
         return dx, da, db, dbias, *(None,) * (ctx.inputs - 4)
 
 

@@ -195,7 +195,7 @@ class FusedMLP(Function):
         dxa, _, db = adapter_grads(dy, None, down.b if need_dxa else None, xa if need.b else None, down.s, 0.0, None)
         da, outputs = None, zs
         if need_dh:
-            h = input_gradient([down.dx_term(dy, dxa)])  # dh, until `swiglu_backward_` overwrites it
+            h = down.dx_term(dy, dxa).input_grad()  # dh, until `swiglu_backward_` overwrites it
             if torch.compiler.is_compiling() or keeps_graph() or any(layer.m is not None for layer in first):
                 zs = [z.clone() for z in zs]  # read once more: by another backward, or for the gradient of m
             drop_(h, mask, ctx.dropout_p)

@@ -22,7 +22,7 @@ from fastlora.functional import autocast_dtype, is_finite_number, product_operan
 from fastlora.kernels.limits import ACTIVATIONS
 from fastlora.mlp import lora_grad_a, swiglu, swiglu_backward_
 from fastlora.nn import check_rank_and_start, features_of, new_factors
-from fastlora.products import DxTerm, Weight, fields_of, input_gradient, like_rows_of, product, weight_of
+from fastlora.products import DxTerm, Weight, fields_of, like_rows_of, product, weight_of
 from fastlora.reference import activate
 
 
@@ -77,7 +77,7 @@ class ParallelLinear(Function):
                 da = lora_grad_a(dxa, x.flatten(0, -2)).to(a_dtype) if need_da else None
             if need_dx:
                 term = DxTerm(dy, weight_of(tensors, ctx.numbers), a, b, dxa, 1.0, 0.0, None)
-                dx = like_rows_of(ctx.x_shape, input_gradient([term]))
+                dx = like_rows_of(ctx.x_shape, term.input_grad())
             if need_dbias:
                 dbias = dy.sum(0, dtype=bias_dtype)
         return dx, da, db, dbias, *(None,) * (ctx.inputs - 4)

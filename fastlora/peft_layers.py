@@ -83,7 +83,8 @@ def _operands_now(layer: LoraLayer) -> tuple[nn.Module, str, Adapter] | None:
     kind = "dense" if type(base).forward is nn.Linear.forward else base_kind(base)
     if kind == "opaque" or (kind == "4bit" and weight.requires_grad):
         return None
-    return base, kind, Adapter(a, b, layer.scaling[name], p, lora_B._parameters["bias"], magnitude)
+    # `Adapter(...)` is one function call more
+    return base, kind, tuple.__new__(Adapter, (a, b, layer.scaling[name], p, lora_B._parameters["bias"], magnitude))
 
 
 def _forward(layer: LoraLayer, x: Tensor, *args, **kwargs) -> Tensor:

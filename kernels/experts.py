@@ -288,7 +288,8 @@ def _combine_experts_kernel(
     acc = tl.zeros([BLOCK_K], tl.float32)
     for j in range(k):
         row = tl.load(index_ptr + token * k + j)
-        inside = (row >= 0) & (row < M) & (offs_n < N)
+        # Without `&` of a number and a block, which Triton 3.9's interpreter takes for an integer
+        inside = offs_n < tl.where((row >= 0) & (row < M), N, 0)
         part = tl.load(rows_ptr + row * stride_rm + offs_n.to(tl.int64) * stride_rn, mask=inside, other=0.0)
         if HAS_WEIGHTS:
             acc += tl.load(weights_ptr + token * k + j).to(tl.float32) * part.to(tl.float32)

@@ -52,17 +52,26 @@ def tile(kernel: str, *sizes: int) -> Tile:
         fields = measured.get(bucket(kernel, sizes)) if measured else None
         found = None if fields is None else Tile(**fields)
     if found is None:
-        name = _forced_family or _family_of_device(index)
-        rows = rows_of(kernel, name)
-        if isinstance(rows, tuple):
-            M, N, K = sizes
-            itemsize = 4 if kernel.endswith("fp32") else 2
-            found = fastest(rows, Product(M, N, K, name, _multiprocessors_of(index, name), itemsize))
-        else:
-            found = next(row for bound, row in rows.items() if bound >= sizes[0])
+        found = _of_table(kernel, sizes, index, _forced_family)
     if _watched is not None:
         _watched[bucket(kernel, sizes)] = found
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_table(kernel: str, sizes: tuple[int, ...], index: int | None, forced_family: str | None) -> Tile:
+    name = forced_family or _family_of_device(index)
+    rows = rows_of(kernel, name)
+    if not isinstance(rows, tuple):
+        return next(row for bound, row in rows.items() if bound >= sizes[0])
+    if forced_family is not None:  # which is only imagined: of the usual part
+        count = speed_of(name).multiprocessors
+    elif index is not None:
+        count = multiprocessors(torch.device("cuda", index))
+    else:
+        count = 4 if INTERPRETED else speed_of(name).multiprocessors
+    M, N, K = sizes
+    return fastest(rows, Product(M, N, K, name, count, 4 if kernel.endswith("fp32") else 2))
 
 
 T = TypeVar("T")
@@ -104,13 +113,6 @@ def name_of_matmul(tma: bool, itemsize: int, group: bool, dropout: bool) -> str:
 def bucket(kernel: str, sizes: tuple[int, ...]) -> Bucket:
     """What problems that share a measured tile have in common."""
     return kernel, tuple(map(next_power_of_2, sizes))
-
-
-def _multiprocessors_of(index: int | None, name: str) -> int:
-    """Those of the current device, or of the usual part where a device is only imagined."""
-    if index is None or _forced_family is not None:
-        return 4 if INTERPRETED and _forced_family is None else speed_of(name).multiprocessors
-    return multiprocessors(torch.device("cuda", index))
 
 
 _watched: dict[Bucket, Tile] | None = None

@@ -4,7 +4,6 @@ Small tiles read more bytes for the same product; large ones leave multiprocesso
 each costs is counted in clocks, from published numbers of the hardware: nothing here is measured.
 """
 
-from functools import lru_cache
 from typing import NamedTuple, Protocol, TypeVar
 
 from fastlora.kernels.limits import cdiv
@@ -86,7 +85,6 @@ def speed_of(family: str) -> Speed:
     return SPEEDS.get("gfx942" if family == "gfx" else family, SPEEDS["default"])
 
 
-@lru_cache(maxsize=4096)
 def fastest(tiles: tuple[Tile, ...], product: Product) -> Tile:
     """The tile by which this product takes the fewest clocks."""
     return min(tiles, key=lambda tile: product.clocks(tile.BLOCK_M, tile.BLOCK_N))

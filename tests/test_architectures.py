@@ -60,6 +60,11 @@ GROUPS = {  # model type: how many layers the products for the gradients of one 
     "minicpm3": [2, 2, 2],
     "speech_to_text": [2, 2, 3, 3],  # k and v of cross-attention
 }
+NOT_IN_5_0 = {
+    "phi": "the configuration of transformers 5.0 has no pad_token_id",
+    "deepseek_v3": "PEFT 0.18 adapts its MLPs too, whose layers share an x",
+    "minicpm3": "transformers 5.0 has no such model",
+}
 
 
 class GroupedProducts(TorchDispatchMode):
@@ -76,6 +81,8 @@ class GroupedProducts(TorchDispatchMode):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", GROUPS)
 def test_layers_with_one_x_share_its_gradient(model_type):
+    if model_type in NOT_IN_5_0 and transformers.__version__.startswith("5.0."):
+        pytest.skip(NOT_IN_5_0[model_type])
     model, inputs = build(model_type)
     layers = [name for name, m in model.named_modules() if type(m) is torch.nn.Linear and "head" not in name]
     model = get_peft_model(model, LoraConfig(r=2, target_modules=layers))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from fastlora.benchmarks import against, arguments, pictures, protocol, providers, records
 from fastlora.benchmarks.cases.models import compute_dtype, default_bases
@@ -32,6 +33,8 @@ def small_rates(monkeypatch):
     ["linear", "experts", "generate", *(pytest.param(v, marks=pytest.mark.slow) for v in ("decode", "block", "model"))],
 )
 def test_writes_rows_environment_and_picture(verb, tmp_path, capsys):
+    if verb == "experts" and transformers.__version__.startswith("5.0."):
+        pytest.skip("transformers 5.0 says nothing of the layout of experts")
     bases, names = ("nf4", "bitsandbytes,fastlora") if verb == "decode" else ("bf16", "frozen,peft,fastlora")
     chosen = [*TINY, "--base", bases, "--providers", names, "--out", str(tmp_path)]
     chosen += ["--model-shape", "tiny-moe"] if verb == "experts" else []

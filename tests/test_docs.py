@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
 
 import fastlora
 from fastlora import reference
@@ -37,6 +38,8 @@ def blocks(page):
 @pytest.mark.usefixtures("one_thread", "bitsandbytes_eager")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))], ids=lambda page: page.name)
 def test_code_runs_and_prints_what_is_said(page, tmp_path, monkeypatch):
+    if page.name == "recipes.md" and transformers.__version__.startswith("5.0."):
+        pytest.skip("its mixture of experts runs PEFT's forward with transformers 5.0")
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for line, code, output, reason in blocks(page):

@@ -107,7 +107,8 @@ def test_the_model_stays_what_it_is(tmp_path):
     before = dict(vars(model))
     trainer(model, tmp_path, 2)
     assert model._hf_peft_config_loaded is False and vars(model).keys() - before.keys() <= {"_fsdp_wrapped_module"}
-    with pytest.raises(ValueError, match="No adapter loaded"):
+    # transformers 5.24 asks first for a version of PEFT
+    with pytest.raises((ValueError, ImportError), match=r"No adapter loaded|PEFT you are using is not compatible"):
         model.active_adapters()
 
 

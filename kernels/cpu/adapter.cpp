@@ -15,15 +15,16 @@
 namespace fastlora {
 namespace {
 
-using Seeds = c10::List<OptionalTensor>;
+using Seeds = at::ArrayRef<OptionalTensor>;
+using SeedList = c10::List<OptionalTensor>;  // as the dispatcher gives it
 
 // Whether no element is to be written. An empty result may have 2^40 rows, so no loop should start to count them.
 bool is_empty(const Tensor& t) {
   return t.numel() == 0;
 }
 
-std::vector<Tensor> shrink_group_op(
-    const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, const Seeds& seed) {
+std::vector<Tensor> shrink_all(
+    const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, Seeds seed) {
   const Operands operands{"shrink"};
   operands.matrix("x", x);
   operands.length("s", s.size(), a.size());
@@ -32,11 +33,10 @@ std::vector<Tensor> shrink_group_op(
   std::vector<Shrink> adapters;
   std::vector<Tensor> out;
   for (size_t i = 0; i < a.size(); ++i) {
-    const OptionalTensor seed_i = seed[i];
     operands.matrix("a", a[i], ANY, x.size(1));
     operands.scaling(s[i]);
-    operands.dropout(p[i], seed_i);
-    const Dropout dropout = dropout_of(p[i], seed_i);
+    operands.dropout(p[i], seed[i]);
+    const Dropout dropout = dropout_of(p[i], seed[i]);
     adapters.push_back({a[i].t(), s[i] * dropout.scale(), dropout});
     out.push_back(at::empty({x.size(0), a[i].size(0)}, a[i].options()));
   }
@@ -46,13 +46,18 @@ std::vector<Tensor> shrink_group_op(
 }
 
 Tensor shrink_op(const Tensor& x, const Tensor& a, double s, double p, const OptionalTensor& seed) {
-  return shrink_group_op(x, a, s, p, Seeds({seed}))[0];
+  return shrink_all(x, a, s, p, seed)[0];
+}
+
+std::vector<Tensor> shrink_group_op(
+    const Tensor& x, at::TensorList a, at::ArrayRef<double> s, at::ArrayRef<double> p, const SeedList& seed) {
+  return shrink_all(x, a, s, p, seed.vec());
 }
 
 // The sum of x[i] w[i]^T + drop(xa[i] b[i]^T), and a bias; its columns times `scale`.
 Tensor matmul(
     at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, const OptionalTensor& bias,
-    at::ArrayRef<double> p, const Seeds& seed, const OptionalTensor& scale) {
+    at::ArrayRef<double> p, Seeds seed, const OptionalTensor& scale) {
   const Operands operands{"lora_matmul"};
   TORCH_CHECK(!x.empty(), "fastlora: lora_matmul: a group must have at least one x");
   operands.length("w", w.size(), x.size());
@@ -66,13 +71,12 @@ Tensor matmul(
   const at::ScalarType dtype = x[0].scalar_type();
   std::vector<Adapter> adapters;
   for (size_t i = 0; i < x.size(); ++i) {
-    const OptionalTensor seed_i = seed[i];
     operands.matrix("x", x[i], M, ANY, dtype);
     operands.matrix("w", w[i], N, x[i].size(1), dtype);
     operands.matrix("xa", xa[i], M);
     operands.matrix("b", b[i], N, xa[i].size(1));
-    operands.dropout(p[i], seed_i);
-    const Dropout dropout = dropout_of(p[i], seed_i);
+    operands.dropout(p[i], seed[i]);
+    const Dropout dropout = dropout_of(p[i], seed[i]);
     adapters.push_back({xa[i], dropout.scale(), b[i].t(), dropout});
   }
   if (bias.has_value()) operands.vector("bias", *bias, N);
@@ -86,13 +90,13 @@ Tensor matmul(
 Tensor lora_matmul_op(
     const Tensor& x, const Tensor& w, const Tensor& xa, const Tensor& b, const OptionalTensor& bias, double p,
     const OptionalTensor& seed, const OptionalTensor& scale) {
-  return matmul(x, w, xa, b, bias, p, Seeds({seed}), scale);
+  return matmul(x, w, xa, b, bias, p, seed, scale);
 }
 
 Tensor lora_matmul_group_op(
     at::TensorList x, at::TensorList w, at::TensorList xa, at::TensorList b, at::ArrayRef<double> p,
-    const Seeds& seed) {
-  return matmul(x, w, xa, b, std::nullopt, p, seed, std::nullopt);
+    const SeedList& seed) {
+  return matmul(x, w, xa, b, std::nullopt, p, seed.vec(), std::nullopt);
 }
 
 Tensor lora_grad_a_op(const Tensor& dxa, const Tensor& x, double p, const OptionalTensor& seed) {

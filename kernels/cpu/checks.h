@@ -2,6 +2,7 @@
 // same for the ops in plain torch and for the fakes.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/string_view.h>
 
@@ -18,6 +19,9 @@ constexpr int64_t ANY = -1;  // a size that the op leaves open
 // The operands of one op; a message names it.
 struct Operands {
   const char* op;
+  // Views and copies that the op makes of them, one or more for each expert, are then made without autograd's layer:
+  // it costs half of such a call, and the ops have no gradients of their own.
+  at::AutoDispatchBelowADInplaceOrView below_autograd{};
 
   static bool is_floating(at::ScalarType dtype) {
     return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
