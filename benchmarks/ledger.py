@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 from fastlora.fourbit import quantisation_tensors
 
 _PRODUCTS = (
-    *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
+    *("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::_grouped_mm"),
     *("fastlora::lora_matmul", "fastlora::lora_matmul_4bit", "fastlora::nf4_matmul"),
+    *("fastlora::lora_matmul_experts", "fastlora::lora_matmul_experts_4bit"),
 )
 _PARTS = re.compile(r"\.(base_layer|lora_A|lora_B|lora_dropout|lora_magnitude_vector)(\..*)?$")
 

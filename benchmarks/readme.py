@@ -107,6 +107,19 @@ def _on_another(report: dict, path: Path) -> str:
     )
 
 
+def experts_fragment(folder: Path) -> str:
+    report = read_json(folder / "experts" / "report.json")
+    (case,), env = report["cases"], report["environment"]
+    theirs, ours = case["providers"]["peft"], case["providers"]["fastlora"]
+    return _fill(
+        f"On a mixture of experts ({setting(report)}; {env['cores']} cores of an {env['device']}, {date(env)}) a step "
+        f"takes {theirs['p50']:.2f} s with PEFT and {ours['p50']:.2f} s with fastlora, "
+        f"{our_speedup(ours['speedup_paired'])} times as fast, and keeps {ours['saved_ratio']:.2f} of the bytes for "
+        f"backward; {case['providers']['frozen']['p50']:.2f} s with the frozen model "
+        f"([report.json](benchmarks/results/{folder.name}/experts/report.json))."
+    )
+
+
 def small_updates_fragment(folder: Path) -> str:
     study = common.load("small_updates")
     rows = read_rows(folder / "studies" / "small_updates.csv")
@@ -125,6 +138,7 @@ FRAGMENTS = {
     "memory": memory_fragment,
     "losses": losses_fragment,
     "others": others_fragment,
+    "experts": experts_fragment,
     "overhead": overhead_fragment,
     "small updates": small_updates_fragment,
 }

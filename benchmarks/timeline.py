@@ -25,6 +25,12 @@ from torch._C import DispatchKey
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastlora.autograd import AddAdapter, DeferredProduct, FusedLinear
+from fastlora.experts import FusedExperts
+from fastlora.mixed_batch import MixedLinear
+from fastlora.mlp import FusedMLP
+from fastlora.parallel import ParallelLinear
+
 BASE, ADAPTER, DECODE, ATTENTION = "base products", "adapter", "decode", "attention"
 ELEMENTWISE, LOSS, OPTIMIZER, GAPS = "elementwise and norms", "head and loss", "optimizer", "host gaps"
 CATEGORIES = (BASE, ADAPTER, DECODE, ATTENTION, ELEMENTWISE, LOSS, OPTIMIZER, GAPS)
@@ -60,7 +66,10 @@ _WRAPPERS = (
     "fastlora::lora_matmul_experts_4bit",
     "fastlora::nf4_matmul",
 )  # may decode and multiply by calling other ops
-_PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_scaled_mm", "aten::_int_mm")
+_PRODUCTS = (
+    *("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear", "aten::_scaled_mm", "aten::_int_mm"),
+    "aten::_grouped_mm",  # of experts
+)
 _ATTENTION = ("scaled_dot_product", "flash_attention", "efficient_attention", "aten::bmm", "aten::baddbmm")
 _NO_WORK = ("aten::empty", "aten::new_empty", "aten::resize", "aten::_unsafe_view")  # names that begin so
 _SUMS = ("aten::add", "aten::add_")
@@ -71,11 +80,13 @@ _MODEL, _FUSED = "model", "fused"
 # PEFT's forward runs the base layer before the adapter, so backward reaches the base layer last: a sum at its node
 # belongs to the adapter. A sum at an adapter's node adds whole layers, as it would without adapters.
 _MEETING = {BASE: ADAPTER, ADAPTER: _MODEL}
-_FUNCTIONS = {  # fastlora's autograd Functions; AddLoRA only adds an adapter to what a base layer has computed
-    name + backward: ADAPTER if name == "AddLoRA" else _FUSED
-    for name in ("LoRALinear", "MLP", "Run", "AddLoRA")
+_FUNCTIONS = {  # AddAdapter only adds an adapter to what a base layer has computed
+    function.__name__ + backward: ADAPTER if function is AddAdapter else _FUSED
+    for function in (FusedLinear, FusedMLP, FusedExperts, MixedLinear, ParallelLinear, DeferredProduct, AddAdapter)
     for backward in ("", "Backward")
 }
+# What PEFT makes at a call of experts and drops after it: they add the adapters of all experts to their weights.
+_OF_PEFT = dict.fromkeys(("_LoraFactorsProxy", "_LoraParameterProxy"), "experts' weights + adapters")
 _NODE, _ACCUMULATE = "autograd::engine::evaluate_function: ", "torch::autograd::AccumulateGrad"
 _STEP, _PHASE = "training step", "phase: "
 
@@ -140,7 +151,7 @@ def ranges_of(model: nn.Module) -> tuple[dict[nn.Module, str], dict[str, str]]:
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     names: dict[nn.Module, str] = {}
-    contexts: dict[str, str] = {}
+    contexts: dict[str, str] = dict.fromkeys(_OF_PEFT.values(), ADAPTER)
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)  # an adapted layer, PEFT's or patched, has one
         if module is head:
@@ -163,13 +174,16 @@ def _named(names: dict[nn.Module, str]) -> Iterator[None]:
     """Calls of these modules are ranges of their names. Global hooks: a module's own would change what runs."""
     open_ranges: list[record_function] = []
 
+    def name_of(module: nn.Module) -> str | None:
+        return names.get(module) or _OF_PEFT.get(type(module).__name__)
+
     def enter(module: nn.Module, _: Any) -> None:
-        if module in names:
-            open_ranges.append(record_function(names[module]))
+        if (name := name_of(module)) is not None:
+            open_ranges.append(record_function(name))
             open_ranges[-1].__enter__()
 
     def leave(module: nn.Module, *_: Any) -> None:
-        if module in names:
+        if name_of(module) is not None:
             open_ranges.pop().__exit__(None, None, None)
 
     handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]

@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 LLAMA_4 = Layout(has_gate=True, has_bias=False, is_transposed=True, own_rows=True)
 
 
-def _find_layout(experts: Any) -> Layout | None:
+def find_layout(experts: Any) -> Layout | None:
     """None of experts that fastlora does not compute."""
     cls = type(experts)
     if _is_of_interface(cls) and hasattr(experts, "has_gate"):  # transformers 5.0 says nothing of the layout
@@ -63,7 +63,7 @@ _LLAMA_4 = ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts")
 
 def layout_of(experts: Any) -> Layout:
     """Of experts for which `why_not_computed` has no reason."""
-    layout = _find_layout(experts)
+    layout = find_layout(experts)
     assert layout is not None
     return layout
 
@@ -71,13 +71,13 @@ def layout_of(experts: Any) -> Layout:
 def is_turned_in_peft(experts: Any) -> bool:
     """Whether PEFT takes the rows of these weights for outputs though they are inputs, so that its A is on the side of
     the outputs: it knows of transposed weights by an attribute of the interface."""
-    layout = _find_layout(experts)
+    layout = find_layout(experts)
     return layout is not None and layout.is_transposed and not getattr(experts, "is_transposed", False)
 
 
 def why_not_computed(experts: Any) -> str | None:
     """Why this is not a module of experts that fastlora computes."""
-    if _find_layout(experts) is None:
+    if find_layout(experts) is None:
         return f"a {type(experts).__name__} is adapted, not experts that transformers' ExpertsInterface computes"
     if _runs_hooks(experts):
         return "the experts have hooks, which only run when they are called"

@@ -70,6 +70,41 @@ def test_report_is_complete(report):
             assert len(provider["step_seconds"]) == len(provider["losses"]) == STEPS
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """The folder of a mixture of experts."""
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    fields = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.MixtralConfig(**fields, num_local_experts=4, intermediate_size=32)
+    transformers.MixtralForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+in_transformers_5_0 = pytest.mark.skipif(
+    transformers.__version__.startswith("5.0."), reason="PEFT's all-linear leaves out experts there"
+)
+
+
+@in_transformers_5_0
+def test_experts_are_compared_on_a_dense_base(mixture, tmp_path):
+    assert compare(mixture, tmp_path) == 0
+    (case,) = json.loads((tmp_path / "report.json").read_text())["cases"]
+    assert case["base"] in ("bf16", "fp32")
+    ours = case["providers"]["fastlora"]
+    assert ours["saved_ratio"] < 0.8, "the experts run PEFT's forward"
+    assert ours["max_loss_difference"] < 0.05
+
+
+@in_transformers_5_0
+@pytest.mark.parametrize("asked", [("--dropout", "0,0.1"), ("--base", "bf16,nf4")], ids="".join)
+def test_experts_need_a_dense_base_and_no_dropout(mixture, asked, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compare(mixture, tmp_path, *asked)
+    assert stop.value.code == 2
+    assert "has experts: --dropout must be 0 and --base dense" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_report_names_no_folder(finished, model):
     text = (finished / "report.json").read_text()
     assert str(finished) not in text and model not in text
@@ -155,7 +190,7 @@ def test_interrupted_report_is_valid(model, tmp_path, monkeypatch, capsys, steps
         ("--lr 0", "--lr must be a positive number, got 0"),
         ("--seed -1", "--seed must be an integer of at least 0, got -1"),
         ("--device tpu", "--device: invalid choice: 'tpu'"),
-        ("--model nowhere", "--model must be smollm2, smollm2-random or a folder"),
+        ("--model nowhere", "--model must be smollm2, smollm2-random, qwen3-moe, mixtral or a folder"),
         ("--text nowhere", "--text nowhere cannot be read: No such file"),
     ],
     ids=lambda value: value if value.count(" ") == 1 else "",

@@ -10,6 +10,7 @@ import torch
 import transformers
 from matplotlib.image import imread
 from test_cli import save_model
+from torch.autograd import Function
 
 import fastlora
 from fastlora import ops
@@ -32,6 +33,7 @@ from fastlora.benchmarks.timeline import (
 from fastlora.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+NAMES = ("frozen", "peft", "fastlora")
 SIZES = ("--tokens", "32", "--r", "4", "--device", "cpu")
 
 
@@ -136,6 +138,37 @@ def test_known_ops():
     assert theirs["aten::_fused_adamw_", OPTIMIZER] == ours["aten::_fused_adamw_", OPTIMIZER] == 1
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="PEFT's all-linear leaves out experts there")
+def test_experts():
+    """PEFT adds the adapters of all experts to the weights: that is no part of the experts' own products."""
+    fields = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    experts = dict(head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**fields, **experts)).requires_grad_(False)
+    trainers = training.make_trainers(model, 4, 0.0, False, False, 1e-4, 0)
+    assert trainers[2].model.base_model.model.model.layers[0].mlp.experts.__class__.__module__.startswith("fastlora")
+    frozen, theirs, ours = map(counted, trainers)
+    products = {
+        name: count.get(("aten::_grouped_mm", BASE), 0)
+        for name, count in zip(NAMES, (frozen, theirs, ours), strict=True)
+    }
+    assert products["frozen"] > 0 and products["peft"] > products["frozen"] and products["fastlora"] == 0
+    assert ("aten::_grouped_mm", ADAPTER) not in theirs
+    assert theirs["aten::baddbmm", ADAPTER] > 0
+    assert not any(name.startswith("aten::b") and name.endswith("bmm") for name, kind in theirs if kind == ATTENTION)
+    assert ours["fastlora::lora_matmul_experts", BASE] > 0 and ours["fastlora::shrink_experts", ADAPTER] > 0
+
+
+def test_every_function_of_fastlora_has_a_meaning():
+    """By its name, which a trace has: inside of it, and of its backward, products are the base's."""
+    found = {
+        name
+        for function in Function.__subclasses__()
+        if function.__module__.startswith("fastlora.") and "benchmarks" not in function.__module__
+        for name in (function.__name__, function.__name__ + "Backward")
+    }
+    assert {"FusedLinear", "FusedMLPBackward", "FusedExperts"} <= found <= timeline._FUNCTIONS.keys()
+
+
 def event(name, start, end, kind="cpu_op", thread=1, **args):
     return {"ph": "X", "name": name, "cat": kind, "tid": thread, "ts": start, "dur": end - start, "args": args}
 
@@ -237,9 +270,6 @@ def profiled(tiny, tmp_path_factory):
     lengths = ("--sequence", "64,16,32", "--budget", "3MB")
     assert main(["profile", "--model", tiny, *SIZES, "--quick", *lengths, "--trace", "--out", str(out)]) == 0
     return out
-
-
-NAMES = ("frozen", "peft", "fastlora")
 
 
 def test_profile_writes_reports_and_pictures(profiled):

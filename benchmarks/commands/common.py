@@ -34,6 +34,13 @@ def check_bases(bases: list[str]) -> None:
         raise UsageError("--base nf4 and fp4 need bitsandbytes, which is not installed")
 
 
+def check_experts(model: str, bases: list[str], dropouts: list[float]) -> None:
+    """Of a mixture of experts only what PEFT trains as well can be compared."""
+    if models.has_experts(model) and (max(dropouts) > 0.0 or any(base not in models.DENSE for base in bases)):
+        reason = "PEFT has no dropout there, and leaves out an adapter of 4-bit experts"
+        raise UsageError(f"--model {model} has experts: --dropout must be 0 and --base dense: {reason}")
+
+
 def free(compiled: bool) -> None:
     """Free the trainers and models that nothing refers to any more, which reference cycles would keep."""
     if compiled:

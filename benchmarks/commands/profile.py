@@ -41,6 +41,7 @@ def run(args: Namespace) -> int:
     _set_defaults(args)
     text = common.read_text(args.text)
     common.check_bases([args.base])
+    common.check_experts(args.model, [args.base], [args.dropout])
     common.make_folder(args.out)
 
     keep_freed_memory()
