@@ -16,8 +16,8 @@ BASES = ("bf16", "fp16", "fp32", "nf4", "fp4")
 
 _COMPARE = """\
 Fine-tune the same model, from the same seed, on the same text, with PEFT and with PEFT + fastlora, step by step in
-turn, and compare time, memory and losses. The frozen model (forward, and gradients of activations only) is the limit
-that no adapter can beat. Writes report.json and compare.png. Ctrl-C keeps what was measured so far."""
+turn, and compare time, memory and losses. Beside them the frozen model (forward, and gradients of activations only), of
+PyTorch's own layers. Writes report.json and compare.png. Ctrl-C keeps what was measured so far."""
 _COMPARE_EXAMPLE = """\
 example:
   fastlora compare --base bf16,nf4 --dropout 0,0.05 --steps 20
@@ -63,7 +63,7 @@ example:
       the plans and what the roofline predicts for them, without a GPU"""
 _BENCH = """\
 Measure an adapted linear layer, a decoder block, experts, a training step of a model, generation, or the decoding of
-4-bit weights, by every provider: the frozen layer (the limit), PEFT, fastlora and what else is installed. One that is
+4-bit weights, by every provider: the frozen layer, PEFT, fastlora and what else is installed. One that is
 less exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C
 keeps what was measured."""
 _BENCH_EXAMPLE = """\
@@ -111,7 +111,7 @@ def quieten() -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fastlora",
-        description="LoRA and QLoRA layers that cost almost nothing over the frozen layer they adapt.",
+        description="LoRA and QLoRA layers that cost little over the frozen layer they adapt.",
         epilog="example:\n  fastlora compare --steps 5",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

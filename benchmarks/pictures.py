@@ -1,7 +1,6 @@
 """Every picture, and how a picture knows which data it was drawn from.
 
-Medians are bars or points, p20 to p80 whiskers; the frozen model or layer, the limit that no adapter can beat, is a
-dashed black line.
+Medians are bars or points, p20 to p80 whiskers; the frozen model or layer is a dashed black line.
 """
 
 import hashlib
@@ -94,7 +93,7 @@ def _bars(
             end = limit  # the text begins beside the line, not under it
         axes.text(end, y, f"  {text(name)}", va="center")
     if limit is not None:
-        axes.axvline(limit, **LIMIT, label="frozen: the limit")
+        axes.axvline(limit, **LIMIT, label="frozen")
     axes.invert_yaxis()
     axes.set_xlim(0, 1.5 * max([*values.values(), limit or 0.0, 1e-9]))
     axes.set_xlabel(label)
@@ -173,7 +172,7 @@ def _stacked(
             inside = [f"{size:,.0f}" if size > 0.045 * largest else "" for size in sizes]
             axes.bar_label(bars, inside, label_type="center", color="white" if colour in DARK else "black", zorder=4)
             starts += sizes
-    axes.axvline(starts[list(values).index("frozen")], **LIMIT, label="frozen model: the limit")
+    axes.axvline(starts[list(values).index("frozen")], **LIMIT, label="frozen model")
     for y, mark in enumerate(marks):
         label_once = None if y else "without the profiler (median)"
         axes.plot(mark, y - 0.4, "v", color="black", markersize=7, label=label_once)

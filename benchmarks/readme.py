@@ -32,7 +32,8 @@ def compare_fragment(folder: Path) -> str:
     env, settings = report["environment"], report["settings"]
     text = (
         f"{setting(report)}, {env['cores']} cores of an {env['device']}, torch {env['torch'].partition('+')[0]}, PEFT "
-        f"{env['peft']}, {date(env)}; medians of {settings['steps'] - settings['warmup']} interleaved steps "
+        f"{env['peft']}, {date(env)}; medians of {settings['steps'] - settings['warmup']} interleaved steps, of "
+        f"{checkpointing['settings']['steps'] - checkpointing['settings']['warmup']} with checkpointing "
         f"([report.json](benchmarks/results/{folder.name}/report.json), "
         f"[with checkpointing](benchmarks/results/{folder.name}/checkpointing/report.json)):"
     )
@@ -62,13 +63,15 @@ def losses_fragment(folder: Path) -> str:
 
 
 def overhead_fragment(folder: Path) -> str:
-    modes = read_json(folder / "host_overhead.json")["microseconds"]["bf16 base, dropout 0.0"]
+    report = read_json(folder / "host_overhead.json")
+    modes = report["microseconds"]["bf16 base, dropout 0.0"]
     forward, both = (modes[mode]["fastlora / peft"] for mode in ("forward, no grad", "forward and backward"))
     return _fill(
         f"Where there is little to compute, little is gained or some is lost. On tensors too small to matter, one "
-        f"thread, a forward without gradients takes {forward:.2f} of PEFT's time ({verdict(1 / forward)}), forward "
-        f"and backward {both:.2f} ({verdict(1 / both)}; "
-        f"[host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json)). {few_tokens(folder)}"
+        f"thread of an {report['environment']['device']}, a forward without gradients takes {forward:.2f} of PEFT's "
+        f"time ({verdict(1 / forward)}), forward and backward {both:.2f} ({verdict(1 / both)}; "
+        f"[host_overhead.json](benchmarks/results/{folder.name}/host_overhead.json)). {few_tokens(folder)} "
+        f"{lost(folder)}"
     )
 
 
@@ -89,6 +92,22 @@ def few_tokens(folder: Path) -> str:
     return f"With {tokens} a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
 
 
+def lost(folder: Path) -> str:
+    """The lowest speed of fastlora in each file of measurements that has one below PEFT's."""
+    found = []
+    for verb in ("linear", "block", "experts", "generate"):
+        rows = [
+            row
+            for row in read_rows(folder / "bench" / f"{verb}.csv")
+            if row["provider"] == "fastlora" and row["speedup"] is not None
+        ]
+        row = min(rows, key=lambda row: row["speedup"])
+        if verdict(row["speedup"]) == "a loss":
+            what = f"{row['shape']} {row['layer']}".strip() if verb == "linear" else f"{verb} of {row['shape']}"
+            found.append(f"{row['speedup']:.2f} ({what}, {row['base']}, M={row['M']}, {row['mode']})")
+    return f"The lowest of all measured: {', '.join(found)}." if found else "No other result is below PEFT's."
+
+
 def others_fragment(folder: Path) -> str:
     """In a sentence each, the same comparison on other devices."""
     paths = sorted(path for path in folder.parent.glob("*/report.json") if path.parent != folder)
@@ -102,8 +121,8 @@ def _on_another(report: dict, path: Path) -> str:
         f"{case_name(case)}: {our_speedup(case['providers']['fastlora']['speedup_paired'])}" for case in report["cases"]
     ]
     return (
-        f"On {env['threads']} cores of an {env['device']}, {date(env)}, the same steps run at so many times PEFT's "
-        f"speed: {'; '.join(speeds)} ([report.json](benchmarks/results/{path.parent.name}/report.json))."
+        f"On {env['threads']} cores of an {env['device']} ({path.parent.name}), {date(env)}, such steps run at so many "
+        f"times PEFT's speed: {'; '.join(speeds)} ([report.json](benchmarks/results/{path.parent.name}/report.json))."
     )
 
 

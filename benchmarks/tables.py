@@ -7,7 +7,7 @@ from datetime import datetime
 from rich.table import Table
 
 NAMES = {  # of providers that train a whole model
-    "frozen": "frozen model (limit)",
+    "frozen": "frozen model",
     "peft": "PEFT",
     "fastlora": "PEFT + fastlora",
     "peft+compile": "PEFT, compiled",
@@ -60,7 +60,7 @@ def base_name(case: dict) -> str:
 
 
 def compare_table(reports: list[dict]) -> str:
-    head = ["base, dropout", "seconds a step: frozen (the limit)", "PEFT", "PEFT + fastlora", "faster"]
+    head = ["base, dropout", "seconds a step: frozen model", "PEFT", "PEFT + fastlora", "faster"]
     head += ["saved for backward: PEFT", "PEFT + fastlora", "ratio"]
     rows = []
     for case in (case for report in reports for case in report["cases"]):

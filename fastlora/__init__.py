@@ -1,4 +1,4 @@
-"""Fused LoRA and QLoRA layers: an adapted layer that costs almost nothing over the frozen one.
+"""Fused LoRA and QLoRA layers: an adapted layer that costs little over the frozen one.
 
 report = fastlora.patch(peft_model)          # a PEFT model, in place
 fastlora.add_lora(model, r=16)               # or without PEFT

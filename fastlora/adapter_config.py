@@ -94,7 +94,8 @@ class AdapterConfig:
 
     @classmethod
     def from_json(cls, data: bytes) -> "AdapterConfig":
-        """Raises ValueError too if the data are not JSON in UTF-8, or describe more than plain LoRA."""
+        """Raises ValueError too if the data are not JSON in UTF-8, or describe another variant than LoRA or
+        DoRA."""
         try:
             config = json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:

@@ -1,4 +1,5 @@
-"""The autograd Functions of one adapted layer. They save x, the adapter and xa; never a mask, a cast or decoded copy.
+"""The autograd Functions of one adapted layer. They save x in the dtype that the layer computes in, the adapter, xa and
+the seed of dropout (DoRA its output too); never a mask or a decoded weight.
 
 `fused_linear` computes a layer whose base weight fastlora multiplies itself, `add_adapter` adds an adapter to the
 output of any base layer; `fastlora.mlp.fused_mlp` computes an MLP. Each computes xa, which is small, without autograd,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fastlora.autograd import transform_without_rule
 from fastlora.base_layers import is_hooked, sharding
 from fastlora.compat import constant_while_tracing
+from fastlora.dependencies import MODULE_ATTRIBUTES, are_same, class_attributes, dependencies, look_at, numbers_in
 from fastlora.experts import Gate, Projection, Routing, fused_experts
 from fastlora.fourbit import packed_weight
 from fastlora.functional import autocast_dtype, new_seed
-from fastlora.fused_block import MODULE_ATTRIBUTES, are_same, class_attributes, dependencies, look_at, numbers_in
 from fastlora.products import Weight
 from fastlora.proof import activation_of
 from fastlora.require import FLOATS

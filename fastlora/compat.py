@@ -6,8 +6,8 @@ versions that both were seen to work on.
 
 Not here, because they have no replacement and have been stable since PyTorch 1.0: ``nn.Module``'s ``_modules``,
 ``_parameters``, ``_buffers`` and hook dictionaries, and ``Tensor._version``, ``_base`` and ``_is_view``. bitsandbytes'
-``quant_state``, ``packing_format_for_cpu`` and ``fix_4bit_weight_quant_state_from_module`` are read in
-`fastlora.fourbit` and `fastlora.functional`.
+``quant_state``, ``packing_format_for_cpu`` and ``fix_4bit_weight_quant_state_from_module`` are read where 4-bit weights
+are: `fastlora.fourbit`, `fastlora.base_layers`, `fastlora.base_experts` and `fastlora.nn`.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ nf4_matmul = overload("nf4_matmul")
 dora_grad = overload("dora_grad")
 
 ROWS = 256  # of a weight, converted to fp32 at a time
-SAMPLES = 16.618  # values of a weight that are compared; no whole number, so that they are of many rows and columns
+SAMPLES = 16.618  # values of a weight that are compared; not an integer, or they could all be of one column
 
 
 def column_scale(m: Tensor, norms: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ of a token.
 Each expert multiplies the rows of the tokens that chose it, with its own weight and adapter: no sum ``w + s b a`` and
 no gradient of the size of the weights is ever made, and an expert that no token chose costs nothing. x is saved for
 backward, and the outputs of the first layers, as in `fastlora.mlp`; rows sorted by expert, h and the outputs of the
-experts are computed again or not needed: with ``y = Σ weight_e · h_e w_eᵀ`` the gradient of a routing weight is the
-product of h with that of h.
+experts are computed again or not needed: the gradient of a routing weight is the dot product of h and dh, the gradient
+of h before that weight.
 """
 
 from collections.abc import Callable
@@ -208,7 +208,7 @@ class FusedExperts(Function):
         h: Any = None
         dx = dweights = da1 = db1 = da2 = db2 = None
 
-        # Rows are weighted and summed after down: gradients from here on are times the weight of a row.
+        # dy, dha and dh are gradients of the rows before their routing weights; what is made of them is times those.
         weight = torch.empty_like(weights.reshape(-1)).index_copy_(0, rows.flatten(), weights.reshape(-1)).unsqueeze(1)
         dy = dy.index_select(0, token)
         dha = down.dxa(dy, offs)

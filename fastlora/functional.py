@@ -293,8 +293,8 @@ def mlp_forward(
 
 
 def stands_alone(x: Tensor, base_layer: Any, adapter: Adapter) -> bool:
-    """Whether this layer is none of several that are computed as one now: its weight trains, or it is of DoRA with a
-    bias or dropout, or for a vector x."""
+    """Whether this layer cannot be part of a fused MLP now: its weight trains, or it is of DoRA with a bias or dropout,
+    or for a vector x."""
     weight = base_layer._parameters.get("weight")
     if weight is not None and weight.requires_grad:
         return True

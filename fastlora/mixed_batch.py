@@ -1,7 +1,7 @@
 """Several adapters in one batch: every entry of the batch has an adapter of its own, and the base weight is read once.
 
-xa and the gradients of adapters are products of the rows that an adapter has, as those of experts are. Beside the base
-product the adapters are one of the summed rank, and each row of xa is zero but for the columns of its own adapter:
+xa and the gradients of the factors are products of the rows that an adapter has, as those of experts are. In the base
+product the adapters count as one, whose rank is the sum of theirs: a row of xa is zero outside its adapter's columns.
 
     xa  = s ∘ (drop(x) a[e]ᵀ)       y  = x wᵀ + bias + wide(xa) [b_0 | b_1 | ...]ᵀ
     dxa = s ∘ (dy b[e])             dx = dy w + D ∘ (wide(dxa) [a_0; a_1; ...])

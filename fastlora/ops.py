@@ -1,8 +1,8 @@
 """``torch.ops.fastlora.*``: the products of adapted layers and groups of them, with one implementation per device.
 
-Dispatch is PyTorch's own. The composition of torch ops below serves every device (it is what a CPU runs);
-a kernel registered for a device's key takes its place there. `fastlora.reference` says what each op computes, in the
-same signatures; this file says how, without any [M, N] or [M, K] temporary that the maths does not need.
+Dispatch is PyTorch's own. The composition of torch ops below serves every device and dtype for which no kernel is
+registered. `fastlora.reference` says what each op computes; this file says how. Without dropout no composition makes a
+temporary of the size of x or y; with it, the mask is one.
 
 The ops themselves have no gradients: `fastlora.autograd` gives them to whole layers.
 

@@ -1,8 +1,8 @@
 """Swap fastlora into a PEFT model: in place, reversible, and exact.
 
 A patched layer keeps its parameters, buffers and submodules; only its class changes, to a subclass that overrides
-forward. State-dict keys, saving, set_adapter, disable_adapter, merging and isinstance checks are untouched. Whatever
-is not plain LoRA at the moment of a call runs PEFT's own forward.
+forward. State-dict keys, saving, set_adapter, disable_adapter, merging and isinstance checks are untouched. A call that
+fastlora cannot compute (`fastlora.peft_reasons`) runs PEFT's own forward.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from torch import nn
 from fastlora.base_layers import SHARDED
 from fastlora.calls import ATTRIBUTE, calls_of, grouped
 from fastlora.compat import exchanged
+from fastlora.dependencies import is_adapted
 from fastlora.fuse import fuse_mlps, unfuse_mlps
-from fastlora.fused_block import is_adapted
 from fastlora.peft_experts import GATE, OUR_EXPERTS, known_gate, outermost_of, why_not_fused
 from fastlora.peft_layers import OUR_LAYERS, SIBLINGS
 from fastlora.peft_reasons import ASKED_FOR, why_peft
@@ -55,12 +55,13 @@ class PatchReport:
 def patch(model: nn.Module, strict: bool = False) -> PatchReport:
     """Make the LoRA layers of a PEFT model compute with fastlora, in place.
 
-    Equivalent: only speed, memory and rounding change. It can be called again at any time, such as after adding an
-    adapter: patched layers stay patched, and the new report describes the model as it is then. `fastlora.report` says
-    what ran; a layer or MLP block that cannot run fused runs its own forward and warns once, with the reason.
+    Equivalent: only speed, memory and rounding change, and which elements dropout drops. It can be called again at any
+    time, such as after adding an adapter: patched layers stay patched, and the new report describes the model as it is
+    then. `fastlora.report` says what ran; a layer or MLP block that cannot run fused runs its own forward and warns
+    once, with the reason.
 
     Returns a `PatchReport`. A layer can be patched and named in ``skipped`` too: it then runs PEFT's own forward until
-    the reason goes away (its adapters are merged or disabled, or the active one is DoRA, say).
+    the reason goes away (its adapters are merged or disabled, for example).
 
     With ``strict`` a layer that is left to PEFT now is a ValueError, and the model is as it was; one that cannot run
     fused later is a RuntimeError instead of a warning. Adapters that are merged or disabled are no error.

@@ -50,7 +50,7 @@ _forced: dict[str, str] = {}  # of all threads: autograd runs the backward of a 
 
 
 def key(op: str, c: Problem) -> Key:
-    """What problems that share a measured plan have in common."""
+    """By what a measured plan is kept: M rounded up to a power of two, the other sizes as they are."""
     return op, next_power_of_2(c.M), c.N, c.K, c.r, c.parts, c.itemsize, c.p > 0
 
 
@@ -160,7 +160,7 @@ def _tables() -> dict[str, Table]:
     except FileNotFoundError:
         return {}
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no home directory
-        warnings.warn(f"fastlora ignores its measured plans and goes by its rules: {error}", stacklevel=2)
+        warnings.warn(f"fastlora ignores its measured plans and goes by its cost model: {error}", stacklevel=2)
         return {}
     for name, measured in tables.items():
         if measured.tiles and measured.versions != versions():

@@ -1,4 +1,5 @@
-"""A layer whose x is the output of an activation keeps nothing for x: it is computed again from what autograd keeps.
+"""Where x of a layer is the output of an activation, the layer keeps no x: it computes x again from the activation's
+input, which autograd keeps anyway.
 
 ``fc2(gelu(fc1(h)))``: gelu keeps its input for its own backward, so fc2 need not keep gelu's output as well. Which ops
 made x is read from its graph at every call: it does not matter in which modules they are, or who wrote them.

@@ -8,8 +8,9 @@
     db  = dyᵀ xa                    [N, r]
 
 ``x[M,K] w[N,K] a[r,K] b[N,r] y[M,N] bias[N]``, ``s`` the adapter's scaling, ``D`` the scaled dropout mask.
-Each function has the signature of the op of the same name in ``torch.ops.fastlora``; give it fp64 tensors and it is
-the truth the tests and benchmarks compare with.
+Each function has the signature of the op of the same name in ``torch.ops.fastlora``, but for `decode_4bit`; products
+with 4-bit weights are those with the decoded weight. Given fp64 tensors it is the truth that tests and benchmarks
+compare with.
 """
 
 import torch

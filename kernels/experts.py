@@ -116,7 +116,7 @@ def _launch_shrink(x: Layout, a: Layout, s: float, p: float, BLOCK_R: int, PRECI
 
 
 def most_tiles(M: int, E: int, BLOCK_M: int) -> int:
-    """Of rows, however they are spread over E experts and none: each ends with one that may not be full."""
+    """The most tiles of rows that M rows of E experts can make: the last tile of each expert need not be full."""
     return M // BLOCK_M + min(E + 1, M)
 
 

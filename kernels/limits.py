@@ -18,7 +18,7 @@ def cdiv(size: int, block: int) -> int:
 
 @cache
 def next_power_of_2(size: int) -> int:
-    """Sizes that share it share a measured tile."""
+    """The smallest power of two that is not below size."""
     return 1 << max(0, size - 1).bit_length()
 
 

@@ -2,7 +2,8 @@
 
 A split reduction ends within its own launch. Every program counts its arrival beside the others of its tile; the last
 one reads all their parts back and adds them up, the first split first, whichever came last. So the same inputs give the
-same bits, and the host launches once.
+same bits, and the host launches once. Where there is much to add, many programs do it, in a launch of their own
+(`sum_splits`).
 """
 
 from typing import Any

@@ -78,7 +78,7 @@ T = TypeVar("T")
 
 
 class ByTile(Generic[T]):
-    """What is worked out once for operands of one layout and each tile: called, that of the tile that is due now."""
+    """Keeps what ``make`` returns for each tile; a call returns that of the tile to use now."""
 
     def __init__(self, make: Callable[[Tile], T], kernel: str, *sizes: int) -> None:
         self.make, self.kernel, self.sizes = make, kernel, sizes
@@ -111,7 +111,7 @@ def name_of_matmul(tma: bool, itemsize: int, group: bool, dropout: bool) -> str:
 
 
 def bucket(kernel: str, sizes: tuple[int, ...]) -> Bucket:
-    """What problems that share a measured tile have in common."""
+    """By what a measured tile is kept: the kernel, and its sizes rounded up to powers of two."""
     return kernel, tuple(map(next_power_of_2, sizes))
 
 

@@ -1,6 +1,7 @@
 """`fastlora.compat`: what replaces a private name gives the same results, and PEFT's forward is the one that was read.
 
-Seen to work with torch 2.13.0, peft 0.21.2, triton 3.8.0 and bitsandbytes 0.50.2.
+Seen to work with torch 2.11.0, 2.13.0, 2.14.1 and 2.15.0, PEFT 0.18.0 and 0.21.2, Triton 3.6.0, 3.8.0 and 3.9.0,
+bitsandbytes 0.49.0 and 0.50.2, transformers 5.0.0, 5.23.0 and 5.24.0.
 """
 
 import ast

@@ -134,6 +134,12 @@ def test_every_kernel_has_its_place():
     assert registered and registered <= named
 
 
+def test_every_module_has_its_room():
+    rooms = "".join(re.findall(r"^\|(.*?)\|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE))
+    modules = {file.name for file in (ROOT / "fastlora").glob("*.py")} - {"__init__.py", "__main__.py", "version.py"}
+    assert {name for name in modules if name not in re.findall(r"\w+\.py", rooms)} == set()
+
+
 def test_every_function_of_autograd_has_its_place():
     page = ARCHITECTURE.read_text(encoding="utf-8")
     functions = set()
@@ -203,10 +209,11 @@ def test_every_warning_is_explained():
 
 
 def test_every_reason_of_a_patched_layer_is_explained():
-    """The constants and formatted strings that peft.py's functions return or hold as reasons."""
+    """The constants and formatted strings that functions of the modules that patch return as reasons."""
     known = " ".join(part for _, parts in explained() for part in parts)
-    tree = ast.parse((ROOT / "fastlora" / "peft.py").read_text())
-    for function in ast.walk(tree):
+    files = ("peft_reasons", "peft_layers", "peft_experts", "base_layers", "base_experts", "fused_block", "fuse")
+    trees = [ast.parse((ROOT / "fastlora" / f"{file}.py").read_text()) for file in files]
+    for function in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(function, ast.FunctionDef) and function.returns and ast.unparse(function.returns) == "str | None":
             for node in ast.walk(function):
                 if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant | ast.JoinedStr):

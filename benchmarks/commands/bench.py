@@ -240,14 +240,14 @@ def show(args: Namespace, report: dict, rows: records.Rows) -> None:
 
 
 CAPTION = """\
-Times are medians. Speed-up: over PEFT, and of limit: relative to the frozen layer, both of the step (or of the last
+Times are medians. Speed-up: over PEFT, and of frozen: relative to the frozen layer, both of the step (or of the last
 mode measured), medians of ratios of interleaved rounds. Roofline: the least time possible by the rates measured in this
 run, over the time. Launches: kernels; on a CPU, dispatched operators."""
 
 
 def table(rows: records.Rows) -> Table:
     """Of one case: a row a provider with the times of all modes, and what its step says."""
-    heads = ("provider", *protocol.MODES, "speed-up", "of limit", "TFLOP/s", "GB/s", "roofline")
+    heads = ("provider", *protocol.MODES, "speed-up", "of frozen", "TFLOP/s", "GB/s", "roofline")
     cells = []
     for name in dict.fromkeys(row["provider"] for row in rows):
         by_mode = {row["mode"]: row for row in rows if row["provider"] == name}

@@ -22,9 +22,9 @@ alignas(64) constexpr Code FP4 = {
     0.0f,  0.00520833349f,  0.666666687f,  1.0f,  0.333333343f,  0.5f,  0.166666672f,  0.25f,
     -0.0f, -0.00520833349f, -0.666666687f, -1.0f, -0.333333343f, -0.5f, -0.166666672f, -0.25f};
 
-// A code book for vector look-ups. AVX2 looks up bytes: plane i holds byte i of every code. In integers there are so
-// many steps to 1, fewer than 2^14: all codes come close to whole ones (FP4's are multiples of 1/192). They stand there
-// twice, so that a fifth bit of what is looked up makes no difference.
+// A code book for vector look-ups. AVX2 looks up bytes: plane i holds byte i of every code. `in_steps` holds the codes
+// as 16-bit integers, times `steps`, which is below 2^14 and chosen so that they round to integers with little error
+// (FP4's are multiples of 1/192); twice, because the index that is looked up has a fifth bit, which says nothing.
 struct Table {
   explicit Table(const Code& code) : code(code), steps(&code == &FP4 ? 85 * 192.0f : 15683.95f) {
     for (int i = 0; i < 32; ++i) in_steps[i] = static_cast<int16_t>(std::lrint(code[i % 16] * steps));

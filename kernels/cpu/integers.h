@@ -9,9 +9,9 @@
 
 namespace fastlora {
 
-// A row of x in bf16 as 16-bit integers. Every 128 numbers, a pair of chunks, are scaled by a power of two to less than
-// 2^14: numbers of 1/128 of that or more are exact. Where most are smaller, beside an outlier, what rounding took from
-// them follows in a second part.
+// A row of x in bf16 as 16-bit integers, in groups of 128 numbers (a pair of chunks), each scaled by a power of two so
+// that the largest is below 2^14: numbers down to 1/128 of that are exact. Where most are smaller, beside an outlier,
+// what rounding took from them is a second row of integers.
 struct RowOfIntegers {
   static constexpr int64_t PAIR = 128;
   static constexpr int PARTS = 2;

@@ -49,14 +49,14 @@ std::vector<Operand> operands_of(at::TensorList w) {
   return std::vector<Operand>(w.begin(), w.end());
 }
 
-// So many rows or fewer are multiplied without making a panel: with 4-bit weights,
+// The most rows that are multiplied without making a panel of the weight, 4-bit and multiplied in fp32
 constexpr int64_t FEW_IN_FLOAT = vector::LANES == 8 ? 8 : 15;
-// in integers (where matrix instructions multiply bf16 fast, from about 20 on they make up for the panel: by counting
-// instructions, not measured there),
+// The same, multiplied in integers. Where matrix instructions multiply bf16 fast, they make up for the panel from about
+// 20 rows on (by counting instructions; not measured there).
 inline int64_t few_in_integers() {
   return bf16::available() ? 20 : 31;
 }
-// and with dense ones, of which a panel is worth making from so many on beside what torch does instead.
+// The same for a dense weight, and the fewest rows for which a panel of it is faster than torch's product
 #ifdef __AVX512BF16__
 constexpr int64_t FEW_DENSE = 31, LEAST_PANEL = 32;
 #else
