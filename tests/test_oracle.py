@@ -359,8 +359,12 @@ def test_a_patched_model_prints_as_an_unpatched_one():
 
 def test_the_oracle_sees_what_is_wrong(monkeypatch):
     """A scaling that is off by 1% on the way."""
-    adapter = fastlora.peft_layers.Adapter
-    monkeypatch.setattr(fastlora.peft_layers, "Adapter", lambda a, b, s, *more: adapter(a, b, 1.01 * s, *more))
+    fused_forward = fastlora.peft_layers.fused_forward
+
+    def wrong(base_layer, kind, x, adapter, *more):
+        return fused_forward(base_layer, kind, x, adapter._replace(scaling=1.01 * adapter.scaling), *more)
+
+    monkeypatch.setattr(fastlora.peft_layers, "fused_forward", wrong)
     twins = Twins(CASES["llama"])
     with pytest.raises(AssertionError, match=r"one_pass\(\): .* differs from plain PEFT's"):
         twins.do(act.patch)
