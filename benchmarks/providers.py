@@ -201,7 +201,7 @@ def adapted_layers(module: nn.Module) -> Iterator[Any]:
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider("frozen", "frozen (limit)", peft, adapted=False, experts=True),
+        Provider("frozen", "frozen", peft, adapted=False, experts=True),
         Provider("peft", "PEFT", peft, experts=True),
         Provider("peft+compile", "PEFT, compiled", compiled(peft), experts=True),
         Provider("addmm", "addmm style", addmm),

@@ -92,7 +92,7 @@ def make_trainers(
     optimizer: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] = adamw,
     **lora: Any,
 ) -> list[Trainer]:
-    """The frozen model (the limit), PEFT, and PEFT patched with fastlora; if compiled, the last two again compiled.
+    """The frozen model, PEFT, and PEFT patched with fastlora; if compiled, the last two again compiled.
 
     All share the frozen weights of ``base`` and start from the same adapters.
 

@@ -88,7 +88,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
     saved = {name: [size / 1e6 for size in column(rows, "saved_bytes", provider=name)] for name in PROVIDERS[1:]}
     common.paired_bars(time, {name: column(rows, "over_frozen", provider=name) for name in PROVIDERS[1:]}, "%.2f")
     common.paired_bars(memory, saved, "%.0f")
-    time.axhline(1, color="black", linestyle="--", label="frozen model: the limit")
+    time.axhline(1, color="black", linestyle="--", label="frozen model")
     time.set_ylabel("time of a step / the frozen model's")
     memory.set_ylabel("saved for backward, MB")
     for axes in (time, memory):

@@ -77,7 +77,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         (time, 1, "time of a step / the frozen model's"),
         (memory, limit, "saved for backward, MB"),
     ):
-        axes.axhline(level, color="black", linestyle="--", label="frozen model: the limit")
+        axes.axhline(level, color="black", linestyle="--", label="frozen model")
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [f"{k} x r={R // k}" for k in counts])
         axes.set_ylim(bottom=0)

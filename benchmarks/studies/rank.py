@@ -71,8 +71,8 @@ def draw(rows: list[Row], figure: Figure) -> None:
     states = [_state(row) / 1e6 for row in pick(rows, provider="peft")]
     memory.plot(ranks, states, "-^", color="#009E73", label="adapters, gradients, AdamW (both)")
     limit = column(rows, "saved_bytes", provider="frozen")[0] / 1e6
-    memory.axhline(limit, color="black", linestyle="--", label="saved for backward, frozen model (limit)")
-    time.axhline(1, color="black", linestyle="--", label="frozen model: the limit")
+    memory.axhline(limit, color="black", linestyle="--", label="saved for backward, frozen model")
+    time.axhline(1, color="black", linestyle="--", label="frozen model")
     memory.set_ylabel("memory, MB")
     memory.set_yscale("log")
     time.set_ylabel("time of a step / the frozen model's")

@@ -89,7 +89,7 @@ def draw(rows: list[Row], figure: Figure) -> None:
         (time, 1, "time of a step / the frozen model's"),
         (memory, limit, "saved for backward, MB"),
     ):
-        axes.axhline(level, color="black", linestyle="--", label="frozen model: the limit")
+        axes.axhline(level, color="black", linestyle="--", label="frozen model")
         axes.set_xticks(range(len(targets)), [f"{t}\n{count:.2g} M" for t, count in zip(targets, counts, strict=True)])
         axes.set_xlabel("layers with adapters, and parameters that train")
         axes.set_ylabel(label)
