@@ -63,9 +63,9 @@ example:
       the plans and what the roofline predicts for them, without a GPU"""
 _BENCH = """\
 Measure an adapted linear layer, a decoder block, experts, a training step of a model, generation, or the decoding of
-4-bit weights, by every provider: the frozen layer, PEFT, fastlora and what else is installed. One that is
-less exact than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C
-keeps what was measured."""
+4-bit weights, by every provider: the frozen layer, PEFT, fastlora and what else is installed. One that is less exact
+than PEFT gets no timing. Writes VERB.csv, VERB.json (where and how it was measured) and VERB.png. Ctrl-C keeps what was
+measured."""
 _BENCH_EXAMPLE = """\
 example:
   fastlora bench linear --quick --json

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from statistics import median
 
-from fastlora.benchmarks.records import read_json, read_rows
+from fastlora.benchmarks.records import Rows, read_json, read_rows
 from fastlora.benchmarks.studies import common
 from fastlora.benchmarks.tables import (
     base_name,
@@ -77,11 +77,7 @@ def overhead_fragment(folder: Path) -> str:
 
 def few_tokens(folder: Path) -> str:
     """How a layer's training step compares with PEFT's at the fewest tokens that were measured."""
-    rows = [
-        row
-        for row in read_rows(folder / "bench" / "linear.csv")
-        if row["provider"] == "fastlora" and row["mode"] == "step" and row["speedup"] is not None
-    ]
+    rows = [row for row in _our_rows(folder, "linear") if row["mode"] == "step"]
     fewest = min(row["M"] for row in rows)
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -92,16 +88,17 @@ def few_tokens(folder: Path) -> str:
     return f"With {tokens} a training step of one layer runs at so much of PEFT's speed: {' and '.join(each)}."
 
 
+def _our_rows(folder: Path, verb: str) -> Rows:
+    """What `fastlora bench` measured of fastlora beside PEFT."""
+    rows = read_rows(folder / "bench" / f"{verb}.csv")
+    return [row for row in rows if row["provider"] == "fastlora" and row["speedup"] is not None]
+
+
 def lost(folder: Path) -> str:
     """The lowest speed of fastlora in each file of measurements that has one below PEFT's."""
     found = []
     for verb in ("linear", "block", "experts", "generate"):
-        rows = [
-            row
-            for row in read_rows(folder / "bench" / f"{verb}.csv")
-            if row["provider"] == "fastlora" and row["speedup"] is not None
-        ]
-        row = min(rows, key=lambda row: row["speedup"])
+        row = min(_our_rows(folder, verb), key=lambda row: row["speedup"])
         if verdict(row["speedup"]) == "a loss":
             what = f"{row['shape']} {row['layer']}".strip() if verb == "linear" else f"{verb} of {row['shape']}"
             found.append(f"{row['speedup']:.2f} ({what}, {row['base']}, M={row['M']}, {row['mode']})")

@@ -80,12 +80,12 @@ def mixture(tmp_path_factory):
     return str(folder)
 
 
-in_transformers_5_0 = pytest.mark.skipif(
+adapts_experts = pytest.mark.skipif(
     transformers.__version__.startswith("5.0."), reason="PEFT's all-linear leaves out experts there"
 )
 
 
-@in_transformers_5_0
+@adapts_experts
 def test_experts_are_compared_on_a_dense_base(mixture, tmp_path):
     assert compare(mixture, tmp_path) == 0
     (case,) = json.loads((tmp_path / "report.json").read_text())["cases"]
@@ -95,7 +95,7 @@ def test_experts_are_compared_on_a_dense_base(mixture, tmp_path):
     assert ours["max_loss_difference"] < 0.05
 
 
-@in_transformers_5_0
+@adapts_experts
 @pytest.mark.parametrize("asked", [("--dropout", "0,0.1"), ("--base", "bf16,nf4")], ids="".join)
 def test_experts_need_a_dense_base_and_no_dropout(mixture, asked, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from matplotlib.image import imread
-from test_cli import save_model
+from test_cli import adapts_experts, save_model
 from torch.autograd import Function
 
 import fastlora
@@ -138,7 +138,7 @@ def test_known_ops():
     assert theirs["aten::_fused_adamw_", OPTIMIZER] == ours["aten::_fused_adamw_", OPTIMIZER] == 1
 
 
-@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="PEFT's all-linear leaves out experts there")
+@adapts_experts
 def test_experts():
     """PEFT adds the adapters of all experts to the weights: that is no part of the experts' own products."""
     fields = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)

@@ -126,9 +126,10 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16
 
 
-def default_bases(device: torch.device | str) -> list[str]:
-    """A dense base of `compute_dtype`, and NF4."""
-    return ["bf16" if compute_dtype(device) == torch.bfloat16 else "fp32", "nf4"]
+def default_bases(device: torch.device | str, with_experts: bool = False) -> list[str]:
+    """A dense base of `compute_dtype`, and NF4, which PEFT does not train on experts."""
+    dense = "bf16" if compute_dtype(device) == torch.bfloat16 else "fp32"
+    return [dense] if with_experts else [dense, "nf4"]
 
 
 def to_base(model: Any, base: str, compute: torch.dtype = torch.bfloat16) -> nn.Module:

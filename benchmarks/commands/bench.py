@@ -171,16 +171,13 @@ def measure(
 def cases_of(args: Namespace, device: torch.device) -> list[Case]:
     default = DEFAULTS[args.verb]["quick" if args.quick else device.type]
     shapes, m = args.model_shape or default["shapes"], args.m or default["m"]
-    usual = models.default_bases(device)
-    if args.verb == "experts":
-        usual = [base for base in usual if base in models.DENSE]
+    usual = models.default_bases(device, args.verb == "experts")
     bases, compute = args.base or default.get("base") or usual, usual[0]
     known = EXPERTS if args.verb == "experts" else SHAPES
     if odd := [shape for shape in shapes if shape not in known]:
         raise UsageError(f"bench {args.verb}: --model-shape must be of {', '.join(known)}, got {', '.join(odd)}")
-    if args.verb == "experts" and (any(args.dropout) or any(base not in models.DENSE for base in bases)):
-        why = "PEFT has no dropout there, and leaves out an adapter of 4-bit experts"
-        raise UsageError(f"bench experts: --dropout must be 0 and --base dense: {why}")
+    if args.verb == "experts":
+        common.check_experts("bench experts", bases, args.dropout)
     if args.verb == "decode":
         m = [0]
         if any(base not in ("nf4", "fp4") for base in bases):

@@ -26,10 +26,12 @@ VERSION = 1  # of report.json
 def run(args: Namespace) -> int:
     """Measure every case, keeping DIR/report.json up to date; then draw DIR/compare.png and print the tables."""
     device = common.device_of(args.device)
-    args.base = args.base or models.default_bases(device)[: 1 if models.has_experts(args.model) else None]
+    with_experts = models.has_experts(args.model)
+    args.base = args.base or models.default_bases(device, with_experts)
     text = common.read_text(args.text)
     common.check_bases(args.base)
-    common.check_experts(args.model, args.base, args.dropout)
+    if with_experts:
+        common.check_experts(f"--model {args.model} has experts", args.base, args.dropout)
     common.make_folder(args.out)
 
     keep_freed_memory()

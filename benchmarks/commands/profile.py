@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastlora.benchmarks import ledger, pictures, timeline, training
 from fastlora.benchmarks.arguments import INTERRUPTED, UsageError
+from fastlora.benchmarks.cases import models
 from fastlora.benchmarks.commands import common, length
 from fastlora.benchmarks.environment import environment, keep_freed_memory
 from fastlora.benchmarks.pictures import MEMORY, TIME
@@ -41,7 +42,8 @@ def run(args: Namespace) -> int:
     _set_defaults(args)
     text = common.read_text(args.text)
     common.check_bases([args.base])
-    common.check_experts(args.model, [args.base], [args.dropout])
+    if models.has_experts(args.model):
+        common.check_experts(f"--model {args.model} has experts", [args.base], [args.dropout])
     common.make_folder(args.out)
 
     keep_freed_memory()
