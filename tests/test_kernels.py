@@ -521,3 +521,12 @@ def test_products_of_experts(ends, p, dtypes):
         else:
             assert same(ours, truth, dtype=ours.dtype, longest=M), launcher.__name__
         assert torch.equal(launcher(*args), ours)
+
+
+def test_rows_that_are_not_there_are_none_of_a_token():
+    """Their memory is read by no kernel: the rows here are a part of a larger tensor, whose others are NaN."""
+    around = torch.full((9, 8), torch.nan, device=DEVICE)
+    rows = around[3:6].copy_(normal(3, 8))
+    index = torch.tensor([[0, -1], [3, 2], [-3, 5]], device=DEVICE)
+    expected = torch.stack([rows[0], rows[2], torch.zeros_like(rows[0])])
+    assert torch.equal(combine_experts(rows, index), expected)
